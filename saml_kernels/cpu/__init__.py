@@ -1,0 +1,152 @@
+"""The CPU backend.
+
+Forward takes one of two ways, whichever was measured to be faster (bench/cpu_linear.py):
+
+* native: one pass over the packed weight in compiled code, experts included (native.py, native.c);
+* dense: the weight dequantised to scratch (by compiled code where there is some), then torch's
+  matrix products.
+
+Backward is always dense. Everything is computed in float32, and bfloat16 inputs in bfloat16 where
+the processor multiplies it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saml_kernels.cpu import native
+from saml_kernels.cpu.native import native_status
+from saml_kernels.quant import QuantizedTensor
+from saml_kernels.reference import stack_a, stack_b
+
+__all__ = ["backward", "forward", "native_status", "unsupported"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
+
+
+def forward(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16, any strides; M may be 0.
+        weight: quantised [N, K].
+        lora_a: [E, r, K]; E may be 0.
+        lora_b: [E, N, r].
+        gates: [M, E].
+        bias: [N] or None.
+        scaling: s, usually alpha / r.
+
+    Returns:
+        [M, N] in the dtype of `x`, contiguous.
+    """
+    dtype = _compute_dtype(x)
+    if dtype == torch.float32 and native.fits(x.shape[0], weight):
+        x32, a, b, g = _plain(x), _plain(lora_a), _plain(lora_b), _plain(gates)
+        wide_bias = None if bias is None else _plain(bias)
+        return native.linear(x32, weight, a, b, g, wide_bias, scaling).to(x.dtype)
+
+    wide = x.to(dtype)
+    y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
+    experts, rank, _ = lora_a.shape
+    if experts:
+        projected = F.linear(wide, stack_a(lora_a).to(dtype))
+        hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
+        y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
+    return y.to(x.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
+
+    Args:
+        dy: [M, N]; the others as in `forward`.
+
+    Returns:
+        Four tensors in the shapes and dtypes of their inputs, or None. The chain rule is the one
+        in `reference.py`.
+    """
+    need_x, need_a, need_b, need_gates = needs
+    dtype = _compute_dtype(x)
+    dy = dy.to(dtype)
+    dx = dy @ _dense(weight, dtype) if need_x else None
+    da = db = dg = None
+    experts, rank, _ = lora_a.shape
+    a, b = stack_a(lora_a).to(dtype), stack_b(lora_b).to(dtype)
+    repeated = gates.to(dtype).repeat_interleave(rank, dim=-1)
+    if need_x or need_a or need_gates:
+        dh = (dy @ b).mul_(scaling)
+        dp = dh * repeated
+        if dx is not None and experts:
+            dx.addmm_(dp, a)
+        if need_a:
+            da = (dp.T @ x.to(dtype)).view_as(lora_a).to(lora_a.dtype)
+    if need_b or need_gates:
+        projected = x.to(dtype) @ a.T
+        if need_b:
+            stacked = (dy.T @ (projected * repeated)).mul_(scaling)  # [N, R]
+            apart = stacked.view(weight.shape[0], experts, rank)
+            db = apart.transpose(0, 1).contiguous().to(lora_b.dtype)
+        if need_gates:
+            product = projected.float() * dh.float()
+            dg = product.view(x.shape[0], experts, rank).sum(-1).to(gates.dtype)
+    return None if dx is None else dx.to(x.dtype), da, db, dg
+
+
+def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
+    """Why these arguments cannot run here, or None if they can."""
+    if x.device.type != "cpu" or weight.codes.device.type != "cpu":
+        return f"x is on {x.device}, the weight on {weight.codes.device}; it runs on the CPU only"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
+    return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same values as contiguous float32; asks first, as one token is a matter of 10 us."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+def _dense(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The whole weight [N, K]; one block of scratch beat cache-sized panels in most shapes."""
+    if not native.available():
+        return weight.dequantize(dtype)
+    out = torch.empty(weight.shape, dtype=dtype)
+    return native.dequantize(weight, 0, weight.shape[0], out)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    many = x.shape[0] >= BFLOAT16_ROWS
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and many and _bfloat16() else torch.float32
+
+
+@cache
+def _bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; emulated, it loses to float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())

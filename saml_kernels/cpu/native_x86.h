@@ -1,0 +1,258 @@
+/* The vector forms behind native.c: AVX-512 and AVX2, each compiled for its own target.
+ *
+ * Two things: `run_*` dequantises a stretch of codes in order; `any_tile_*` multiplies a few rows
+ * of W by a few rows of x without writing the dequantised weight anywhere.
+ */
+#define AVX512 __attribute__((target("avx512f,fma")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---------------------------------------------------------------- dequantise */
+
+/* Both vector forms start at an even element; the odd head and the tail are left to the caller. */
+AVX512 static int64_t run_avx512(const Weight *w, int64_t first, int64_t count, float scale,
+                                 float *out) {
+    const __m512 s = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    if (w->format == INT8) {
+        const __m512 unit = _mm512_set1_ps(127.0f);
+        for (; i + 16 <= count; i += 16) {
+            __m128i bytes = _mm_loadu_si128((const __m128i *)(w->codes + first + i));
+            __m512 q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+            _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_div_ps(q, unit), s));
+        }
+        return i;
+    }
+    const __m512 table = _mm512_loadu_ps(w->table);
+    for (; i + 16 <= count; i += 16) { /* a byte to 64 bits: high nibble in the low lane */
+        __m128i bytes = _mm_loadl_epi64((const __m128i *)(w->codes + (first + i) / 2));
+        __m512i wide = _mm512_cvtepu8_epi64(bytes);
+        __m512i index = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_permutexvar_ps(index, table), s));
+    }
+    return i;
+}
+
+/* Entries of a 16-float table: bits 0 to 2 of `index` choose in both halves, the sign of `half`. */
+AVX2 INLINE __m256 look_up(__m256 low, __m256 high, __m256i index, __m256i half) {
+    __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(half));
+}
+
+AVX2 static int64_t run_avx2(const Weight *w, int64_t first, int64_t count, float scale,
+                             float *out) {
+    const __m256 s = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    if (w->format == INT8) {
+        const __m256 unit = _mm256_set1_ps(127.0f);
+        for (; i + 8 <= count; i += 8) {
+            __m128i bytes = _mm_loadl_epi64((const __m128i *)(w->codes + first + i));
+            __m256 q = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(q, unit), s));
+        }
+        return i;
+    }
+    const __m256 low = _mm256_loadu_ps(w->table), high = _mm256_loadu_ps(w->table + 8);
+    for (; i + 8 <= count; i += 8) {
+        int32_t four;
+        memcpy(&four, w->codes + (first + i) / 2, 4);
+        __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+        __m256i index = _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));
+        __m256 code = look_up(low, high, index, _mm256_slli_epi32(index, 28));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(code, s));
+    }
+    return i;
+}
+
+/* ---------------------------------------------------------------- tiles */
+
+/* What one tile reads: `rows` rows of codes (or floats), their scales, `m` rows of x. */
+typedef struct {
+    const uint8_t *codes; /* of the first row */
+    int64_t stride;       /* bytes from row to row */
+    const float *scales;  /* MAX_SCALES floats a row */
+    const float *x;       /* [m, columns], in the order of the codes */
+    const float *table;
+    int64_t columns;
+    int shift;            /* group of 64 >> shift is its scale; -1: two scales a group */
+    /* The experts' share, absent for the projection itself (experts = 0). */
+    int64_t experts, rank;
+    const float *hidden;  /* [m, experts * rank] */
+    const float *lora_b;  /* of the first row; experts lie lora_stride floats apart */
+    int64_t lora_stride;
+    const float *gates;   /* [m, experts]: an expert closed for the whole tile is not read */
+} Tile;
+
+INLINE int is_open(const Tile *t, int ms, int64_t expert) {
+    int open = 0;
+    for (int m = 0; m < ms; m++) open |= t->gates[m * t->experts + expert] != 0.0f;
+    return open;
+}
+
+/* One tile: sums[r * ms + m] = W[r] . x[m] + sum over experts of B[e][r] . hidden[m][e].
+ * `rows`, `ms` and `format` are constants where this is inlined, so `acc` stays in registers. */
+AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, const int format,
+                               float *sums) {
+    const __m512 table = format == FOUR_BIT ? _mm512_loadu_ps(t->table) : _mm512_setzero_ps();
+    const int late = format == FOUR_BIT && ms <= 2; /* scale a group's sum, not its weights */
+    __m512 acc[24];
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * ms; i++) acc[i] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < t->columns / 64; g++) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *codes = t->codes + r * t->stride;
+            const float *scales = t->scales + r * MAX_SCALES;
+            __m512 scale = _mm512_setzero_ps(), part[2];
+            __m512i words = _mm512_setzero_si512();
+            if (format != FLOAT32)
+                scale = _mm512_set1_ps(t->shift < 0 ? scales[2 * g] : scales[g >> t->shift]);
+            if (format == FOUR_BIT) {
+                words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(codes + 32 * g)));
+                if (t->shift < 0)
+                    scale = _mm512_mask_mov_ps(scale, 0xff00, _mm512_set1_ps(scales[2 * g + 1]));
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m512 w;
+                if (format == FOUR_BIT) {
+                    w = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+                } else if (format == INT8) {
+                    __m128i bytes = _mm_loadu_si128((const void *)(codes + 64 * g + 16 * j));
+                    w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+                    if (t->shift < 0) scale = _mm512_set1_ps(scales[2 * g + j / 2]);
+                } else {
+                    w = _mm512_loadu_ps((const float *)codes + 64 * g + 16 * j);
+                }
+                if (format != FLOAT32 && !late) w = _mm512_mul_ps(w, scale);
+#pragma GCC unroll 6
+                for (int m = 0; m < ms; m++) {
+                    __m512 x = _mm512_loadu_ps(t->x + m * t->columns + 64 * g + 16 * j);
+                    if (!late)
+                        acc[r * ms + m] = _mm512_fmadd_ps(w, x, acc[r * ms + m]);
+                    else
+                        part[m] = j ? _mm512_fmadd_ps(w, x, part[m]) : _mm512_mul_ps(w, x);
+                }
+            }
+            if (late)
+                for (int m = 0; m < ms; m++)
+                    acc[r * ms + m] = _mm512_fmadd_ps(part[m], scale, acc[r * ms + m]);
+        }
+    }
+    for (int64_t e = 0; e < t->experts; e++)
+        for (int64_t k = is_open(t, ms, e) ? 0 : t->rank; k < t->rank; k += 16) {
+            const int64_t left = t->rank - k;
+            const __mmask16 mask = (__mmask16)(left < 16 ? (1u << left) - 1u : 0xffffu);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const float *b = t->lora_b + e * t->lora_stride + r * t->rank + k;
+                const __m512 w = _mm512_maskz_loadu_ps(mask, b);
+#pragma GCC unroll 6
+                for (int m = 0; m < ms; m++) {
+                    const float *h = t->hidden + (m * t->experts + e) * t->rank + k;
+                    const __m512 x = _mm512_maskz_loadu_ps(mask, h);
+                    acc[r * ms + m] = _mm512_fmadd_ps(w, x, acc[r * ms + m]);
+                }
+            }
+        }
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * ms; i++) sums[i] = _mm512_reduce_add_ps(acc[i]);
+}
+
+AVX2 INLINE float total(__m256 v) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+
+AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const int format,
+                           float *sums) {
+    __m256 low = _mm256_setzero_ps(), high = low, acc[8];
+    if (format == FOUR_BIT) {
+        low = _mm256_loadu_ps(t->table);
+        high = _mm256_loadu_ps(t->table + 8);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * ms; i++) acc[i] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < t->columns / 64; g++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) /* 8 lanes of words, or 4 vectors in order */
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+                const uint8_t *codes = t->codes + r * t->stride;
+                const float *scales = t->scales + r * MAX_SCALES;
+                __m256 scale = _mm256_setzero_ps();
+                __m256i words = _mm256_setzero_si256();
+                if (format != FLOAT32)
+                    scale = _mm256_set1_ps(scales[t->shift < 0 ? 2 * g + half : g >> t->shift]);
+                if (format == FOUR_BIT)
+                    words = _mm256_cvtepu16_epi32(
+                        _mm_loadu_si128((const void *)(codes + 32 * g + 16 * half)));
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const int64_t in_order = 64 * g + 32 * half + 8 * j;
+                    __m256 w;
+                    if (format == FOUR_BIT) {
+                        w = look_up(low, high, _mm256_srli_epi32(words, 4 * j),
+                                    _mm256_slli_epi32(words, 28 - 4 * j));
+                    } else if (format == INT8) {
+                        __m128i bytes = _mm_loadl_epi64((const void *)(codes + in_order));
+                        w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                    } else {
+                        w = _mm256_loadu_ps((const float *)codes + in_order);
+                    }
+                    if (format != FLOAT32) w = _mm256_mul_ps(w, scale);
+                    const float *x = t->x + (format == FOUR_BIT ? 64 * g + 16 * j + 8 * half
+                                                                : in_order);
+#pragma GCC unroll 4
+                    for (int m = 0; m < ms; m++)
+                        acc[r * ms + m] = _mm256_fmadd_ps(
+                            w, _mm256_loadu_ps(x + m * t->columns), acc[r * ms + m]);
+                }
+            }
+    for (int64_t e = 0; e < t->experts; e++)
+        for (int64_t k = is_open(t, ms, e) ? 0 : t->rank; k < t->rank; k += 8) {
+            const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            const int left = t->rank - k < 8 ? (int)(t->rank - k) : 8;
+            const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), lane);
+#pragma GCC unroll 2
+            for (int r = 0; r < rows; r++) {
+                const float *b = t->lora_b + e * t->lora_stride + r * t->rank + k;
+                const __m256 w = _mm256_maskload_ps(b, mask);
+#pragma GCC unroll 4
+                for (int m = 0; m < ms; m++) {
+                    const float *h = t->hidden + (m * t->experts + e) * t->rank + k;
+                    const __m256 x = _mm256_maskload_ps(h, mask);
+                    acc[r * ms + m] = _mm256_fmadd_ps(w, x, acc[r * ms + m]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows * ms; i++) sums[i] = total(acc[i]);
+}
+
+#define CASE(TILE, ROWS, MS, FORMAT)            \
+    case (FORMAT) * 100 + (ROWS) * 10 + (MS):   \
+        TILE(t, ROWS, MS, FORMAT, sums);        \
+        break;
+#define CASES_512(ROWS, FORMAT)                                                       \
+    CASE(tile_avx512, ROWS, 1, FORMAT) CASE(tile_avx512, ROWS, 2, FORMAT)             \
+    CASE(tile_avx512, ROWS, 3, FORMAT) CASE(tile_avx512, ROWS, 4, FORMAT)             \
+    CASE(tile_avx512, ROWS, 5, FORMAT) CASE(tile_avx512, ROWS, 6, FORMAT)
+#define CASES_256(ROWS, FORMAT)                                                       \
+    CASE(tile_avx2, ROWS, 1, FORMAT) CASE(tile_avx2, ROWS, 2, FORMAT)                 \
+    CASE(tile_avx2, ROWS, 3, FORMAT) CASE(tile_avx2, ROWS, 4, FORMAT)
+
+AVX512 static void any_tile_avx512(const Tile *t, int rows, int ms, int format, float *sums) {
+    switch (format * 100 + rows * 10 + ms) {
+        CASES_512(4, FOUR_BIT) CASES_512(1, FOUR_BIT) CASES_512(4, INT8) CASES_512(1, INT8)
+        CASES_512(1, FLOAT32)
+    }
+}
+
+AVX2 static void any_tile_avx2(const Tile *t, int rows, int ms, int format, float *sums) {
+    switch (format * 100 + rows * 10 + ms) {
+        CASES_256(2, FOUR_BIT) CASES_256(1, FOUR_BIT) CASES_256(2, INT8) CASES_256(1, INT8)
+        CASES_256(1, FLOAT32)
+    }
+}
