@@ -1,0 +1,130 @@
+"""Normalisation, word errors and bootstrap intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from saml_models.scoring import (
+    WordErrors,
+    bootstrap_interval,
+    bootstrap_ratio,
+    normalise,
+    pooled,
+    word_errors,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Mr. Quilter's colour, you  know!", "mister quilter is color you know"),
+        ("I'm gonna, um, pay twenty-five dollars.", "i am going to pay $25"),
+        ("[laughs] It costs £1,000 (or so).", "it costs £1000"),
+        ("kinda", "kinda"),  # openai-whisper leaves it; some copies of its rules do not
+        ("Café naïve", "cafe naive"),
+        ("it 's the apostle of the middle classes", "it is the apostle of the middle classes"),
+        ("...", "."),  # openai-whisper's own result, odd as it is
+        ("", ""),
+    ],
+)
+def test_whisper_normalisation(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+def test_spelling_table_is_openai_whispers() -> None:
+    # SHA-256 of whisper/normalizers/english.json in openai-whisper 20250625.
+    table = (files("whisper_normalizer") / "normalizers" / "english.json").read_bytes()
+    digest = hashlib.sha256(table).hexdigest()
+    assert digest == "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
+
+
+def test_counts_per_utterance() -> None:
+    references = ["THE CAT SAT ON THE MAT", "Hello there.", "", "", "um", "colour"]
+    hypotheses = ["the cat sit on mat", "hello there", "a b", "", "", "Color!"]
+    assert word_errors(references, hypotheses) == [
+        WordErrors(substitutions=1, deletions=1, hits=4),
+        WordErrors(hits=2),
+        WordErrors(insertions=2),
+        WordErrors(),
+        WordErrors(),
+        WordErrors(hits=1),
+    ]
+    assert word_errors(["we were here"], [""]) == [WordErrors(deletions=3)]
+    assert word_errors(["one two three"], ["123"]) == [WordErrors(hits=1)]
+    with pytest.raises(ValueError, match="zip"):
+        word_errors(["a"], [])
+
+
+def test_rates_and_pooling() -> None:
+    errors = [WordErrors(1, 1, 1, 4), WordErrors(hits=2), WordErrors(insertions=2)]
+    total = pooled(errors)
+    assert total == WordErrors(1, 1, 3, 6)
+    assert (total.words, total.errors, total.wer) == (8, 5, 62.5)
+    assert errors[1] + errors[2] == WordErrors(insertions=2, hits=2)
+    assert WordErrors().wer == 0.0
+    assert math.isinf(errors[2].wer)
+    assert pooled([]) == WordErrors()
+
+
+def _made_up(rate: float, count: int = 200, seed: int = 1) -> list[WordErrors]:
+    wrong = np.random.default_rng(seed).binomial(20, rate, size=count)
+    return [WordErrors(substitutions=int(n), hits=20 - int(n)) for n in wrong]
+
+
+def test_interval_holds_the_rate_and_agrees_with_theory() -> None:
+    errors = _made_up(0.1)
+    low, high = bootstrap_interval(errors)
+    assert low < pooled(errors).wer < high
+    assert (low, high) == bootstrap_interval(errors)
+    assert (low, high) != bootstrap_interval(errors, seed=1)
+    # 4000 independent words: +-1.96 standard errors of a binomial, 0.93 % on each side.
+    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.1 * 0.9 / 4000), rel=0.2)
+    narrow = bootstrap_interval(errors, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    held = 0
+    for seed in range(100):
+        low, high = bootstrap_interval(_made_up(0.1, 100, seed), level=0.8, samples=200)
+        held += low <= 10.0 <= high
+    # Binomial(100, 0.8) lies within 68..92 in 99.8 % of draws; the draws here are fixed.
+    assert 68 <= held <= 92
+
+
+def test_pairing_narrows_the_ratio() -> None:
+    # Utterances differ far more than the systems do, and both systems share the hard ones.
+    rates = np.random.default_rng(0).choice([0.02, 0.5], size=200)
+    worse = [WordErrors(substitutions=round(100 * r), hits=100 - round(100 * r)) for r in rates]
+    better = [WordErrors(substitutions=e.errors // 2, hits=100 - e.errors // 2) for e in worse]
+    assert bootstrap_ratio(better, worse) == (0.5, 0.5)
+    assert bootstrap_ratio(worse, worse) == (1.0, 1.0)
+    low, high = bootstrap_interval(worse)
+    assert (high - low) / pooled(worse).wer > 0.2
+
+
+def test_ratio_of_independent_systems_holds_the_truth() -> None:
+    low, high = bootstrap_ratio(_made_up(0.1, seed=1), _made_up(0.2, seed=2))
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_ratio_against_a_system_without_errors() -> None:
+    perfect, once = [WordErrors(hits=5)] * 3, [WordErrors(substitutions=1, hits=4)] * 3
+    assert bootstrap_ratio(perfect, perfect) == (1.0, 1.0)
+    assert bootstrap_ratio(perfect, once) == (0.0, 0.0)
+    assert bootstrap_ratio(once, perfect) == (math.inf, math.inf)
+
+
+def test_bootstrap_refuses() -> None:
+    errors = [WordErrors(hits=5)]
+    with pytest.raises(ValueError, match="at least one utterance"):
+        bootstrap_interval([])
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_interval(errors, level=95)
+    with pytest.raises(ValueError, match="same utterances"):
+        bootstrap_ratio(errors, [WordErrors(hits=4)])
