@@ -1,0 +1,21 @@
+"""Fused operators and layers: a frozen low-bit weight plus a gated mixture of LoRA experts."""
+
+from saml_kernels.config import SAMLConfig
+from saml_kernels.embedding import SAMLEmbedding
+from saml_kernels.errors import SAMLError
+from saml_kernels.linear import SAMLLinear
+from saml_kernels.ops import available_backends, saml_linear
+from saml_kernels.quant import QuantizedTensor, quantize
+
+__all__ = [
+    "QuantizedTensor",
+    "SAMLConfig",
+    "SAMLEmbedding",
+    "SAMLError",
+    "SAMLLinear",
+    "available_backends",
+    "quantize",
+    "saml_linear",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,96 @@
+"""Quantised layers without experts: embeddings, tied output heads, ordinary convolutions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saml_kernels.config import SAMLConfig
+from saml_kernels.ops import autocast_dtype, saml_linear
+from saml_kernels.quant import QuantizedTensor, quantize
+
+__all__ = ["QuantizedConv1d", "SAMLEmbedding", "TiedHead"]
+
+
+class SAMLEmbedding(nn.Module):
+    """An embedding table in low bits: only the rows that are looked up are dequantised."""
+
+    def __init__(self, weight: QuantizedTensor, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
+        self.weight = weight
+        # Remembers the dtype the model computes in through `.half()` and `.to()`.
+        self.register_buffer("compute", torch.empty(0), persistent=False)
+        self.compute: Tensor
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, config: SAMLConfig) -> SAMLEmbedding:
+        """Quantise `embedding` [V, d]; the original is left alone."""
+        weight = quantize(
+            embedding.weight.detach(), config.format, config.block_size, config.double_quant
+        )
+        layer = cls(weight, embedding.padding_idx)
+        layer.compute = embedding.weight.new_empty(0)
+        return layer
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Token ids [...] int64 -> [..., d]."""
+        rows = self.weight.rows(index.reshape(-1), self.compute.dtype)
+        return rows.view(*index.shape, self.embedding_dim)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The tied output head: x [..., d] -> logits [..., V]."""
+        x = x.to(autocast_dtype(x) or x.dtype)
+        return saml_linear(
+            x,
+            self.weight,
+            x.new_empty(0, 1, self.embedding_dim),
+            x.new_empty(0, self.num_embeddings, 1),
+            x.new_empty(0),
+        )
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, format={self.weight.format}"
+
+
+class TiedHead(nn.Module):
+    """An output head that owns nothing: it asks the embedding it is tied to."""
+
+    def __init__(self, embedding: SAMLEmbedding) -> None:
+        super().__init__()
+        # In a tuple, so that the table is not registered (and saved) twice.
+        self._tied = (embedding,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> logits [..., V]."""
+        return self._tied[0].attend(x)
+
+
+class QuantizedConv1d(nn.Module):
+    """An ordinary convolution with its weight in low bits, dequantised when used."""
+
+    def __init__(self, conv: nn.Conv1d, config: SAMLConfig) -> None:
+        """Quantise `conv` (weight [N, K / groups, kernel]); the original is left alone.
+
+        A block never straddles two filters' rows if K * kernel is a multiple of the block; where
+        it is not, blocks run on as in bitsandbytes.
+        """
+        super().__init__()
+        self.weight = quantize(
+            conv.weight.detach(), config.format, config.block_size, config.double_quant
+        )
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, K, T] -> [B, N, T']."""
+        dtype = autocast_dtype(x) or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        weight = self.weight.dequantize(dtype)
+        return F.conv1d(
+            x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups
+        )

@@ -1,0 +1,205 @@
+"""`SAMLLinear`: used exactly like `nn.Linear`, with a low-bit base and gated LoRA experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saml_kernels.config import SAMLConfig
+from saml_kernels.ops import autocast_dtype, saml_linear
+from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.routing import Routing, SpeakerRouter, TokenRouter, UtteranceRouter
+
+__all__ = ["BlockGates", "SAMLLinear", "SAMLPointwiseConv1d"]
+
+
+@dataclass
+class BlockGates:
+    """Gates [B, 1, E] that one attention block's layers share (router="shared")."""
+
+    gates: Tensor | None = None
+
+
+class SAMLLinear(nn.Module):
+    """y = x W^T + bias + scaling * sum_e gates_e (x A_e^T) B_e^T, with W frozen in low bits.
+
+    Attributes:
+        weight: `QuantizedTensor` [N, K].
+        bias: frozen [N] or None.
+        lora_a: parameter [E, r, K]; lora_b: parameter [E, N, r].
+        router: from x to the gates, or None when the gates come from `block`.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        config: SAMLConfig,
+        routing: Routing | None = None,
+        *,
+        clip_width: int | None = None,
+        block: BlockGates | None = None,
+    ) -> None:
+        """Wrap an already quantised weight; `from_linear` is what most callers want.
+
+        Args:
+            weight: [N, K].
+            bias: [N] or None.
+            config: experts and router; `num_experts=0` gives a plain low-bit layer.
+            routing: shared by the layers of a model; None makes one of its own.
+            clip_width: of a decoder layer, whose utterance router reads the encoder's output of
+                this width instead of x.
+            block: shared gates for router="shared".
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.config, self.routing, self.block = config, routing or Routing(), block
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        experts, rank = config.num_experts, config.rank
+        self.lora_a = nn.Parameter(torch.empty(experts, rank, self.in_features), experts > 0)
+        self.lora_b = nn.Parameter(torch.zeros(experts, self.out_features, rank), experts > 0)
+        nn.init.normal_(self.lora_a, std=1 / math.sqrt(self.in_features))
+        self.router = self._make_router(clip_width) if experts else None
+
+    def _make_router(self, clip_width: int | None) -> nn.Module | None:
+        if self.config.router == "token":
+            return TokenRouter(self.in_features, self.config, self.routing)
+        if self.config.router == "speaker":
+            return SpeakerRouter(self.config, self.routing)
+        if self.config.router == "utterance":
+            return UtteranceRouter(self.in_features, self.config, self.routing, clip_width)
+        return None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: SAMLConfig,
+        routing: Routing | None = None,
+        *,
+        clip_width: int | None = None,
+        block: BlockGates | None = None,
+    ) -> SAMLLinear:
+        """Quantise `linear` and surround it with experts; the layer itself is left alone.
+
+        Raises:
+            SAMLError: the weight holds NaN or infinity.
+        """
+        source = linear.weight.detach()
+        weight = quantize(source, config.format, config.block_size, config.double_quant)
+        layer = cls(weight, linear.bias, config, routing, clip_width=clip_width, block=block)
+        layer.to(source.device)
+        if config.expert_init == "loftq" and config.num_experts:
+            layer.start_at_quantisation_error(source)
+        return layer
+
+    @torch.no_grad()
+    def start_at_quantisation_error(self, original: Tensor) -> None:
+        """Set the experts to the low-rank part of W - dequantise(Wq) under equal gates.
+
+        With mix="sum" the E experts share the R = E * r largest singular directions, dealt out in
+        turn; with mix="merged" each gets the same r directions, told apart by a little noise.
+
+        Source: LoftQ (arXiv 2310.08659), one step, with the experts in place of one LoRA.
+        """
+        config = self.config
+        experts, rank = config.num_experts, config.rank
+        error = original.float() - self.weight.dequantize(torch.float32)
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+        a_all, b_all = s.sqrt()[:, None] * v, u * s.sqrt()
+        merged = config.mix == "merged"
+        needed = rank if merged else experts * rank
+        if a_all.shape[0] < needed:
+            extra = needed - a_all.shape[0]
+            a_all, b_all = F.pad(a_all, (0, 0, 0, extra)), F.pad(b_all, (0, extra))
+        if merged:
+            index = torch.arange(rank).expand(experts, rank)
+            share = 1.0
+        else:
+            index = torch.arange(experts * rank).view(rank, experts).T
+            share = float(config.top_k or experts)
+        factor = math.sqrt(share / config.scaling)
+        a, b = a_all[index] * factor, b_all[:, index].permute(1, 0, 2) * factor
+        if merged:
+            a = a + torch.randn_like(a) * a.std() * 0.1
+        self.lora_a.copy_(a)
+        self.lora_b.copy_(b)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Gates for x [..., K]: [..., E], or what broadcasts to it."""
+        if self.router is not None:
+            return self.router(x)
+        if self.block is not None and self.block.gates is not None:
+            return self.block.gates.to(x.dtype)
+        return x.new_full((1,) * (x.dim() - 1) + (len(self.lora_a),), 1 / max(1, len(self.lora_a)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        x = x.to(autocast_dtype(x) or x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        if len(lora_a) == 0:
+            return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
+        gates = self.gates(x).to(x.dtype)
+        scaling = self.config.scaling
+        dropping = self.training and self.config.dropout > 0
+        if self.config.mix == "sum" and not dropping:
+            return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling)
+        # Dropout acts on the experts' input alone and merged experts are one LoRA per clip: both
+        # are the bare base plus a few small products.
+        base = saml_linear(x, self.weight, lora_a[:0], lora_b[:0], x.new_empty(0), bias)
+        seen = F.dropout(x, self.config.dropout, self.training)
+        experts = _merged if self.config.mix == "merged" else _summed
+        return base + scaling * experts(seen, lora_a, lora_b, gates)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        c = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.weight.format}, "
+            f"experts={len(self.lora_a)}, rank={c.rank}, router={c.router}, mix={c.mix}"
+        )
+
+
+def _summed(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
+    """sum_e g_e B_e A_e x: x [..., K] -> [..., N]."""
+    projected = torch.einsum("...k,erk->...er", x, lora_a) * gates.unsqueeze(-1)
+    return torch.einsum("...er,enr->...n", projected, lora_b)
+
+
+def _merged(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
+    """(sum_e g_e B_e)(sum_e g_e A_e) x: x [B, T, K], gates [B or 1, 1, E] -> [B, T, N]."""
+    rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+    clip = gates.reshape(-1, gates.shape[-1])
+    a, b = torch.einsum("be,erk->brk", clip, lora_a), torch.einsum("be,enr->bnr", clip, lora_b)
+    return (rows @ a.transpose(1, 2) @ b.transpose(1, 2)).reshape(*x.shape[:-1], b.shape[1])
+
+
+class SAMLPointwiseConv1d(nn.Module):
+    """A convolution of kernel 1 (a linear layer in disguise): x [B, K, T] -> [B, N, T]."""
+
+    def __init__(self, linear: SAMLLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv1d, config: SAMLConfig, routing: Routing | None = None
+    ) -> SAMLPointwiseConv1d:
+        """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group."""
+        out_features, in_features, _ = conv.weight.shape
+        linear = nn.Linear(in_features, out_features, conv.bias is not None, device="meta")
+        linear.weight = nn.Parameter(conv.weight.detach().squeeze(-1), requires_grad=False)
+        if conv.bias is not None:
+            linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+        return cls(SAMLLinear.from_linear(linear, config, routing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, K, T] -> [B, N, T]."""
+        return self.linear(x.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,331 @@
+"""`saml_linear`: the operator as PyTorch sees it, and the choice of backend.
+
+One `torch.library` operator carries every backend. It has a fake implementation (so that
+`torch.compile(fullgraph=True)` traces through), an autograd formula, and refuses `vmap` by name.
+Autocast is applied in `saml_linear`, because the scales of the weight must stay float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels import cpu, reference, triton
+from saml_kernels.errors import SAMLError
+from saml_kernels.quant import QuantizedTensor
+
+__all__ = [
+    "autocast_dtype",
+    "available_backends",
+    "choose_backend",
+    "saml_linear",
+    "why_unavailable",
+]
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+# Which backend a device's tensors go to first; what it cannot run goes to the reference.
+PREFERRED = {"cpu": "cpu", "cuda": "triton"}
+
+_WEIGHT = (
+    "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
+    "int[] shape, str format, int block_size"
+)
+_EXPERTS = "Tensor lora_a, Tensor lora_b, Tensor gates"
+_library = torch.library.Library("saml_kernels", "DEF")
+_library.define(
+    f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend) -> Tensor"
+)
+_library.define(
+    f"linear_backward(Tensor dy, Tensor x, {_WEIGHT}, {_EXPERTS}, float scaling, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine, or None if it can."""
+    reason = getattr(BACKENDS[name], "why_unavailable", None)
+    return reason() if reason else None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that run on this machine, the specification first."""
+    return tuple(name for name in BACKENDS if why_unavailable(name) is None)
+
+
+def choose_backend(x: Tensor, weight: QuantizedTensor, backend: str | None = None) -> str:
+    """Name of the backend that will run this call.
+
+    Raises:
+        SAMLError: `backend` is unknown, not available here, or cannot run these arguments.
+    """
+    if backend is None:
+        name = PREFERRED.get(x.device.type, "reference")
+        usable = why_unavailable(name) is None and BACKENDS[name].unsupported(x, weight) is None
+        return name if usable else "reference"
+    if backend not in BACKENDS:
+        raise SAMLError(f"backend: {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    reason = why_unavailable(backend) or BACKENDS[backend].unsupported(x, weight)
+    if reason:
+        raise SAMLError(f"backend: {backend!r} cannot run this call: {reason}")
+    return backend
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would compute with `x` in; None where it is off or leaves `x` alone."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    # The meta device, for one, has no autocast to ask about.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def saml_linear(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias, with W frozen in low bits.
+
+    Args:
+        x: [..., K], float16, bfloat16, float32 or float64.
+        weight: quantised [N, K]; never receives a gradient.
+        lora_a: [E, r, K], the dtype of `x` (E = 0 leaves the base alone).
+        lora_b: [E, N, r], the dtype of `x`.
+        gates: [..., E], broadcast over the leading dimensions of `x`; differentiable.
+        bias: [N] or None.
+        scaling: s, usually alpha / r.
+        backend: one of `available_backends()`; None takes the fastest that can run the call.
+
+    Returns:
+        [..., N] in the dtype of `x` (of autocast, where that is on).
+
+    Raises:
+        SAMLError: a shape, dtype or device does not fit, or the backend cannot run the call.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, lora_a, lora_b, gates = (t.to(dtype) for t in (x, lora_a, lora_b, gates))
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, lora_a, lora_b, gates, bias)
+    lead = x.shape[:-1]
+    experts = gates.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    gates = gates.expand(*lead, experts).reshape(rows.shape[0], experts)
+    name = choose_backend(x, weight, backend)
+    if _plain_call(x, lora_a, lora_b, gates, bias):
+        y = BACKENDS[name].forward(rows, weight, lora_a, lora_b, gates, bias, float(scaling))
+    else:
+        y = torch.ops.saml_kernels.linear(
+            rows, *_parts(weight), lora_a, lora_b, gates, bias, float(scaling), name
+        )
+    return y.view(*lead, y.shape[-1])
+
+
+def _plain_call(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the result is wanted: no gradient, no tracing, no transform.
+
+    PyTorch's dispatcher takes longer over one token than the product itself, so it is asked only
+    where it has something to do.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    learning = torch.is_grad_enabled()
+    return all(
+        t is None
+        or not (
+            (learning and t.requires_grad)
+            or type(t) not in (Tensor, torch.nn.Parameter)
+            or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        )
+        for t in tensors
+    )
+
+
+def _parts(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """The weight as operator arguments, in the order of `_WEIGHT`."""
+    return (
+        weight.codes,
+        weight.absmax,
+        weight.nested_absmax,
+        weight.offset,
+        list(weight.shape),
+        weight.format,
+        weight.block_size,
+    )
+
+
+def _check(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+) -> None:
+    if len(weight.shape) != 2:
+        raise SAMLError(f"weight: shape {tuple(weight.shape)}; expected two dimensions [N, K]")
+    out_features, in_features = weight.shape
+    if not x.is_floating_point():
+        raise SAMLError(f"x: dtype {x.dtype}; expected a floating-point tensor")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise SAMLError(f"x: shape {tuple(x.shape)}; expected [..., {in_features}] for this weight")
+    if lora_a.dim() != 3 or lora_a.shape[-1] != in_features:
+        raise SAMLError(f"lora_a: shape {tuple(lora_a.shape)}; expected [E, r, {in_features}]")
+    experts, rank, _ = lora_a.shape
+    expected = {
+        "lora_b": (lora_b, (experts, out_features, rank)),
+        "bias": (bias, (out_features,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise SAMLError(f"{name}: shape {tuple(tensor.shape)}; expected {shape}")
+    lead = x.shape[:-1]
+    given = gates.shape[:-1]
+    fits = len(given) <= len(lead) and all(
+        g in (1, n) for g, n in zip(reversed(given), reversed(lead), strict=False)
+    )
+    if gates.dim() == 0 or gates.shape[-1] != experts or not fits:
+        raise SAMLError(
+            f"gates: shape {tuple(gates.shape)}; expected {(*lead, experts)} or what broadcasts"
+        )
+    tensors = {"lora_a": lora_a, "lora_b": lora_b, "gates": gates, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise SAMLError(f"{name}: dtype {tensor.dtype}; expected that of x, {x.dtype}")
+        if tensor.device != x.device:
+            raise SAMLError(f"{name}: on {tensor.device}; expected that of x, {x.device}")
+    if weight.codes.device != x.device:
+        raise SAMLError(f"weight: on {weight.codes.device}; expected that of x, {x.device}")
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    format: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    backend: str,
+) -> Tensor:
+    weight = QuantizedTensor.from_parts(
+        codes, absmax, nested_absmax, offset, shape, format, block_size
+    )
+    return BACKENDS[backend].forward(x, weight, lora_a, lora_b, gates, bias, scaling)
+
+
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    format: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    weight = QuantizedTensor.from_parts(
+        codes, absmax, nested_absmax, offset, shape, format, block_size
+    )
+    wanted = (needs[0], needs[1], needs[2], needs[3])
+    found = BACKENDS[backend].backward(dy, x, weight, lora_a, lora_b, gates, scaling, wanted)
+    return tuple(x.new_empty(0) if g is None else g for g in found)
+
+
+def _linear_fake(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rest[3][0])
+
+
+def _linear_backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    lora_a, lora_b, gates, needs = rest[7], rest[8], rest[9], rest[12]
+    wanted = zip((x, lora_a, lora_b, gates), needs, strict=True)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, absmax, nested_absmax, offset, *meta = inputs[:8]
+    lora_a, lora_b, gates, bias, scaling, backend = inputs[8:]
+    ctx.save_for_backward(x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates)
+    ctx.meta, ctx.scaling, ctx.backend = meta, scaling, backend
+    ctx.has_bias = bias is not None
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates = ctx.saved_tensors
+    positions = (0, 8, 9, 10)  # x, lora_a, lora_b, gates among the operator's arguments
+    needs = [ctx.needs_input_grad[p] for p in positions]
+    shape, format, block_size = ctx.meta
+    grads: list[Tensor | None] = [None] * 14
+    if any(needs):
+        found = torch.ops.saml_kernels.linear_backward(
+            dy.contiguous(),
+            x,
+            codes,
+            absmax,
+            nested_absmax,
+            offset,
+            shape,
+            format,
+            block_size,
+            lora_a,
+            lora_b,
+            gates,
+            ctx.scaling,
+            ctx.backend,
+            needs,
+        )
+        for position, need, grad in zip(positions, needs, found, strict=True):
+            grads[position] = grad if need else None
+    if ctx.has_bias and ctx.needs_input_grad[11]:
+        grads[11] = dy.sum(0)
+    return tuple(grads)
+
+
+def _no_second_order(ctx: Any, *grads: Tensor) -> None:
+    raise SAMLError("saml_linear: second derivatives are not supported; detach the gradient")
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise SAMLError(
+        "saml_linear: torch.func.vmap is not supported; give x a leading batch dimension instead"
+    )
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("saml_kernels::linear", _linear_fake, lib=_library)
+torch.library.register_fake("saml_kernels::linear_backward", _linear_backward_fake, lib=_library)
+torch.library.register_autograd(
+    "saml_kernels::linear", _gradients, setup_context=_save, lib=_library
+)
+torch.library.register_autograd("saml_kernels::linear_backward", _no_second_order, lib=_library)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for _name in ("linear", "linear_backward"):
+        torch.library.register_vmap(f"saml_kernels::{_name}", _no_vmap, lib=_library)

@@ -1,0 +1,123 @@
+"""The operator in plain PyTorch: the specification that every backend is tested against.
+
+Shapes: tokens M, in-features K, out-features N, experts E, rank r, R = E * r.
+
+    P  = X A^T                      [M, R]   A = lora_a [E, r, K] stacked to [R, K]
+    H  = P * repeat(G, r)           [M, R]   G = gates [M, E]
+    Y  = X W^T + s H B^T + bias     [M, N]   B = lora_b [E, N, r] laid side by side to [N, R]
+
+Backward, with W frozen:
+
+    dH = s dY B       dP = dH * repeat(G, r)       dG[m, e] = sum_j P[m, e, j] dH[m, e, j]
+    dX = dY W + dP A         dA = dP^T X                    dB = s dY^T H
+
+Source: SAML (arXiv 2406.19706), equation of the mixture of LoRA experts over a frozen NF4 weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saml_kernels.quant import QuantizedTensor
+
+__all__ = ["backward", "forward", "saml_linear_reference", "unsupported"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def stack_a(lora_a: Tensor) -> Tensor:
+    """[E, r, K] -> [R, K]."""
+    return lora_a.reshape(-1, lora_a.shape[-1])
+
+
+def stack_b(lora_b: Tensor) -> Tensor:
+    """[E, N, r] -> [N, R]."""
+    experts, out_features, rank = lora_b.shape
+    return lora_b.permute(1, 0, 2).reshape(out_features, experts * rank)
+
+
+def saml_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """The forward equation on a dequantised weight, differentiable by autograd in any dtype.
+
+    Args:
+        x: [M, K].
+        weight: [N, K], already dequantised.
+        lora_a: [E, r, K].
+        lora_b: [E, N, r].
+        gates: [M, E].
+        bias: [N] or None.
+        scaling: s, usually alpha / r.
+
+    Returns:
+        [M, N] in the dtype of `x`.
+    """
+    y = F.linear(x, weight, bias)
+    if lora_a.shape[0] == 0:
+        return y
+    hidden = F.linear(x, stack_a(lora_a)) * gates.repeat_interleave(lora_a.shape[1], dim=-1)
+    return y + scaling * F.linear(hidden, stack_b(lora_b))
+
+
+def forward(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The backend's forward: dequantise, then the equation. Shapes as in the module's docstring."""
+    dense = weight.dequantize(x.dtype)
+    return saml_linear_reference(x, dense, lora_a, lora_b, gates, bias, scaling)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """The chain rule written out; `needs` says which of (x, lora_a, lora_b, gates) want one."""
+    need_x, need_a, need_b, need_gates = needs
+    dx = dy @ weight.dequantize(dy.dtype) if need_x else None
+    experts, rank, _ = lora_a.shape
+    if experts == 0:
+        zeros = (torch.zeros_like(t) for t in (lora_a, lora_b, gates))
+        da, db, dg = (z if need else None for z, need in zip(zeros, needs[1:], strict=True))
+        return dx, da, db, dg
+
+    a, b = stack_a(lora_a), stack_b(lora_b)
+    repeated = gates.repeat_interleave(rank, dim=-1)
+    dh = scaling * (dy @ b)
+    dp = dh * repeated
+    if dx is not None:
+        dx = dx + dp @ a
+    projected = x @ a.T
+    da = (dp.T @ x).view_as(lora_a) if need_a else None
+    db = dg = None
+    if need_b:
+        stacked = scaling * (dy.T @ (projected * repeated))  # [N, R]
+        db = stacked.view(-1, experts, rank).permute(1, 0, 2).contiguous()
+    if need_gates:
+        dg = (projected * dh).view(-1, experts, rank).sum(-1)
+    return dx, da, db, dg
+
+
+def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
+    """The reference runs everything that PyTorch runs."""
+    return None

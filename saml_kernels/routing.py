@@ -1,0 +1,215 @@
+"""Routers: from what a layer sees to its gates, a softmax over the experts.
+
+`token` looks at each token, `utterance` at the mean of a clip, `speaker` at nothing (a learnt
+vector), and `SharedRouter` is the authors' own, one for all attention blocks of a kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saml_kernels.config import SAMLConfig
+from saml_kernels.errors import SAMLError
+
+__all__ = ["Routing", "SharedRouter", "SpeakerRouter", "TokenRouter", "UtteranceRouter"]
+
+
+@dataclass
+class Routing:
+    """What the layers of one model share during a forward pass.
+
+    Attributes:
+        mask: [B, T] bool, True where an encoder frame holds audio; None means everywhere.
+        clip: [B, d], the mean of the encoder's output over the audio, for the decoder's routers.
+        balance: load-balancing terms of this pass (scalars), one per routed layer.
+    """
+
+    mask: Tensor | None = None
+    clip: Tensor | None = None
+    balance: list[Tensor] = field(default_factory=list)
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask for audio x [B, T, d], repeated for beams (those of a clip lie side by side).
+
+        None where there is no mask, or it belongs to a window of another length.
+        """
+        if self.mask is None or self.mask.shape[1] != x.shape[1] or x.shape[0] % len(self.mask):
+            return None
+        return self.mask.repeat_interleave(x.shape[0] // len(self.mask), dim=0)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Mean over time of audio x [B, T, d], padding left out: [B, d]."""
+        mask = self.mask_for(x)
+        if mask is None:
+            return x.mean(1)
+        weight = mask.to(x.dtype).unsqueeze(-1)
+        return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def for_rows(self, rows: int) -> Tensor:
+        """The clip vectors for `rows` decoder rows (beams of one clip lie side by side)."""
+        if self.clip is None or rows % self.clip.shape[0]:
+            have = None if self.clip is None else self.clip.shape[0]
+            raise SAMLError(f"router: {rows} decoder rows, {have} encoded clips; run the encoder")
+        return self.clip.repeat_interleave(rows // self.clip.shape[0], dim=0)
+
+    def balance_loss(self) -> Tensor | None:
+        """Sum of this pass's load-balancing terms, and forget them."""
+        total = torch.stack(self.balance).sum() if self.balance else None
+        self.balance.clear()
+        return total
+
+
+def gates_from_logits(
+    logits: Tensor, config: SAMLConfig, routing: Routing, training: bool
+) -> Tensor:
+    """Softmax in float32, top-k where the config asks for it: [..., E] in the logits' dtype.
+
+    While training, the load-balancing term E * sum_e f_e p_e joins `routing.balance`, with p_e the
+    mean probability of expert e and f_e the share of tokens whose largest gate it is.
+    """
+    probabilities = torch.softmax(logits.float() / config.temperature, dim=-1)
+    if training and config.balance > 0:
+        flat = probabilities.reshape(-1, probabilities.shape[-1])
+        chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype).mean(0)
+        routing.balance.append(flat.shape[-1] * (chosen * flat.mean(0)).sum())
+    if config.top_k is not None and config.top_k < probabilities.shape[-1]:
+        values, index = probabilities.topk(config.top_k, dim=-1)
+        values = values / values.sum(-1, keepdim=True)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, values)
+    return probabilities.to(logits.dtype)
+
+
+class TokenRouter(nn.Module):
+    """Gates of each token from a linear map of it: x [..., K] -> [..., E]."""
+
+    def __init__(self, in_features: int, config: SAMLConfig, routing: Routing) -> None:
+        super().__init__()
+        self.config, self.routing = config, routing
+        # Zero start: every expert begins with the same share, and the gradient breaks the tie.
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> gates [..., E]."""
+        return gates_from_logits(
+            F.linear(x, self.weight.to(x.dtype)), self.config, self.routing, self.training
+        )
+
+
+class UtteranceRouter(nn.Module):
+    """One gate vector per clip: x [B, T, K] -> [B, 1, E].
+
+    An encoder layer pools its own input over the clip. A decoder layer cannot (cached decoding
+    shows it one token at a time), so it reads the encoder's pooled output instead.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        config: SAMLConfig,
+        routing: Routing,
+        clip_width: int | None = None,
+    ) -> None:
+        """A router for x of width `in_features`, or for encoded clips of width `clip_width`."""
+        super().__init__()
+        self.config, self.routing, self.from_clip = config, routing, clip_width is not None
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, clip_width or in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, K] -> gates [B, 1, E]."""
+        batched = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        if self.from_clip:
+            pooled = self.routing.for_rows(batched.shape[0])
+        else:
+            pooled = self.routing.pooled(batched)
+        logits = F.linear(pooled, self.weight.to(pooled.dtype)).unsqueeze(1)
+        gates = gates_from_logits(logits, self.config, self.routing, self.training).to(x.dtype)
+        return gates if x.dim() == 3 else gates.reshape(*[1] * (x.dim() - 1), -1)
+
+
+class SpeakerRouter(nn.Module):
+    """A fixed learnt vector: the gates of one speaker, whatever is said."""
+
+    def __init__(self, config: SAMLConfig, routing: Routing) -> None:
+        super().__init__()
+        self.config, self.routing = config, routing
+        self.weight = nn.Parameter(torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> gates [1, ..., E], to be broadcast."""
+        gates = gates_from_logits(self.weight, self.config, self.routing, self.training)
+        return gates.to(x.dtype).reshape(*[1] * (x.dim() - 1), -1)
+
+
+class AttentionPooling(nn.Module):
+    """Mean over time with learnt weights: x [B, T, d] -> [B, d]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, d], mask [B, T] (True where x counts) -> [B, d]."""
+        scores = self.attention(x)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(-1), float("-inf"))
+        return (torch.softmax(scores, dim=1) * x).sum(1)
+
+
+def _over_time(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """x [B, T, d] -> [B, T, d]."""
+    return conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class SharedRouter(nn.Module):
+    """The authors' router: convolution over time, attention pooling, linear, softmax.
+
+    One instance serves all attention blocks of a kind (encoder self, decoder self, cross); the
+    cross one pools both sides. The gates of a block are kept by the block's layers, and in cached
+    decoding they stay those of the first step, where training saw the whole text.
+
+    Source: class Router of qmgzhao/SAML, whisper/model_moe.py; equation 5 of arXiv 2406.19706.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: SAMLConfig,
+        routing: Routing,
+        *,
+        text: bool = False,
+        cross: bool = False,
+    ) -> None:
+        """A router for blocks of width `width`.
+
+        Args:
+            width: d.
+            config: gives E and the temperature.
+            routing: of the model; its mask leaves padding out.
+            text: x is text, which the audio's mask says nothing about.
+            cross: the encoder's output is pooled too.
+        """
+        super().__init__()
+        self.config, self.routing, self.text = config, routing, text
+        self.conv = nn.Conv1d(width, width, 3, padding=1)
+        self.pool = AttentionPooling(width)
+        self.cross_conv = nn.Conv1d(width, width, 3, padding=1) if cross else None
+        self.cross_pool = AttentionPooling(width) if cross else None
+        self.linear = nn.Linear(width * (2 if cross else 1), config.num_experts)
+
+    def forward(self, x: Tensor, encoded: Tensor | None = None) -> Tensor:
+        """x [B, T, d] (and the encoder's output [B, S, d]) -> gates [B, 1, E]."""
+        dtype = self.conv.weight.dtype
+        mask = None if self.text else self.routing.mask_for(x)
+        pooled = self.pool(_over_time(self.conv, x.to(dtype)), mask)
+        if self.cross_conv is not None and self.cross_pool is not None:
+            if encoded is None:
+                raise SAMLError("shared router: cross attention needs the encoder's output")
+            other = _over_time(self.cross_conv, encoded.to(dtype))
+            heard = self.cross_pool(other, self.routing.mask_for(encoded))
+            pooled = torch.cat((pooled, heard), dim=-1)
+        logits = self.linear(pooled).unsqueeze(1)
+        return gates_from_logits(logits, self.config, self.routing, self.training)
