@@ -1,0 +1,1 @@
+"""Real models, speakers and training on top of `saml_kernels`."""

@@ -1,0 +1,38 @@
+"""Writing files so that a crash or a full disk never leaves half of one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from saml_kernels.errors import SAMLError
+
+__all__ = ["atomic_path"]
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it over `path` when the block ends well.
+
+    The temporary file is flushed to disk before the rename (POSIX `rename` is atomic), so `path`
+    holds either its old content or the whole new one. On any exception the temporary is removed.
+
+    Raises:
+        SAMLError: the file cannot be written (no such folder, no permission, disk full).
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SAMLError(f"{target}: cannot be written: {reason}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)

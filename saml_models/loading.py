@@ -1,0 +1,135 @@
+"""Models by name or path: full precision as released, or with SAML layers ready to adapt."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_models.speakers import SpeakerProfile
+from saml_models.storage import DESCRIPTION, load_saml
+from saml_models.surgery import SurgeryReport, apply_saml
+from saml_models.whisper import load_whisper
+
+__all__ = ["load_adaptable", "load_model", "make_adaptable", "profile_config", "shipped_experts"]
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], device: str | torch.device | None = None
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """A folder that `save_saml` wrote, or whatever `load_whisper` knows; None is the CPU.
+
+    Raises:
+        SAMLError: the model cannot be found, is damaged, or is no Whisper; or the device is not
+            there.
+    """
+    folder = Path(name_or_path).expanduser()
+    if (folder / DESCRIPTION).is_file():
+        try:
+            model, processor = load_saml(folder, device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise SAMLError(f"device {device}: cannot be used: {reason}") from error
+        model.config._name_or_path = os.fspath(name_or_path)
+        return model, processor
+    return load_whisper(name_or_path, device)
+
+
+def load_adaptable(
+    name_or_path: str | os.PathLike[str],
+    config: SAMLConfig | None = None,
+    experts: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """A model with SAML layers, starting from pretrained experts where there are some.
+
+    Args:
+        name_or_path: as for `load_model`; a saved SAML model keeps its layers and experts.
+        config: of the layers; None takes that of the pretrained experts, else `SAMLConfig()`.
+        experts: a profile file that `saml pretrain` made; None takes those that ship with the
+            package for this model, if no `config` asks for something else.
+        device: None is the CPU.
+
+    Raises:
+        SAMLError: as `load_model` does, or the experts do not fit the model.
+    """
+    model, processor = load_model(name_or_path, device)
+    if hasattr(model, "saml_config"):
+        if experts is not None:
+            _apply(SpeakerProfile.load(experts), model, experts)
+    else:
+        make_adaptable(model, os.fspath(name_or_path), config, experts)
+    return model, processor
+
+
+def make_adaptable(
+    model: WhisperForConditionalGeneration,
+    name: str,
+    config: SAMLConfig | None = None,
+    experts: str | os.PathLike[str] | None = None,
+) -> SurgeryReport:
+    """Give a full-precision model SAML layers and pretrained experts, in place.
+
+    Args:
+        model: as released; `name` is what it was loaded by.
+        name: finds the experts that ship with the package.
+        config, experts: as for `load_adaptable`.
+
+    Raises:
+        SAMLError: the model was treated before, or the experts do not fit it.
+    """
+    profile = None
+    if experts is not None:
+        profile = SpeakerProfile.load(experts)
+    elif config is None:
+        profile = shipped_experts(name)
+    if profile is None:
+        report = apply_saml(model, config or SAMLConfig())
+    else:
+        wanted = config or profile_config(profile)
+        # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
+        report = apply_saml(model, replace(wanted, expert_init="lora"))
+        model.saml_config = wanted  # type: ignore[assignment]
+        _apply(profile, model, experts or f"experts of {name}")
+    return report
+
+
+def shipped_experts(name: str) -> SpeakerProfile | None:
+    """The pretrained experts in this package for a model's name; None if there are none."""
+    if Path(name).name != name:
+        return None
+    resource = files("saml_models") / "experts" / f"{name}.safetensors"
+    if not resource.is_file():
+        return None
+    with as_file(resource) as path:
+        return SpeakerProfile.load(path)
+
+
+def profile_config(profile: SpeakerProfile) -> SAMLConfig:
+    """The configuration in a profile's header.
+
+    Raises:
+        SAMLError: a value is not allowed, or asks for more experts than the file holds.
+    """
+    config = SAMLConfig.from_dict(profile.config)
+    if config.num_experts * config.rank > sum(t.numel() for t in profile.tensors.values()):
+        raise SAMLError(
+            f"profile: says {config.num_experts} experts of rank {config.rank}, more than the "
+            "file holds; make it again"
+        )
+    return config
+
+
+def _apply(
+    profile: SpeakerProfile, model: WhisperForConditionalGeneration, source: str | os.PathLike[str]
+) -> None:
+    try:
+        profile.apply(model)
+    except SAMLError as error:
+        raise SAMLError(f"{source}: {error}") from error

@@ -1,0 +1,71 @@
+"""Stage 1: experts and routers learn from many speakers, the base stays frozen."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+from saml_kernels.errors import SAMLError
+from saml_models.adaptation import training_samples
+from saml_models.corpora import Utterance, by_speaker
+from saml_models.speakers import SpeakerProfile
+from saml_models.training import TrainingOptions, fit
+
+__all__ = ["PRETRAINING", "pretrain"]
+
+# What made the experts that ship with the package; see README, "Pretrained experts".
+PRETRAINING = TrainingOptions(learning_rate=1e-3, epochs=1)
+
+
+def pretrain(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    utterances: Sequence[Utterance],
+    options: TrainingOptions | None = None,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_heard: Callable[[int], None] | None = None,
+    teacher: WhisperForConditionalGeneration | None = None,
+) -> SpeakerProfile:
+    """Train the experts of `model` in place on utterances of many speakers.
+
+    Args:
+        model: treated by `apply_saml`.
+        processor: of that model.
+        utterances: each with text; what is longer than 30 s is left out.
+        options: `PRETRAINING` unless given.
+        checkpoint: a file to resume from if the run is killed.
+        on_step: called with (steps done, steps in all, loss).
+        on_heard: called with a number of clips as their style is looked up before training.
+        teacher: the full-precision model, for `TrainingOptions.distil`.
+
+    Returns:
+        The experts as a profile, to start adaptations from.
+
+    Raises:
+        SAMLError: nothing to learn from, or bad audio.
+    """
+    if not utterances:
+        raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
+    # Only the style of what is heard is used: short windows are good enough, and ten times faster.
+    model.saml_short_windows = True  # type: ignore[assignment]
+    samples = training_samples(
+        model, processor, utterances, keep_audio=False, skip_long=True, on_done=on_heard
+    )
+    report = fit(model, processor, samples, options or PRETRAINING, checkpoint, on_step, teacher)
+    return SpeakerProfile.of(
+        model,
+        speaker="pretrained",
+        model=str(getattr(model.config, "_name_or_path", "")),
+        method="SAML pretraining",
+        date=datetime.date.today().isoformat(),
+        speakers=len(by_speaker(utterances)),
+        utterances=len(samples),
+        seconds=round(sum(s.seconds for s in samples), 1),
+        steps=report.steps,
+        loss=round(report.last_loss, 4),
+    )

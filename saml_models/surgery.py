@@ -1,0 +1,271 @@
+"""Replacing the layers of a model in place: every linear, pointwise convolution and embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLLinear
+from saml_kernels.embedding import QuantizedConv1d, TiedHead
+from saml_kernels.errors import SAMLError
+from saml_kernels.linear import BlockGates, SAMLPointwiseConv1d
+from saml_kernels.quant import QuantizedTensor
+from saml_kernels.routing import Routing, SharedRouter
+
+__all__ = ["SurgeryReport", "apply_saml", "config_of", "expert_parameters", "routing_of"]
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass
+class SurgeryReport:
+    """What `apply_saml` did.
+
+    Attributes:
+        replaced: number of layers by new kind.
+        full_bytes: float32 bytes of the model before, each tied tensor once.
+        memory_bytes: bytes of the model's tensors now (experts still float32; `save` stores less).
+        trainable: trainable parameters (experts and routers).
+        parameters: parameters of the model before.
+    """
+
+    replaced: dict[str, int] = field(default_factory=dict)
+    full_bytes: int = 0
+    memory_bytes: int = 0
+    trainable: int = 0
+    parameters: int = 0
+
+    def __str__(self) -> str:  # noqa: D105
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.replaced.items())
+        return (
+            f"{kinds}; {self.full_bytes / 1e6:.1f} MB in float32 -> {self.memory_bytes / 1e6:.1f} "
+            f"MB in memory; {self.trainable:,} of {self.parameters:,} parameters trainable "
+            f"({100 * self.trainable / max(1, self.parameters):.1f} %)"
+        )
+
+
+def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
+    """Replace, in place, what `config` covers; everything else is frozen.
+
+    Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
+    of kernel 1 `SAMLPointwiseConv1d`, other ungrouped 1-D convolutions `QuantizedConv1d`, token
+    embeddings `SAMLEmbedding` with the output head tied to it. Depthwise convolutions, norms,
+    biases and positions stay. Frozen floating parameters are rounded to float16, as they are
+    stored, so that a saved model gives the same logits bit for bit.
+
+    Raises:
+        SAMLError: the model was treated before, or holds NaN, infinity or values beyond float16.
+            The model is then as it was.
+    """
+    if any(isinstance(m, SAMLLinear) for m in model.modules()):
+        raise SAMLError(f"{type(model).__name__}: already has SAML layers; load a fresh model")
+    if config.router == "shared" and not hasattr(model, "get_encoder"):
+        raise SAMLError("router='shared': needs an encoder and a decoder, as in Whisper")
+    unique = {p.data_ptr(): p for p in model.parameters()}
+    report = SurgeryReport(
+        full_bytes=sum(4 * p.numel() for p in unique.values()),
+        parameters=sum(p.numel() for p in unique.values()),
+    )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.detach().to(torch.float16)).all():
+            raise SAMLError(f"{name}: holds NaN, infinity or values beyond float16 (65504)")
+    model.requires_grad_(False)
+    for parameter in unique.values():
+        parameter.data = parameter.data.to(torch.float16).to(parameter.dtype)
+    routing = Routing()
+    model.saml_config, model.saml_routing = config, routing  # type: ignore[assignment]
+    blocks = _attention_blocks(model) if config.router == "shared" else {}
+    width = getattr(getattr(model, "config", None), "d_model", None)  # of the encoder's output
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    tied: dict[int, SAMLEmbedding] = {}
+    heads: list[tuple[nn.Module, str, Any]] = []
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            path = f"{parent_name}.{name}".lstrip(".")
+            if child is head:
+                heads.append((parent, name, child))
+                continue
+            new = _replacement(path, child, config, routing, blocks.get(parent_name), width)
+            if new is None:
+                continue
+            if isinstance(new, SAMLEmbedding):
+                tied[child.weight.data_ptr()] = new  # type: ignore[union-attr, operator]
+            new.train(child.training)
+            setattr(parent, name, new)
+            kind = type(new).__name__
+            report.replaced[kind] = report.replaced.get(kind, 0) + 1
+    for parent, name, child in heads:
+        embedding = tied.get(child.weight.data_ptr())
+        if embedding is not None:
+            setattr(parent, name, TiedHead(embedding))
+        else:
+            setattr(parent, name, SAMLLinear.from_linear(child, _without_experts(config), routing))
+        kind = type(getattr(parent, name)).__name__
+        report.replaced[kind] = report.replaced.get(kind, 0) + 1
+    if config.router == "shared":
+        _attach_shared_routers(model, config, routing, blocks)
+    _watch_encoder(model, routing)
+    for parameter in expert_parameters(model).values():
+        parameter.requires_grad_(True)
+    report.trainable = sum(p.numel() for p in expert_parameters(model).values())
+    tensors = {t.data_ptr(): t for t in model.state_dict().values() if t.numel()}
+    report.memory_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    return report
+
+
+def _replacement(
+    path: str,
+    child: nn.Module,
+    config: SAMLConfig,
+    routing: Routing,
+    block: BlockGates | None,
+    width: int | None,
+) -> nn.Module | None:
+    name = path.rsplit(".", 1)[-1]
+    if isinstance(child, nn.Linear):
+        wanted = config.targets == "all" or name in ATTENTION_PROJECTIONS
+        if config.router == "shared" and block is None:
+            wanted = False
+        layer = config if wanted else _without_experts(config)
+        # A decoder sees tokens one at a time; its k and v of the encoder's output are the exception
+        decoder = ".decoder." in f".{path}" and not path.endswith(
+            ("encoder_attn.k_proj", "encoder_attn.v_proj")
+        )
+        clip_width = width if decoder else None
+        return SAMLLinear.from_linear(child, layer, routing, clip_width=clip_width, block=block)
+    if isinstance(child, nn.Conv1d):
+        if child.groups > 1:
+            return None
+        if child.kernel_size == (1,) and child.stride == (1,) and child.padding == (0,):
+            wanted = config.targets == "all" and config.router != "shared"
+            return SAMLPointwiseConv1d.from_conv(
+                child, config if wanted else _without_experts(config), routing
+            )
+        return QuantizedConv1d(child, config)
+    # Position tables subclass nn.Embedding or are frozen sinusoids: small, and kept as they are.
+    if type(child) is nn.Embedding and "position" not in name:
+        return SAMLEmbedding.from_embedding(child, config)
+    return None
+
+
+def _without_experts(config: SAMLConfig) -> SAMLConfig:
+    return SAMLConfig(
+        num_experts=0,
+        format=config.format,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+    )
+
+
+def _attention_blocks(model: nn.Module) -> dict[str, BlockGates]:
+    """A gate slot for every module that holds the four attention projections."""
+    return {
+        name: BlockGates()
+        for name, module in model.named_modules()
+        if all(hasattr(module, p) for p in ATTENTION_PROJECTIONS)
+    }
+
+
+def _attach_shared_routers(
+    model: Any, config: SAMLConfig, routing: Routing, blocks: dict[str, BlockGates]
+) -> None:
+    """Three routers for the whole model (encoder self, decoder self, cross), run by hooks."""
+    width = model.config.d_model
+    model.saml_routers = nn.ModuleDict(
+        {
+            "encoder": SharedRouter(width, config, routing),
+            "decoder": SharedRouter(width, config, routing, text=True),
+            "cross": SharedRouter(width, config, routing, text=True, cross=True),
+        }
+    ).to(next(model.parameters()).device)
+    model.get_decoder().register_forward_pre_hook(
+        partial(_forget_gates, [s for n, s in blocks.items() if ".decoder." in f".{n}"]),
+        with_kwargs=True,
+    )
+    for name, slot in blocks.items():
+        cross = name.endswith("encoder_attn")
+        kind = "cross" if cross else "decoder" if ".decoder." in f".{name}" else "encoder"
+        hook = partial(_run_shared_router, model.saml_routers[kind], slot)
+        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _forget_gates(
+    slots: list[BlockGates], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """A decoder pass that continues no cached one belongs to other clips: it gets new gates."""
+    cache = kwargs.get("past_key_values")
+    if cache is None or cache.get_seq_length() == 0:
+        for slot in slots:
+            slot.gates = None
+
+
+def _run_shared_router(
+    router: SharedRouter,
+    slot: BlockGates,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    encoded = kwargs.get("key_value_states")
+    # Training shows the router the whole text, cached decoding one token: keep the first gates.
+    if kwargs.get("past_key_values") is not None and slot.gates is not None:
+        return
+    slot.gates = router(hidden, encoded)
+
+
+def _watch_encoder(model: Any, routing: Routing) -> None:
+    """After the encoder has run, its pooled output is what the decoder's routers see."""
+    if not hasattr(model, "get_encoder"):
+        return
+
+    model.get_encoder().register_forward_hook(partial(_keep_clip, routing))
+
+
+def _keep_clip(routing: Routing, module: nn.Module, args: Any, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    routing.clip = routing.pooled(hidden)
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts and routers by name: what training changes and a profile holds."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        layer = name.rsplit(".", 1)[-1]
+        of_router = ".router." in f".{name}" or name.startswith("saml_routers.")
+        if (of_router or layer in ("lora_a", "lora_b")) and parameter.numel():
+            found[name] = parameter
+    return found
+
+
+def config_of(model: nn.Module) -> SAMLConfig:
+    """The configuration that `apply_saml` was given.
+
+    Raises:
+        SAMLError: the model has no SAML layers.
+    """
+    config = getattr(model, "saml_config", None)
+    if not isinstance(config, SAMLConfig):
+        raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
+    return config
+
+
+def routing_of(model: nn.Module) -> Routing:
+    """The routing state that the model's layers share.
+
+    Raises:
+        SAMLError: the model has no SAML layers.
+    """
+    routing = getattr(model, "saml_routing", None)
+    if not isinstance(routing, Routing):
+        raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
+    return routing
+
+
+def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """The frozen low-bit weights by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedTensor)}

@@ -1,0 +1,293 @@
+"""Saving and loading: the same logits bit for bit, the size, and hostile files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import small_whisper
+from torch import Tensor
+
+from saml_kernels import SAMLConfig, SAMLError
+from saml_models import storage
+from saml_models.storage import load_saml, pack_experts, round_experts, save_saml, unpack_expert
+from saml_models.surgery import apply_saml, expert_parameters
+
+IDS = torch.tensor([[1, 5, 9, 7]])
+MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
+
+
+def trained(model: Any) -> Any:
+    """Experts moved off their starting point by something that int8 cannot hold exactly."""
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for parameter in expert_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_features=MEL, decoder_input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_en: Any) -> Any:
+    return tiny_en[1]
+
+
+@pytest.fixture(scope="module")
+def folder(processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small saved model; tests copy it before they damage it."""
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save_saml(trained(model), processor, path)
+    return path
+
+
+@pytest.mark.parametrize("expert_format", ["int8", "float16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"router": "utterance", "top_k": 1, "format": "fp4", "double_quant": False},
+        {"router": "speaker", "mix": "merged", "format": "int8", "block_size": 128},
+        {"router": "shared", "mix": "merged", "targets": "attention", "format": "int4"},
+        {"num_experts": 0},
+    ],
+)
+def test_logits_come_back_bit_for_bit(
+    settings: dict[str, Any], expert_format: Any, processor: Any, tmp_path: Path
+) -> None:
+    model = small_whisper()
+    base = {"num_experts": 2, "rank": 2}
+    config = SAMLConfig(**{**base, **settings}, expert_format=expert_format)
+    apply_saml(model, config)
+    trained(model)
+    model.saml_short_windows = True
+    size = save_saml(model, processor, tmp_path / "m")
+    expected = logits(model)
+    again, words = load_saml(tmp_path / "m")
+    assert torch.equal(logits(again), expected)
+    assert again.saml_config == config
+    assert again.saml_short_windows is True
+    assert not again.training
+    assert words.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    files = [tmp_path / "m" / name for name in ("model.safetensors", "saml.json")]
+    assert size == sum(f.stat().st_size for f in files)
+    trainable = {n for n, p in again.named_parameters() if p.requires_grad}
+    assert trainable == set(expert_parameters(model))
+
+
+def test_saving_again_changes_nothing(folder: Path, processor: Any, tmp_path: Path) -> None:
+    model, _ = load_saml(folder)
+    save_saml(model, processor, tmp_path / "again")
+    for name in ("model.safetensors", "saml.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_tiny_en_is_seven_times_smaller(tiny_en: Any, tmp_path: Path, record_property: Any) -> None:
+    model, processor = copy.deepcopy(tiny_en[0]), tiny_en[1]
+    report = apply_saml(model, SAMLConfig(num_experts=4, rank=4))
+    size = save_saml(model, processor, tmp_path)
+    ratio = report.full_bytes / size
+    record_property("ratio", ratio)
+    print(f"tiny.en: {report.full_bytes} / {size} = {ratio:.3f}")
+    assert ratio >= 7.0
+    expected = logits(model)
+    again, _ = load_saml(tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    assert not [n for n in load_file(tmp_path / "model.safetensors") if "encoder.embed_pos" in n]
+
+
+@pytest.mark.slow
+def test_base_is_seven_times_smaller(tmp_path: Path) -> None:
+    from saml_models.whisper import load_whisper
+
+    try:
+        model, processor = load_whisper("base")
+    except SAMLError as error:
+        pytest.skip(str(error))
+    report = apply_saml(model, SAMLConfig(num_experts=4, rank=4))
+    size = save_saml(model, processor, tmp_path)
+    print(f"base: {report.full_bytes} / {size} = {report.full_bytes / size:.3f}")
+    assert report.full_bytes / size >= 7.0
+    expected = logits(model)
+    assert torch.equal(logits(load_saml(tmp_path)[0]), expected)
+
+
+def test_learnt_encoder_positions_are_stored(processor: Any, tmp_path: Path) -> None:
+    model = small_whisper()
+    with torch.no_grad():
+        model.model.encoder.embed_positions.weight[7, 7] += 0.5
+    apply_saml(model, SAMLConfig(num_experts=0))
+    save_saml(model, processor, tmp_path)
+    assert torch.equal(logits(load_saml(tmp_path)[0]), logits(model))
+
+
+@pytest.mark.parametrize("expert_format", ["float16", "int8"])
+def test_rounding_experts_is_idempotent(expert_format: Any) -> None:
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2, expert_format=expert_format))
+    trained(model)
+    before = {n: p.clone() for n, p in expert_parameters(model).items()}
+    round_experts(model)
+    once = {n: p.clone() for n, p in expert_parameters(model).items()}
+    round_experts(model)
+    for name, parameter in expert_parameters(model).items():
+        assert torch.equal(parameter, once[name])
+        error = (once[name] - before[name]).abs().max()
+        assert 0 < error <= before[name].abs().max() / 200
+
+
+def test_experts_of_any_size_pack_and_unpack() -> None:
+    for shape in [(1,), (3, 5), (2, 2, 64), (129,)]:
+        value = torch.randn(shape)
+        for expert_format in ("int8", "float16"):
+            packed = pack_experts({"a": value}, expert_format)
+            back = unpack_expert(packed, "a", value.shape)
+            torch.testing.assert_close(back, value, rtol=0.01, atol=0.02)
+    with pytest.raises(SAMLError, match="NaN"):
+        pack_experts({"a": torch.tensor([float("nan")])}, "int8")
+
+
+def test_a_plain_model_is_not_saved(processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(SAMLError, match="no SAML layers"):
+        save_saml(small_whisper(), processor, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def refuse(folder: Path) -> None:
+    with pytest.raises(SAMLError) as caught:
+        load_saml(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"saml": 3}', '{"saml": {}, "model": []}', "[" * 9999, "\xff"],
+)
+def test_description_that_is_none(text: str, folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    (copy / "saml.json").write_text(text, encoding="latin-1")
+    refuse(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("model", "d_model", 2**20),
+        ("model", "d_model", 10**12),
+        ("model", "d_model", -64),
+        ("model", "d_model", 0),
+        ("model", "d_model", "64"),
+        ("model", "d_model", None),
+        ("model", "encoder_layers", 10**9),
+        ("model", "decoder_layers", 10**9),
+        ("model", "encoder_layers", -1),
+        ("model", "encoder_layers", 2),
+        ("model", "encoder_ffn_dim", 10**9),
+        ("model", "decoder_ffn_dim", 10**9),
+        ("model", "vocab_size", 10**9),
+        ("model", "vocab_size", 299),
+        ("model", "num_mel_bins", 10**8),
+        ("model", "max_source_positions", 10**9),
+        ("model", "max_target_positions", 10**9),
+        ("model", "encoder_attention_heads", 7),
+        ("model", "activation_function", "os.system"),
+        ("saml", "num_experts", 10**9),
+        ("saml", "num_experts", 3),
+        ("saml", "num_experts", True),
+        ("saml", "rank", 10**9),
+        ("saml", "rank", 3),
+        ("saml", "format", "int8"),
+        ("saml", "format", "nf5"),
+        ("saml", "block_size", 63),
+        ("saml", "block_size", 128),
+        ("saml", "double_quant", False),
+        ("saml", "router", "utterances"),
+        ("saml", "code", "import os"),
+    ],
+)
+def test_description_that_does_not_fit_the_weights(
+    part: str, key: str, value: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = damaged(folder, tmp_path)
+    content = json.loads((copy / "saml.json").read_text())
+    content[part][key] = value
+    (copy / "saml.json").write_text(json.dumps(content))
+    if isinstance(value, int) and value >= 2**20:  # nothing may be built for these
+
+        def fail(*args: Any) -> None:
+            raise AssertionError("built a model for a description that asks for too much")
+
+        monkeypatch.setattr(storage, "apply_saml", fail)
+    refuse(copy)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.9999])
+def test_truncated_weights(share: float, folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: int(len(whole) * share)])
+    refuse(copy)
+
+
+FC1 = "model.encoder.layers.0.fc1"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (f"{FC1}.weight.codes", lambda t: t[:-1]),
+        (f"{FC1}.weight.codes", lambda t: t.view(2, -1)),
+        (f"{FC1}.weight.codes", lambda t: t.to(torch.int8)),
+        (f"{FC1}.weight.codes", lambda t: t.to(torch.float16)),
+        (f"{FC1}.weight.codes", lambda t: t ^ 1),
+        (f"{FC1}.weight.codes", None),
+        (f"{FC1}.weight.absmax", lambda t: t + 1),
+        (f"{FC1}.weight.nested_absmax", lambda t: t * float("nan")),
+        (f"{FC1}.weight.offset", lambda t: t.new_full((), float("inf"))),
+        (f"{FC1}.bias", lambda t: t[:-1]),
+        (f"{FC1}.bias", lambda t: t.to(torch.int32)),
+        (f"{FC1}.bias", None),
+        (f"{FC1}.lora_a.int8", lambda t: t[:-1]),
+        (f"{FC1}.lora_a.int8", lambda t: t.to(torch.uint8)),
+        (f"{FC1}.lora_a.int8", None),
+        (f"{FC1}.lora_a.scale", lambda t: t.repeat(2)),
+        (f"{FC1}.lora_a.scale", lambda t: t * float("nan")),
+        (f"{FC1}.router.weight.scale", None),
+        ("model.decoder.embed_positions.weight", lambda t: t[:-1]),
+    ],
+)
+def test_weights_that_do_not_fit(name: str, change: Any, folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    value = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(value).contiguous()
+    save_file(tensors, copy / "model.safetensors")
+    refuse(copy)
+
+
+def test_missing_files(folder: Path, tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere")
+    copy = damaged(folder, tmp_path)
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").unlink()
+    refuse(copy)
+    (copy / "saml.json").unlink()
+    refuse(copy)

@@ -1,0 +1,245 @@
+"""`fit` and `adapt`: the loss falls, a killed run resumes to the same weights, refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from synthetic import small_whisper
+
+from saml_kernels import SAMLConfig, SAMLError
+from saml_models import training
+from saml_models.adaptation import adapt
+from saml_models.corpora import Utterance, load_corpus
+from saml_models.storage import round_experts
+from saml_models.surgery import apply_saml, expert_parameters, routing_of
+from saml_models.training import Sample, TrainingOptions, fit, plan_batches
+
+OPTIONS = TrainingOptions(
+    learning_rate=3e-3,
+    epochs=3,
+    max_batch=1,
+    average=0.5,
+    anchor=1e-4,
+    weight_decay=0.01,
+    checkpoint_every=1,
+)
+CONFIG = SAMLConfig(num_experts=2, rank=2, dropout=0.1, balance=0.01)
+
+
+class Killed(Exception):
+    """What a test's `on_step` raises."""
+
+
+@pytest.fixture(scope="module")
+def utterances(speech_root: Path) -> list[Utterance]:
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])
+    return sorted(found, key=lambda u: len(u.load()))[:2]
+
+
+@pytest.fixture(scope="module")
+def samples(utterances: list[Utterance]) -> list[Sample]:
+    clips = [u.load()[:32000] for u in utterances]  # two seconds, so that the suite stays quick
+    return [
+        Sample(lambda clip=clip: clip, len(clip) / 16000, u.text.capitalize())
+        for clip, u in zip(clips, utterances, strict=True)
+    ]
+
+
+def make(config: SAMLConfig = CONFIG) -> Any:
+    model = small_whisper(vocabulary=51864)
+    torch.manual_seed(1)
+    apply_saml(model, config)
+    return model
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_en: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    model = make()
+    report = fit(model, tiny_en[1], samples, OPTIONS)
+    assert report.steps == 6
+    return weights(model)
+
+
+def test_the_loss_falls_and_only_experts_change(tiny_en: Any, samples: list[Sample]) -> None:
+    model = make()
+    frozen = {n: t.clone() for n, t in model.state_dict().items() if n not in weights(model)}
+    before, seen = weights(model), []
+    report = fit(
+        model, tiny_en[1], samples, replace(OPTIONS, epochs=12, average=0.0, learning_rate=1e-2),
+        on_step=lambda done, steps, loss: seen.append((done, steps, loss)),
+    )  # fmt: skip
+    assert [s[:2] for s in seen] == [(i, 24) for i in range(1, 25)]
+    assert report.last_loss < 0.8 * report.first_loss
+    assert report.first_loss == pytest.approx(np.mean([s[2] for s in seen[:2]]))
+    after = weights(model)
+    assert all(not torch.equal(after[n], before[n]) for n in before)
+    for name, value in frozen.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert not model.training
+    assert routing_of(model).mask is None
+    assert model.config.max_source_positions == 1500
+    rounded = weights(model)
+    round_experts(model)
+    assert equal(weights(model), rounded)
+
+
+@pytest.mark.parametrize("killed_after", [1, 4, 6])
+def test_a_killed_run_resumes_to_the_same_weights(
+    killed_after: int, uninterrupted: Any, tiny_en: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.safetensors"
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == killed_after:
+            raise Killed
+
+    model = make()
+    with pytest.raises(Killed):
+        fit(model, tiny_en[1], samples, OPTIONS, path, kill)
+    assert path.exists()
+    assert not model.training
+    assert routing_of(model).mask is None
+    seen = []
+    again = make()
+    fit(again, tiny_en[1], samples, OPTIONS, path, lambda done, *_: seen.append(done))
+    assert seen == list(range(killed_after + 1, 7))
+    assert equal(weights(again), uninterrupted)
+    assert not path.exists()
+
+
+def test_the_same_model_may_resume_too(
+    uninterrupted: Any, tiny_en: Any, samples: list[Sample], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.safetensors"
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == 5:
+            raise Killed
+
+    model = make()
+    every_second = replace(OPTIONS, checkpoint_every=2)  # step 5 is lost and done again
+    with pytest.raises(Killed):
+        fit(model, tiny_en[1], samples, every_second, path, kill)
+    fit(model, tiny_en[1], samples, OPTIONS, path)
+    assert equal(weights(model), uninterrupted)
+
+
+@pytest.fixture
+def checkpoint(tiny_en: Any, samples: list[Sample], tmp_path: Path) -> Path:
+    path = tmp_path / "run.safetensors"
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(make(), tiny_en[1], samples, OPTIONS, path, kill)
+    return path
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    checkpoint: Path, tiny_en: Any, samples: list[Sample]
+) -> None:
+    before = checkpoint.read_bytes()
+    other_text = [replace(samples[0], text="Something else."), samples[1]]
+    for data, options, model in [
+        (other_text, OPTIONS, make()),
+        (samples[:1], OPTIONS, make()),
+        (samples, replace(OPTIONS, learning_rate=1e-3), make()),
+        (samples, OPTIONS, make(replace(CONFIG, top_k=1))),
+    ]:
+        with pytest.raises(SAMLError, match="other data or options"):
+            fit(model, tiny_en[1], data, options, checkpoint)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(
+    checkpoint: Path, tiny_en: Any, samples: list[Sample]
+) -> None:
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(SAMLError, match="not a whole safetensors file"):
+        fit(make(), tiny_en[1], samples, OPTIONS, checkpoint)
+
+
+def test_nothing_to_learn_from(tiny_en: Any) -> None:
+    with pytest.raises(SAMLError, match="no clips"):
+        fit(make(), tiny_en[1], [], OPTIONS)
+    with pytest.raises(SAMLError, match="no utterances"):
+        adapt(make(), tiny_en[1], [])
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_en: Any, samples: list[Sample]) -> None:
+    broken = Sample(lambda: np.full(32000, np.nan, np.float32), 2.0, "Hello.")
+    model = make()
+    with pytest.raises(SAMLError, match="loss is nan"):
+        fit(model, tiny_en[1], [broken], OPTIONS)
+    assert not model.training
+
+
+def test_batches_hold_every_clip_once_an_epoch() -> None:
+    seconds = [float(s) for s in np.random.default_rng(0).uniform(1, 20, 40)]
+    options = TrainingOptions(epochs=2, batch_seconds=60.0, max_batch=5)
+    batches = plan_batches(seconds, options)
+    assert sorted(i for b in batches for i in b) == sorted([*range(40)] * 2)
+    for batch in batches:
+        assert len(batch) <= 5
+        assert (max(seconds[i] for i in batch) + 1.0) * len(batch) <= 60.0
+    assert plan_batches(seconds, options) == batches
+    assert plan_batches(seconds, replace(options, seed=1)) != batches
+
+
+def test_schedule_warms_up_and_falls() -> None:
+    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
+    rates = [training._learning_rate(i, 100, options) for i in range(100)]
+    assert rates[0] < 0.11
+    assert max(rates) == max(rates[8:12])
+    assert rates[-1] == pytest.approx(0.05, abs=0.01)
+    assert all(math.isfinite(r) and r > 0 for r in rates)
+
+
+def test_targets_leave_out_the_prompt_and_the_padding(tiny_en: Any, samples: list[Sample]) -> None:
+    tokenizer = tiny_en[1].tokenizer
+    make_batch = training._BatchMaker(tiny_en[1], samples, OPTIONS)
+    *_, inputs, targets = make_batch(0, [0, 1])
+    for row, sample in enumerate(samples):
+        kept = targets[row] != training.IGNORED
+        text = tokenizer.decode(targets[row][kept])
+        assert text == " " + sample.text + tokenizer.eos_token
+        start = tokenizer.decode(inputs[row, : len(tokenizer.prefix_tokens)])
+        assert start == "<|startoftranscript|><|notimestamps|>"
+    again = make_batch(0, [0, 1])
+    assert all(torch.equal(a, b) for a, b in zip(make_batch(0, [0, 1]), again, strict=True))
+    assert not torch.equal(make_batch(1, [0])[0], make_batch(2, [0])[0])
+
+
+def test_adapt_returns_a_profile_and_leaves_the_model_alone(
+    tiny_en: Any, utterances: list[Utterance]
+) -> None:
+    model = make()
+    before = weights(model)
+    options = replace(OPTIONS, epochs=1)
+    profile = adapt(model, tiny_en[1], utterances, options)
+    assert equal(weights(model), before)
+    assert not getattr(model, "saml_short_windows", False)
+    assert profile.about["speaker"] == utterances[0].speaker
+    assert profile.about["utterances"] == 2
+    assert profile.about["short_windows"] is True
+    with profile.applied(model):
+        assert not equal(weights(model), before)
+    with pytest.raises(SAMLError, match="2 speakers"):
+        adapt(model, tiny_en[1], [utterances[0], replace(utterances[1], speaker="b")], options)
+    with pytest.raises(SAMLError, match="no text"):
+        adapt(model, tiny_en[1], [replace(utterances[0], text=" ")], options)
