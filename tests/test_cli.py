@@ -1,0 +1,282 @@
+"""The command line: what works, and what bad input leaves behind (one line, exit code 2)."""
+
+import json
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from saml_kernels import SAMLConfig
+from saml_models import loading, surgery
+from saml_models.cli import app
+from saml_models.corpora import load_corpus
+from saml_models.speakers import SpeakerProfile
+from saml_models.storage import save_saml
+from saml_models.surgery import apply_saml
+
+
+def saml(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def assert_refused(result, *parts, code=2):
+    """One line on standard error that holds `parts`, nothing on standard output."""
+    assert result.exit_code == code, (result.output, result.exception)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("saml: "), lines
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+@contextmanager
+def full_disk(limit):
+    """Writes beyond `limit` bytes of a file fail, as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def clips(speech_root):
+    """The two shortest utterances of one reader."""
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])
+    return sorted(found, key=lambda u: len(u.load()))[:2]
+
+
+@pytest.fixture(scope="module")
+def manifest(clips, tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "voice.jsonl"
+    rows = [{"audio": str(u.audio), "text": u.text, "speaker": "ann"} for u in clips]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_en, tmp_path_factory):
+    """A saved SAML model, small enough to train in a second."""
+    network = deepcopy(tiny_en[0])
+    apply_saml(network, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
+    folder = tmp_path_factory.mktemp("model")
+    save_saml(network, tiny_en[1], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def profile(model, manifest, tmp_path_factory):
+    """What `saml adapt` writes."""
+    out = tmp_path_factory.mktemp("profiles") / "ann.safetensors"
+    result = saml("adapt", "--model", model, "--data", manifest, "--out", out, "--epochs", 1)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [p.name for p in out.parent.iterdir()] == ["ann.safetensors"]
+    assert "learnt ann from 2 utterances" in result.stdout
+    assert f"written: {out} ({out.stat().st_size:,} bytes" in result.stdout
+    return out
+
+
+def bad_audio(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.wav"
+    if kind == "text":
+        path.write_text("this is no audio\n" * 100)
+    elif kind == "empty":
+        soundfile.write(path, np.zeros(0, np.float32), 16000)
+    elif kind == "nan":
+        soundfile.write(path, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "empty", "nan"])
+def test_bad_audio(tmp_path, clips, kind):
+    path, out = bad_audio(tmp_path, kind), tmp_path / "out"
+    # The good file before it must not be transcribed in vain, nor leave anything.
+    assert_refused(saml("transcribe", clips[0].audio, path, "--output_dir", out), path)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "empty", "nan"])
+def test_adapt_refuses_bad_audio(tmp_path, model, kind):
+    path = bad_audio(tmp_path, kind)
+    manifest = tmp_path / "data.jsonl"
+    manifest.write_text(json.dumps({"audio": path.name, "text": "hello", "speaker": "ann"}))
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "ann.safetensors"
+    result = saml("adapt", "--model", model, "--data", manifest, "--out", out)
+    assert_refused(result, path.name)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_adapt_refuses_a_row_without_text_and_an_unknown_speaker(tmp_path, clips, manifest):
+    out = tmp_path / "ann.safetensors"
+    result = saml("adapt", "--data", manifest, "--speaker", "bob", "--out", out)
+    assert_refused(result, "bob", "ann")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"audio": str(clips[0].audio), "speaker": "ann"}))
+    assert_refused(saml("adapt", "--data", bad, "--out", out), "bad.jsonl:1", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_adapt_wants_one_speaker(tmp_path, clips, manifest):
+    two = tmp_path / "two.jsonl"
+    row = {"audio": str(clips[0].audio), "text": "x", "speaker": "bob", "id": "b"}
+    two.write_text(manifest.read_text() + json.dumps(row) + "\n")
+    result = saml("adapt", "--data", two, "--out", tmp_path / "x.safetensors")
+    assert_refused(result, "2 speakers (ann, bob)", "--speaker")
+
+
+def test_a_profile_of_another_model(tmp_path, model, profile, clips):
+    out, other = tmp_path / "out", tmp_path / "other.safetensors"
+    replace(SpeakerProfile.load(profile), weight_hash="0" * 64).save(other)
+    clip = clips[0].audio
+    for name in (model, "tiny.en"):
+        result = saml("transcribe", clip, "--model", name, "--speaker", other, "--output_dir", out)
+        assert_refused(result, other, "another model")
+    assert not out.exists()
+    assert_refused(saml("transcribe", clip, "--speaker", clip), clip)
+
+
+def test_full_disk(tmp_path, model, profile, manifest, clips):
+    out = tmp_path / "out"
+    with full_disk(16):
+        result = saml("transcribe", clips[0].audio, "--output_dir", out)
+    assert result.exit_code == 2 and not list(out.iterdir())
+    assert len(result.stderr.splitlines()) == 1 and "cannot be written" in result.stderr
+
+    target = tmp_path / "ann.safetensors"
+    target.write_text("old")
+    with full_disk(4096):
+        result = saml("adapt", "--model", model, "--data", manifest, "--out", target, "--epochs", 1)
+    assert_refused(result, target, "cannot be written")
+    assert target.read_text() == "old"
+
+    with full_disk(1 << 20):
+        result = saml("quantize", tmp_path / "small", "--experts", profile)
+    assert_refused(result, "cannot be written")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ann.safetensors", "out"]
+
+
+def test_transcribe_writes_what_was_asked_for(tmp_path, profile, clips, monkeypatch):
+    # The model by name: its layers are made to fit the profile.
+    monkeypatch.chdir(tmp_path)
+    paths = [u.audio for u in clips]
+    result = saml("transcribe", *paths, "--speaker", profile, "--output_format", "json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{p.stem}.json" for p in paths)
+    for line, path in zip(result.stdout.splitlines(), paths, strict=True):
+        found = json.loads((tmp_path / f"{path.stem}.json").read_text())
+        assert line == f"{path}\t{found['text']}"
+        assert found["speaker_hash"] == SpeakerProfile.load(profile).hash
+
+
+def test_transcribe_prints_text_alone_and_writes_nothing_unasked(tmp_path, clips, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speech").mkdir()
+    samples, rate = soundfile.read(clips[0].audio)
+    soundfile.write(tmp_path / "speech" / "one.WAV", samples, rate)
+    result = saml("transcribe", "speech")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) == 1 and len(result.stdout.split()) > 2
+    assert [p.name for p in tmp_path.rglob("*")] == ["speech", "one.WAV"]
+
+
+def test_transcribe_refuses_what_it_cannot_write_apart(tmp_path, clips):
+    twin = tmp_path / clips[0].audio.name
+    twin.write_bytes(clips[0].audio.read_bytes())
+    result = saml("transcribe", twin, clips[0].audio, "--output_dir", tmp_path)
+    assert_refused(result, twin, "same name")
+    assert_refused(saml("transcribe", twin, "--output_format", "docx"), "docx")
+    assert_refused(saml("transcribe", twin, "--output_dir", twin), "is a file")
+    (tmp_path / "none").mkdir()
+    assert_refused(saml("transcribe", tmp_path / "none"), "no audio")
+
+
+def test_interrupted_adaptation_says_where_it_is_and_goes_on(
+    tmp_path, model, manifest, monkeypatch
+):
+    from saml_models import adaptation, cli
+
+    options = replace(adaptation.ADAPTATION, max_batch=1, checkpoint_every=1)
+    monkeypatch.setattr(adaptation, "ADAPTATION", options)
+    out = tmp_path / "ann.safetensors"
+    checkpoint = tmp_path / "ann.safetensors.checkpoint.safetensors"
+    steps = []
+
+    def stop(done, total, note=""):
+        steps.append(done)
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def impatient(label):
+        yield stop
+
+    monkeypatch.setattr(cli, "_progress", impatient)
+    command = ("adapt", "--model", model, "--data", manifest, "--out", out, "--epochs", 1)
+    assert_refused(saml(*command), checkpoint, "same command", code=130)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    assert saml(*command).exit_code == 0
+    assert steps == [1, 2]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_quantize_writes_a_model_that_transcribes(tmp_path, profile, clips):
+    out = tmp_path / "small"
+    result = saml("quantize", out, "--experts", profile)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == [out]
+    size = sum((out / n).stat().st_size for n in ("model.safetensors", "saml.json"))
+    assert f"{size / 1e6:.2f} MB on disk" in result.stdout and "x smaller" in result.stdout
+    by_folder = saml("transcribe", clips[0].audio, "--model", out)
+    by_profile = saml("transcribe", clips[0].audio, "--speaker", profile)
+    assert by_folder.stdout == by_profile.stdout != ""
+    assert_refused(saml("quantize", out), out, "is there already")
+
+
+def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest, monkeypatch):
+    small = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
+    monkeypatch.setattr(surgery, "apply_saml", lambda network, _: apply_saml(network, small))
+    experts, out = tmp_path / "experts.safetensors", tmp_path / "ann.safetensors"
+    result = saml("pretrain", "--data", manifest, "--out", experts, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert "learnt from 1 speakers, 2 utterances" in result.stdout
+    result = saml(
+        *("adapt", "--data", manifest, "--out", out, "--experts", experts),
+        *("--epochs", 1, "--adapt-utterances", 1, "--learning-rate", 1e-4),
+    )
+    assert result.exit_code == 0, result.output
+    assert "from 1 utterances" in result.stdout
+    found, start = SpeakerProfile.load(out), SpeakerProfile.load(experts)
+    assert found.weight_hash == start.weight_hash and found.hash != start.hash
+    assert loading.profile_config(found) == small
+
+
+def test_speakers_show_and_doctor(profile):
+    shown = saml("speakers", "show", profile)
+    assert shown.exit_code == 0
+    assert "ann" in shown.stdout and SpeakerProfile.load(profile).hash in shown.stdout
+    assert_refused(saml("speakers", "show", profile.with_name("nobody")), "nobody", "no such file")
+
+    found = saml("doctor")
+    assert found.exit_code == 0
+    for row in ("python", "torch", "cpu backend", "triton", "model tiny.en", "model cache"):
+        assert f"\n{row} " in f"\n{found.stdout}"
+
+
+def test_help_does_not_wait_for_the_heavy_libraries():
+    code = (
+        "import sys, saml_models.cli; "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
