@@ -1,0 +1,52 @@
+"""Figures of an evaluation, drawn from its JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saml_kernels.errors import SAMLError
+from saml_models.files import atomic_path
+
+__all__ = ["plot_speakers"]
+
+_SHOWN = {
+    "full_precision": ("full precision", "#4c566a"),
+    "quantised": ("quantised", "#bf616a"),
+    "experts": ("+ experts", "#d08770"),
+    "adapted": ("+ adaptation", "#2e7d4f"),
+}
+
+
+def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
+    """A PNG of WER per speaker, by system; `result` is `Evaluation.to_dict()`.
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SAMLError(
+            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
+        ) from error
+    names = list(result["speakers"])
+    figure = Figure(figsize=(max(6.0, 1.0 + 0.9 * len(names)), 4.0), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(_SHOWN)
+    for i, (system, (label, colour)) in enumerate(_SHOWN.items()):
+        places = [j + (i - (len(_SHOWN) - 1) / 2) * width for j in range(len(names))]
+        heights = [result["speakers"][name][system] for name in names]
+        axes.bar(places, heights, width, label=label, color=colour)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel("speaker")
+    axes.set_ylabel("word error rate (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    pooled = result["wer"]
+    axes.set_title(
+        f"pooled: {pooled['full_precision']:.1f} % full precision, {pooled['quantised']:.1f} % "
+        f"quantised, {pooled['adapted']:.1f} % adapted"
+    )
+    axes.legend(frameon=False, ncols=2)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

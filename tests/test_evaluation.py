@@ -1,0 +1,82 @@
+"""The protocol: folds, the five systems end to end on real weights and speech, JSON and figure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from saml_kernels import SAMLConfig, SAMLError
+from saml_models.corpora import Utterance, by_speaker, load_corpus
+from saml_models.evaluation import SYSTEMS, _other, evaluate, make_folds
+from saml_models.figures import plot_speakers
+from saml_models.surgery import apply_saml, expert_parameters
+from saml_models.training import TrainingOptions
+from saml_models.whisper import load_whisper
+
+
+def people(tmp_path, counts):
+    return {
+        name: [Utterance(f"{name}-{i}", name, "words", tmp_path / "x.wav") for i in range(n)]
+        for name, n in counts.items()
+    }
+
+
+def test_first_k_adapt_and_the_rest_test(tmp_path):
+    (fold,) = make_folds(people(tmp_path, {"a": 5}), 3, 2)
+    assert [u.id for u in fold.train] == ["a-0", "a-1", "a-2"]
+    assert [u.id for u in fold.test] == ["a-3", "a-4"]
+
+
+def test_folds_test_everything_once_and_never_train_on_it(tmp_path):
+    folds = make_folds(people(tmp_path, {"a": 5, "b": 4}), None, 2)
+    for name, count in (("a", 5), ("b", 4)):
+        tested = [u.id for f in folds if f.speaker == name for u in f.test]
+        assert sorted(tested) == [f"{name}-{i}" for i in range(count)]
+    for fold in folds:
+        assert not {u.id for u in fold.train} & {u.id for u in fold.test}
+        assert {u.speaker for u in fold.train + fold.test} == {fold.speaker}
+
+
+@pytest.mark.parametrize(("k", "folds"), [(5, 2), (0, 2), (None, 1), (None, 6)])
+def test_splits_that_cannot_be_are_refused(tmp_path, k, folds):
+    with pytest.raises(SAMLError, match="expected at least"):
+        make_folds(people(tmp_path, {"a": 5}), k, folds)
+
+
+def test_the_other_speaker_is_another_speaker(tmp_path):
+    folds = make_folds(people(tmp_path, {"a": 4, "b": 4}), None, 2)
+    for i, fold in enumerate(folds):
+        assert folds[_other(folds, i)].speaker != fold.speaker
+
+
+def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
+    manifest = speech_root / "speechocean762" / "test.jsonl"
+    if not manifest.exists():
+        pytest.skip("no speechocean762")
+    speakers = dict(list(by_speaker(load_corpus(manifest)).items())[:2])
+    folds = make_folds({name: us[:4] for name, us in speakers.items()}, 3, 2)
+    full = load_whisper("tiny.en")
+    quantised, saml = load_whisper("tiny.en")[0], load_whisper("tiny.en")[0]
+    report = apply_saml(quantised, SAMLConfig(num_experts=0))
+    apply_saml(saml, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
+    before = {n: p.detach().clone() for n, p in expert_parameters(saml).items()}
+    parts: list[int] = []
+    result = evaluate(
+        full, quantised, saml, folds, TrainingOptions(epochs=1, speeds=(1.0,)), on_done=parts.append
+    )
+    assert all((before[n] == p).all() for n, p in expert_parameters(saml).items())
+    # Three plain systems and two adapted ones decode every clip; every fold adapts once.
+    assert sum(parts) == 5 * len(result.ids) + len(folds)
+    result.size = {"full_bytes": report.full_bytes, "saml_bytes": 1, "ratio": 1.0}
+    path = tmp_path / "out.json"
+    result.save_json(path)
+    read = json.loads(path.read_text())
+    assert set(read["wer"]) == set(SYSTEMS) and set(read["speakers"]) == set(speakers)
+    total = read["detail"]["full_precision"]
+    errors = total["substitutions"] + total["deletions"] + total["insertions"]
+    assert read["wer"]["full_precision"] == pytest.approx(100 * errors / total["words"], abs=1e-3)
+    for row in read["utterances"]:
+        assert row["reference"] and row["quantised"]
+    plot_speakers(read, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
