@@ -19,7 +19,9 @@ from saml_models.transcripts import in_model_style
 __all__ = ["ADAPTATION", "adapt", "training_samples"]
 
 # What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
-ADAPTATION = TrainingOptions()
+ADAPTATION = TrainingOptions(
+    learning_rate=5e-4, epochs=8, batch_seconds=30.0, max_batch=4, average=0.3
+)
 
 MAX_SECONDS = 30.0  # what Whisper hears at once
 
