@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from saml_models.quiet import quiet_libraries
+
 # torch and transformers are imported inside the commands, so that `saml --help` answers at once.
 if TYPE_CHECKING:
     from saml_models.training import TrainingOptions
@@ -101,7 +103,7 @@ def transcribe(
     """Speech to text on standard output; files too with --output_format or --output_dir."""
     writes = output_format is not None or output_dir is not None
     output_format, output_dir = output_format or "all", output_dir or Path()
-    _quiet()
+    quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.audio import load_audio
     from saml_models.loading import load_adaptable, load_model, profile_config
@@ -167,7 +169,7 @@ def adapt(
     device: Device = None,
 ) -> None:
     """Learn one speaker's voice; a killed run resumes when it is started again."""
-    _quiet()
+    quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.adaptation import ADAPTATION
     from saml_models.adaptation import adapt as learn
@@ -220,7 +222,7 @@ def pretrain(
     device: Device = None,
 ) -> None:
     """Train fresh experts and routers on many speakers: what adaptation starts from."""
-    _quiet()
+    quiet_libraries()
     from saml_kernels import SAMLConfig
     from saml_models.corpora import load_corpus
     from saml_models.loading import load_model
@@ -266,7 +268,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Write a low-bit model with its experts as a folder that --model takes."""
-    _quiet()
+    quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.loading import load_model, make_adaptable
     from saml_models.storage import save_saml
@@ -311,7 +313,7 @@ def show_speaker(
 @app.command()
 def doctor() -> None:
     """What this machine has, and which backends it will use."""
-    _quiet()
+    quiet_libraries()
     from saml_models.doctor import report
 
     _print_rows(report())
@@ -326,17 +328,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def _quiet() -> None:
-    """Standard error is for progress and errors, not for libraries talking to developers."""
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _device(name: str | None) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from saml_models.quiet import quiet_libraries
+
 __all__ = ["add_commands"]
 
 # Test clips of the demo at most, so that it ends within minutes on two cores.
@@ -41,6 +43,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Word error rates by the paper's protocol: adapt to each speaker, test on unseen speech."""
+    quiet_libraries()
     from saml_models.corpora import by_speaker, load_corpus
     from saml_models.evaluation import make_folds
 
@@ -77,6 +80,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A name, an id or a folder.")] = "tiny.en",
 ) -> None:
     """Watch a quantised Whisper learn one voice and make fewer mistakes."""
+    quiet_libraries()
     from saml_models.evaluation import Fold
     from saml_models.speech import demo_speech
 
