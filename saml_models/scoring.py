@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 import jiwer
 import numpy as np
 import numpy.typing as npt
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from saml_models.offline import english_spelling
 
 __all__ = [
     "WordErrors",
@@ -170,5 +170,4 @@ def _quantiles(values: npt.NDArray[np.float64], level: float) -> tuple[float, fl
 def _normaliser() -> EnglishTextNormalizer:
     # transformers has OpenAI's rules but not the spelling table, which comes with every model on
     # the hub. whisper-normalizer has the table (and rules of its own, so only the table is used).
-    table = files("whisper_normalizer") / "normalizers" / "english.json"
-    return EnglishTextNormalizer(json.loads(table.read_text(encoding="utf-8")))
+    return EnglishTextNormalizer(english_spelling())
