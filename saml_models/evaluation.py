@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -79,14 +80,16 @@ class Evaluation:
                 "insertions": total.insertions,
                 "words": total.words,
             }
-        low, high = bootstrap_ratio(self.errors["adapted"], self.errors["full_precision"])
-        ratio = self.wer("adapted") / max(1e-9, self.wer("full_precision"))
+        relative: dict[str, Any] = {"adapted_to_full_precision": None, "interval_95": None}
+        if self.wer("full_precision") > 0:  # a ratio to no errors at all means nothing
+            low, high = bootstrap_ratio(self.errors["adapted"], self.errors["full_precision"])
+            ratio = self.wer("adapted") / self.wer("full_precision")
+            relative["adapted_to_full_precision"] = round(ratio, 4)
+            if math.isfinite(high):
+                relative["interval_95"] = [round(low, 4), round(high, 4)]
         return {
             "wer": {s: round(self.wer(s), 3) for s in SYSTEMS},
-            "relative": {
-                "adapted_to_full_precision": round(ratio, 4),
-                "interval_95": [round(low, 4), round(high, 4)],
-            },
+            "relative": relative,
             "size": self.size,
             "speakers": {
                 speaker: {s: round(self.wer(s, speaker), 3) for s in SYSTEMS}

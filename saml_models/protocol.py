@@ -18,7 +18,7 @@ from saml_models.quiet import quiet_libraries
 __all__ = ["add_commands"]
 
 # Test clips of the demo at most, so that it ends within minutes on two cores.
-DEMO_ADAPT, DEMO_TEST = 20, 20
+DEMO_ADAPT, DEMO_TEST = 20, 60
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -160,10 +160,10 @@ def _table(result: dict[str, Any], without: Sequence[str] = ()) -> Table:
 
     size, wer = result["size"], result["wer"]
     ratio = result["relative"]["adapted_to_full_precision"]
-    table = Table(
-        title=f"{result['model']}: {size['ratio']:.2f}x smaller, adapted WER is {ratio:.2f} of "
-        "full precision's"
-    )
+    title = f"{result['model']}: {size['ratio']:.2f}x smaller"
+    if ratio is not None:
+        title += f", adapted WER is {ratio:.2f} of full precision's"
+    table = Table(title=title)
     for column in ("system", "WER %", "95 %", "sub", "del", "ins", "MB"):
         table.add_column(column, justify="left" if column == "system" else "right")
     megabytes = {"full_precision": size["full_bytes"], "quantised": size["quantised_bytes"]}

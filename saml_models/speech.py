@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import load_audio
+from saml_models.audio import SAMPLE_RATE, load_audio
 from saml_models.corpora import Utterance, by_speaker, load_corpus
 from saml_models.files import atomic_path
 
@@ -18,6 +18,7 @@ __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 
 # Panayotov et al., mini LibriSpeech, https://www.openslr.org/31/ (CC BY 4.0).
 MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
+MAX_SECONDS = 30.0
 ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 
 
@@ -83,11 +84,11 @@ def mini_librispeech(cache: Path) -> Path:
     return target
 
 
-def asterisk_prompts(cache: Path, limit: int = 60) -> Path:
+def asterisk_prompts(cache: Path, limit: int = 80) -> Path:
     """One real voice from Debian's packages, as a folder of clip.wav and clip.txt.
 
-    The prompts are 8 kHz, CC BY-SA 3.0. Needs `apt-get download` and `dpkg-deb`, no root. Prompts
-    of 4 to 20 words are taken, in file order.
+    The prompts are 8 kHz, CC BY-SA 3.0. Needs `apt-get download` and `dpkg-deb`, no root. The
+    `limit` prompts with the most words are taken (up to 60 words): the short ones are too easy.
 
     Raises:
         SAMLError: this is no Debian, or the packages cannot be fetched.
@@ -122,16 +123,19 @@ def _lay_out(folder: Path, clips: Path, limit: int) -> None:
     if texts is None:
         raise SAMLError("Asterisk prompts: the package holds no core-sounds-en.txt.gz")
     sounds = {p.stem: p for p in sorted(folder.rglob("*.wav"))}
-    taken = 0
+    found = []
     for line in gzip.decompress(texts.read_bytes()).decode("utf-8", "replace").splitlines():
         name, _, text = line.partition(":")
         text = text.strip()
         sound = sounds.get(Path(name.strip()).name)
-        if sound is None or not 4 <= len(text.split()) <= 20 or not text[0].isalpha():
-            continue
+        if sound is not None and 4 <= len(text.split()) <= 60 and text[0].isalpha():
+            found.append((text, sound))
+    found.sort(key=lambda pair: -len(pair[0].split()))
+    taken = 0
+    for text, sound in found:
         if taken == limit:
             break
-        if len(load_audio(sound)) > 16000:
+        if 1.0 < len(load_audio(sound)) / SAMPLE_RATE <= MAX_SECONDS:
             shutil.copyfile(sound, clips / f"{sound.stem}.wav")
             with atomic_path(clips / f"{sound.stem}.txt") as temporary:
                 temporary.write_text(text)
