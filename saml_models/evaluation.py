@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from saml_models.adaptation import adapt
 from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
-from saml_models.files import atomic_path
+from saml_models.files import write_json
 from saml_models.scoring import WordErrors, bootstrap_interval, bootstrap_ratio, pooled, word_errors
 from saml_models.speakers import SpeakerProfile
 from saml_models.training import TrainingOptions
@@ -112,8 +111,7 @@ class Evaluation:
 
     def save_json(self, path: str | Path) -> None:
         """Write `to_dict` atomically."""
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1))
+        write_json(path, self.to_dict())
 
 
 def make_folds(

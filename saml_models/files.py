@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "write_json"]
 
 
 @contextmanager
@@ -36,3 +38,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise SAMLError(f"{target}: cannot be written: {reason}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        SAMLError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))

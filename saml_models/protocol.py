@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +54,9 @@ def evaluate(
     console.print(_table(result))
     console.print(_by_speaker(result))
     if json_file is not None:
-        from saml_models.files import atomic_path
+        from saml_models.files import write_json
 
-        with atomic_path(json_file) as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+        write_json(json_file, result)
         console.print(f"JSON: {json_file}")
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:

@@ -1,10 +1,12 @@
-"""On the command line, standard error is for progress and errors, not for libraries' advice."""
+"""Standard error is for progress and errors, not for libraries' advice to developers."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["quiet_libraries"]
+__all__ = ["quiet_libraries", "quiet_transformers"]
 
 
 def quiet_libraries() -> None:
@@ -14,3 +16,19 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within the block transformers logs no warnings and draws no bars; what matters is raised."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
-from transformers.utils import logging as transformers_logging
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE, check_audio, load_audio
 from saml_models.decoding import decode_clips
+from saml_models.quiet import quiet_transformers
 from saml_models.speakers import SpeakerProfile
 from saml_models.window import (
     FRAMES_PER_SECOND,
@@ -129,7 +129,7 @@ def transcribe(
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
-        stack.enter_context(_quiet_transformers())
+        stack.enter_context(quiet_transformers())
         if profile is not None:
             stack.enter_context(profile.applied(model))
         model.eval()
@@ -302,14 +302,3 @@ def _words(
             words.append(Word(begin, end, piece))
         begin = end
     return words or [Word(start, start, tokenizer.decode(pending))]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """`generate` warns of its own arguments; nobody who transcribes can do anything about it."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

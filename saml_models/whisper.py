@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
@@ -25,6 +23,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from saml_kernels.errors import SAMLError
 from saml_models.ctranslate2 import CTranslate2Whisper, Dimensions
 from saml_models.offline import OFFLINE_MODELS, english_spelling, find_model
+from saml_models.quiet import quiet_transformers
 
 __all__ = ["OPENAI_NAMES", "load_whisper"]
 
@@ -160,7 +159,7 @@ def _load_transformers(
             "give a Whisper's folder"
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             load: Any = WhisperForConditionalGeneration.from_pretrained
             model, report = load(
                 folder,
@@ -406,18 +405,3 @@ def _one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .;") if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports on the user's terminal; what matters is raised."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
