@@ -1,23 +1,195 @@
-"""The seam for the Triton backend: says whether it can run here, and refuses what it cannot.
+"""The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-No kernels are in this release, so `why_unavailable` always gives a reason, `available_backends`
-never lists "triton", and CUDA tensors go to the reference.
+Three routes, chosen by shape from tuning tables (configs.py): `split` and `fused` decode in the loop
+of one kernel (product.py); `scratch` dequantises one layer to scratch of PyTorch's caching allocator,
+which is given back when the call ends, and leaves one product over [X | H] and [W | B] to cuBLAS.
+The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
+operator's own arguments: P is projected again, as X is read there anyway.
+
+Triton itself is imported at the first use, so that the package works where there is none.
 """
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 
 from saml_kernels.quant import QuantizedTensor
 
-__all__ = ["unsupported", "why_unavailable"]
+__all__ = ["backward", "forward", "unsupported", "why_unavailable"]
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def why_unavailable() -> str | None:
     """Why no Triton kernel can run on this machine."""
-    return "this release holds no Triton kernels yet"
+    if not _installed():
+        return "triton is not installed; pip install 'saml-kernels[triton]'"
+    if not torch.cuda.is_available() and not _interpreting():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
 
 
 def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
     """Why these arguments cannot run."""
-    return why_unavailable()
+    wanted = "cpu" if _interpreting() else "cuda"
+    if x.device.type != wanted or weight.codes.device.type != wanted:
+        return f"x is on {x.device}, the weight on {weight.codes.device}; expected {wanted}"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; it takes float16, bfloat16 and float32"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    speakers: Tensor | None = None,
+    route: str | None = None,
+) -> Tensor:
+    """y [M, N]; arguments as in `reference.forward`.
+
+    A row whose speaker is out of range comes back as NaN: asking first would synchronise. `route`
+    overrides the tuning table's choice (one of `configs.ROUTES`).
+    """
+    from saml_kernels.triton.launch import product, skinny
+
+    n, k = weight.shape
+    m = x.shape[0]
+    if m == 0:
+        return x.new_empty(0, n)
+    x, gates = x.contiguous(), gates.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    config = _config("forward", x, weight, speakers, route)
+    a, b, r = _experts(lora_a, lora_b, speakers)
+    if config.route == "scratch":
+        wide = x.new_empty(m, k + r)
+        wide[:, :k].copy_(x)
+        scratch = _scratch(weight, x.dtype, r)
+        if a and b:
+            skinny(x, a, gates, scaling, gated=wide[:, k:])
+            scratch[:, k:].view(n, *lora_a.shape[:2]).copy_(lora_b.transpose(0, 1))
+        return torch.nn.functional.linear(wide, scratch, bias)
+    hidden = None
+    if a:
+        hidden = x.new_empty(m, r)
+        skinny(x, a, gates, scaling, gated=hidden)
+    return product(x, weight, config, transposed=False, hidden=hidden, experts=b, bias=bias)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+    speakers: Tensor | None = None,
+    route: str | None = None,
+) -> Gradients:
+    """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so."""
+    from saml_kernels.triton.launch import experts_gradient, product, skinny
+
+    need_x, need_a, need_b, need_gates = needs
+    n, k = weight.shape
+    m = x.shape[0]
+    a, b, r = _experts(lora_a, lora_b, speakers)
+    if m == 0 or a is None or b is None:
+        dx = torch.zeros_like(x) if need_x else None
+        zeros = (torch.zeros_like(t) for t in (lora_a, lora_b, gates))
+        da, db, dg = (z if need else None for z, need in zip(zeros, needs[1:], strict=True))
+        if m and need_x:
+            config = _config("backward", dy, weight, speakers, route)
+            if config.route == "scratch":
+                dx = dy @ _scratch(weight, dy.dtype, 0)
+            else:
+                dx = product(dy.contiguous(), weight, config, transposed=True)
+        return dx, da, db, dg
+    dy, x, gates = dy.contiguous(), x.contiguous(), gates.contiguous()
+    plain = hidden = None
+    if need_b or need_gates:
+        hidden = x.new_empty(m, r)
+        plain = x.new_empty(m, r, dtype=torch.float32) if need_gates else None
+        skinny(x, a, gates, scaling, gated=hidden, plain=plain)
+    dp = dg = dx = None
+    config = _config("backward", dy, weight, speakers, route)
+    if need_x or need_a or need_gates:
+        wide = dy.new_empty(m, n + r) if need_x and config.route == "scratch" else None
+        dp = dy.new_empty(m, r) if wide is None else wide[:, n:]
+        dg = torch.empty_like(gates) if need_gates else None
+        skinny(dy, b, gates, scaling, gated=dp, projected=plain, dgates=dg, backward=True)
+        if wide is not None:
+            wide[:, :n].copy_(dy)
+            scratch = dy.new_empty(n + r, k)
+            _fill(weight, scratch)
+            scratch[n:].copy_(lora_a.reshape(r, k))
+            dx = wide @ scratch
+            dp = dp.contiguous()
+        elif need_x:
+            dx = product(dy, weight, config, transposed=True, hidden=dp, experts=a)
+    da = experts_gradient(dp, x, a).view_as(lora_a) if need_a and dp is not None else None
+    db = experts_gradient(hidden, dy, b).view_as(lora_b) if need_b and hidden is not None else None
+    return dx, da, db, dg
+
+
+def _config(direction, x, weight, speakers, route):  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    from saml_kernels.triton.configs import choose, device_traits
+
+    n, k = weight.shape
+    config = choose(direction, x.shape[0], n, k, *device_traits(x.device))
+    if route is not None:
+        config = replace(config, route=route, split=config.split if route == "split" else 1)
+    if speakers is not None and config.route == "scratch":
+        # [W | B] has room for one speaker's experts.
+        config = replace(config, route="fused")
+    return config
+
+
+def _experts(lora_a, lora_b, speakers):  # type: ignore[no-untyped-def]
+    """(A, B, R) as the kernels take them; (None, None, 0) where there are none."""
+    from saml_kernels.triton.launch import Experts
+
+    if speakers is None:
+        lora_a, lora_b = lora_a.unsqueeze(0), lora_b.unsqueeze(0)
+    if lora_a.shape[1] == 0:
+        return None, None, 0
+    index = None if speakers is None else speakers.to(torch.int32).contiguous()
+    a = Experts(lora_a.contiguous(), True, index)
+    return a, Experts(lora_b.contiguous(), False, index), a.count * a.rank
+
+
+def _scratch(weight: QuantizedTensor, dtype: torch.dtype, extra: int) -> Tensor:
+    """[N, K + extra] with the weight in its first columns."""
+    n, k = weight.shape
+    out = torch.empty(n, k + extra, dtype=dtype, device=weight.device)
+    _fill(weight, out)
+    return out
+
+
+def _fill(weight: QuantizedTensor, out: Tensor) -> None:
+    from saml_kernels.triton.launch import dequantize_into
+
+    dequantize_into(weight, out)

@@ -1,0 +1,153 @@
+"""Which tiles and which route a shape takes: tuning tables as data, and the rule for the rest.
+
+`tables/default.json` goes by the number of tokens alone. A table of measured entries for one compute
+capability (`tables/sm_90.json`, or the user's own beside it in the cache folder) goes by the nearest
+measured shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saml_kernels.errors import SAMLError
+
+__all__ = ["ROUTES", "Config", "choose", "read_table", "user_table"]
+
+# split: the reduction is shared out among programs; fused: one program for a tile of the result;
+# scratch: the weight dequantised to scratch, then one cuBLAS product over [X | H] and [W | B].
+ROUTES = ("split", "fused", "scratch")
+NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
+MAX_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Route and tile sizes of one product.
+
+    Attributes:
+        route: one of `ROUTES`.
+        block_m, block_o, block_d: tile of tokens, of the result's features, of the reduction.
+        split: shares of the reduction; 0 lets `choose` fill the device.
+        warps, stages: of a Triton program.
+        group: tile rows that run side by side.
+    """
+
+    route: str = "fused"
+    block_m: int = 64
+    block_o: int = 64
+    block_d: int = 64
+    split: int = 0
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+
+    def __post_init__(self) -> None:  # noqa: D105
+        sizes = (self.block_m, self.block_o, self.block_d)
+        powers = all(16 <= n <= 256 and n & (n - 1) == 0 for n in sizes)
+        fits = 0 <= self.split <= 64 and self.warps in (1, 2, 4, 8) and 1 <= self.stages <= 8
+        if self.route not in ROUTES or not powers or not fits or not 1 <= self.group <= 64:
+            raise SAMLError(f"tuning table: {self} is not a configuration")
+
+
+def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], Config]]]:
+    """Rules of a table by direction; each is (where it applies, configuration).
+
+    Raises:
+        SAMLError: not a tuning table; names `source`.
+    """
+    try:
+        values = json.loads(text)
+        rules = {}
+        for direction in ("forward", "backward"):
+            rules[direction] = []
+            for entry in values[direction]:
+                where = {k: entry.pop(k) for k in ("max_m", "m", "n", "k") if k in entry}
+                entry.pop("microseconds", None)
+                rules[direction].append((where, Config(**entry)))
+        return rules
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SAMLError(f"{source}: not a tuning table ({error!r}); remove it") from error
+
+
+def user_table(capability: str) -> Path:
+    """Where `saml bench --tune` keeps its own table; `$SAML_CACHE` or `~/.cache/saml-kernels`."""
+    folder = os.environ.get("SAML_CACHE") or "~/.cache/saml-kernels"
+    return Path(folder).expanduser() / f"{capability}.json"
+
+
+@cache
+def _tables(capability: str) -> tuple[dict[str, list[tuple[dict[str, Any], Config]]], ...]:
+    """The user's, the shipped one of this capability, the default: as far as they exist."""
+    found = []
+    own = user_table(capability)
+    if own.is_file():
+        found.append(read_table(own.read_text(), str(own)))
+    shipped = files("saml_kernels.triton") / "tables"
+    for name in (f"{capability}.json", "default.json"):
+        if (shipped / name).is_file():
+            found.append(read_table((shipped / name).read_text(), name))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def choose(direction: str, m: int, n: int, k: int, capability: str, processors: int) -> Config:
+    """The configuration of a product of `m` tokens with a weight [n, k].
+
+    Args:
+        direction: "forward" (x W^T) or "backward" (dy W).
+        m, n, k: shape.
+        capability: "sm_90" and the like; "" for none.
+        processors: of the device, which `split` tries to fill.
+    """
+    config = Config()
+    for table in _tables(capability):
+        found = _lookup(table[direction], m, n, k)
+        if found is not None:
+            config = found
+            break
+    if config.route != "split":
+        return replace(config, split=1)
+    out, reduction = (n, k) if direction == "forward" else (k, n)
+    tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
+    steps = math.ceil(reduction / config.block_d)
+    wanted = config.split or math.ceil(2 * processors / max(1, tiles))
+    split = 1 << max(0, min(wanted, steps, MAX_SPLIT)).bit_length() - 1
+    return replace(config, split=max(1, split))
+
+
+def _lookup(
+    rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int
+) -> Config | None:
+    nearest, best = None, math.log(NEAR)
+    for where, config in rules:
+        if "max_m" in where:
+            if where["max_m"] is None or m <= where["max_m"]:
+                return nearest or config
+            continue
+        pairs = zip((m, n, k), (where["m"], where["n"], where["k"]), strict=True)
+        distance = sum(abs(math.log(max(1, a) / max(1, b))) for a, b in pairs)
+        if distance < best:
+            nearest, best = config, distance
+    return nearest
+
+
+def device_traits(device: torch.device) -> tuple[str, int]:
+    """(capability, processors) of a device; a nominal size for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return "", 16
+    return _cuda_traits(device.index or 0)
+
+
+@cache
+def _cuda_traits(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count

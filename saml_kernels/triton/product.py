@@ -1,0 +1,115 @@
+"""The base product with the experts in its accumulator: Y = X W^T + H B^T + bias, dX = dY W + dP A.
+
+Both directions are one kernel. Forward reads the weight's rows as out-features (X [M, K] over
+W [N, K]); backward, TRANSPOSED, as the reduction (dY [M, N] over the same bytes, no transposed
+copy). After the weight's last tile the loop goes on over [H | B] (or [dP | A]) with the accumulator
+still in registers. With SPLIT > 1 each program takes a share of the reduction and writes float32
+partial sums, which `reduce_kernel` adds in a fixed order.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from saml_kernels.triton.device import (
+    expert_tile,
+    multiply,
+    position,
+    rows_of,
+    speaker_range,
+    weight_tile,
+)
+
+__all__ = ["product_kernel", "reduce_kernel"]
+
+
+@triton.jit(do_not_specialize=["M", "S"])
+def product_kernel(
+    x, y,                                            # [M, D] in, [SPLIT, M, O] out
+    codes, absmax, nested, nested_code, offset, table,
+    hidden, experts, bias, speakers,                 # [M, R], [S, ...], [O], [M]
+    M, D, O, width, R, rank, S,
+    stride_s, stride_e, stride_j, stride_o,          # of the experts
+    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of M times tiles of O, SPLIT). `width` is the weight's row length, K."""
+    tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
+    pid_m, pid_o = position(tl.program_id(0), tiles_m, tiles_o, GROUP)
+    split = tl.program_id(1)
+    rows, row_ok, speaker = rows_of(pid_m, M, speakers, S, SPEAKERS, BLOCK_M)
+    first_o = pid_o * BLOCK_O
+    outs = first_o + tl.arange(0, BLOCK_O)
+    out_ok = outs < O
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+
+    steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
+    for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))):
+        first_d = step * BLOCK_D
+        ds = first_d + tl.arange(0, BLOCK_D)
+        d_ok = ds < D
+        # [BLOCK_M, BLOCK_D]
+        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
+        if TRANSPOSED:
+            # [BLOCK_D, BLOCK_O]
+            w = weight_tile(
+                codes, absmax, nested, nested_code, offset, table,
+                ds.to(tl.int64), d_ok, first_o, width,
+                BLOCK_O, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+            )  # fmt: skip
+        else:
+            # [BLOCK_O, BLOCK_D] -> [BLOCK_D, BLOCK_O]
+            w = weight_tile(
+                codes, absmax, nested, nested_code, offset, table,
+                outs.to(tl.int64), out_ok, first_d, width,
+                BLOCK_D, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+            ).T  # fmt: skip
+        acc = multiply(tile, w, acc, PRECISION)
+
+    if EXPERTS and split == SPLIT - 1:
+        begin, end = speaker_range(speaker, S, SPEAKERS)
+        for first_r in range(0, R, BLOCK_R):
+            columns = first_r + tl.arange(0, BLOCK_R)
+            column_ok = columns < R
+            mask = row_ok[:, None] & column_ok[None, :]
+            h = tl.load(hidden + rows[:, None] * R + columns[None, :], mask, 0.0)
+            for s in range(begin, end):
+                mine = tl.where(speaker[:, None] == s, h, 0.0) if SPEAKERS else h
+                # What no row of this tile chose is not read.
+                chosen = column_ok & (tl.max(tl.abs(mine.to(tl.float32)), 0) > 0)
+                b = expert_tile(
+                    experts, s, columns, chosen, outs, out_ok, rank,
+                    stride_s, stride_e, stride_j, stride_o,
+                )  # fmt: skip
+                acc = multiply(mine.to(dtype), b.to(dtype), acc, PRECISION)
+    if SPEAKERS:
+        known = (speaker >= 0) & (speaker < S)
+        acc = tl.where(known[:, None], acc, float("nan"))
+    if BIAS and SPLIT == 1:
+        acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
+    where = (split.to(tl.int64) * M + rows[:, None]) * O + outs[None, :]
+    tl.store(y + where, acc.to(y.dtype.element_ty), row_ok[:, None] & out_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def reduce_kernel(
+    partial, y, bias, M, O,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y [M, O] = sum over splits of partial [SPLIT, M, O] + bias [O], always in the same order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = M.to(tl.int64) * O
+    ok = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLIT):
+        total += tl.load(partial + split * size + at, ok, 0.0)
+    if BIAS:
+        total += tl.load(bias + at % O, ok, 0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), ok)
