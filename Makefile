@@ -5,13 +5,19 @@ BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --durations=5
+	$(BIN)/python -m pytest --durations=5 --ignore=tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels
+
+# Random shapes through every kernel; CI runs 30, this as many as asked for.
+N ?= 1000
+fuzz: $(VENV)/.test
+	FUZZ=$(N) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k random_shapes
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

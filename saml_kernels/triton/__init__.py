@@ -1,8 +1,8 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Three routes, chosen by shape from tuning tables (configs.py): `split` and `fused` decode in the loop
-of one kernel (product.py); `scratch` dequantises one layer to scratch of PyTorch's caching allocator,
-which is given back when the call ends, and leaves one product over [X | H] and [W | B] to cuBLAS.
+Three routes, chosen by shape from tuning tables (configs.py): `split` and `fused` decode in the
+loop of one kernel (product.py); `scratch` dequantises one layer to scratch of PyTorch's caching
+allocator, given back when the call ends, and leaves one product over [X | H] and [W | B] to cuBLAS.
 The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
 operator's own arguments: P is projected again, as X is read there anyway.
 
@@ -12,13 +12,19 @@ Triton itself is imported at the first use, so that the package works where ther
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saml_kernels.quant import QuantizedTensor
+from saml_kernels.triton.configs import Config, choose, device_traits
+
+if TYPE_CHECKING:
+    from saml_kernels.triton.launch import Experts
 
 __all__ = ["backward", "forward", "unsupported", "why_unavailable"]
 
@@ -28,6 +34,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _interpreting() -> bool:
+    # Read by Triton itself when a kernel is first imported.
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -153,11 +160,9 @@ def backward(
     return dx, da, db, dg
 
 
-def _config(direction, x, weight, speakers, route):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    from saml_kernels.triton.configs import choose, device_traits
-
+def _config(
+    direction: str, x: Tensor, weight: QuantizedTensor, speakers: Tensor | None, route: str | None
+) -> Config:
     n, k = weight.shape
     config = choose(direction, x.shape[0], n, k, *device_traits(x.device))
     if route is not None:
@@ -168,7 +173,9 @@ def _config(direction, x, weight, speakers, route):  # type: ignore[no-untyped-d
     return config
 
 
-def _experts(lora_a, lora_b, speakers):  # type: ignore[no-untyped-def]
+def _experts(
+    lora_a: Tensor, lora_b: Tensor, speakers: Tensor | None
+) -> tuple[Experts | None, Experts | None, int]:
     """(A, B, R) as the kernels take them; (None, None, 0) where there are none."""
     from saml_kernels.triton.launch import Experts
 

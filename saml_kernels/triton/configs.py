@@ -1,7 +1,7 @@
 """Which tiles and which route a shape takes: tuning tables as data, and the rule for the rest.
 
-`tables/default.json` goes by the number of tokens alone. A table of measured entries for one compute
-capability (`tables/sm_90.json`, or the user's own beside it in the cache folder) goes by the nearest
+`tables/default.json` goes by the number of tokens alone. A table of measured entries for one
+compute capability (`tables/sm_90.json`, or the user's own in the cache folder) goes by the nearest
 measured shape.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -20,7 +22,7 @@ import torch
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["ROUTES", "Config", "choose", "read_table", "user_table"]
+__all__ = ["ROUTES", "Config", "choose", "device_traits", "pretending", "read_table", "user_table"]
 
 # split: the reduction is shared out among programs; fused: one program for a tile of the result;
 # scratch: the weight dequantised to scratch, then one cuBLAS product over [X | H] and [W | B].
@@ -79,7 +81,7 @@ def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], C
 
 
 def user_table(capability: str) -> Path:
-    """Where `saml bench --tune` keeps its own table; `$SAML_CACHE` or `~/.cache/saml-kernels`."""
+    """Where `bench/gpu_check.py --tune` keeps its own table; `$SAML_CACHE` or `~/.cache/saml-kernels`."""
     folder = os.environ.get("SAML_CACHE") or "~/.cache/saml-kernels"
     return Path(folder).expanduser() / f"{capability}.json"
 
@@ -124,9 +126,7 @@ def choose(direction: str, m: int, n: int, k: int, capability: str, processors: 
     return replace(config, split=max(1, split))
 
 
-def _lookup(
-    rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int
-) -> Config | None:
+def _lookup(rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int) -> Config | None:
     nearest, best = None, math.log(NEAR)
     for where, config in rules:
         if "max_m" in where:
@@ -140,10 +140,24 @@ def _lookup(
     return nearest
 
 
+_pretended: tuple[str, int] = ("", 16)
+
+
+@contextmanager
+def pretending(capability: str, processors: int) -> Iterator[None]:
+    """Within the block a CPU stands in for such a device: what `saml_kernels.aot` compiles for."""
+    global _pretended
+    before, _pretended = _pretended, (capability, processors)
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def device_traits(device: torch.device) -> tuple[str, int]:
     """(capability, processors) of a device; a nominal size for the interpreter on a CPU."""
     if device.type != "cuda":
-        return "", 16
+        return _pretended
     return _cuda_traits(device.index or 0)
 
 

@@ -76,7 +76,9 @@ def weight_tile(
     elif ALIGNED:
         if BITS == 8:
             cols = first + tl.arange(0, BLOCK)
-            c = tl.load(codes + rows[:, None] * width + cols[None, :], mask=row_ok[:, None], other=0)
+            c = tl.load(
+                codes + rows[:, None] * width + cols[None, :], mask=row_ok[:, None], other=0
+            )
             w = c.to(tl.float32) * (1.0 / 127)
         else:
             pairs = first // 2 + tl.arange(0, BLOCK // 2)
@@ -85,7 +87,7 @@ def weight_tile(
             if PTX == "":
                 high = tl.load(table + (packed >> 4).to(tl.int32))
                 low = tl.load(table + (packed & 15).to(tl.int32))
-            elif DTYPE == tl.float32:
+            elif tl.float32 == DTYPE:
                 high, low = tl.inline_asm_elementwise(
                     PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed],
                     dtype=(tl.float32, tl.float32), is_pure=True, pack=4,

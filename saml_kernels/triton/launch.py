@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,18 @@ from saml_kernels.triton.product import product_kernel, reduce_kernel
 from saml_kernels.triton.scratch import scratch_kernel
 from saml_kernels.triton.skinny import skinny_kernel
 
-__all__ = ["Experts", "dequantize_into", "experts_gradient", "product", "skinny"]
+__all__ = [
+    "Experts",
+    "Launch",
+    "dequantize_into",
+    "experts_gradient",
+    "product",
+    "recording",
+    "skinny",
+]
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
 OUTER_TOKENS = 1024  # a share of the reduction over tokens, in dA and dB
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,55 @@ class Experts:
         return (s, e, first, second) if self.is_a else (s, e, second, first)
 
 
+_recorded: list[Launch] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what `saml_kernels.aot` compiles."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the block kernels are noted down instead of launched."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any
+) -> None:
+    if _recorded is not None:
+        options = {"num_warps": warps, "num_stages": stages}
+        _recorded.append(Launch(kernel, arguments, constants, options))
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        # Said explicitly: Triton's default is about to change, and bits with it.
+        kernel[grid](
+            *arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+        )
+
+
 def precision(dtype: torch.dtype) -> str:
     """float32 products are exact unless the user's torch setting allows TF32."""
-    if dtype == torch.bfloat16 and interpreting():
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return "emulated"
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _quantised(weight: QuantizedTensor, dtype: torch.dtype, *blocks: int) -> tuple[Any, ...]:
+def _quantised(
+    weight: QuantizedTensor, dtype: torch.dtype, *blocks: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pointers and compile-time facts of a weight, for tiles of the given sizes along its rows."""
     nested = weight.nested_absmax is not None
     pointers = (
@@ -82,7 +126,11 @@ def _quantised(weight: QuantizedTensor, dtype: torch.dtype, *blocks: int) -> tup
     )
     aligned = weight.shape[1] % weight.block_size == 0
     aligned = aligned and all(weight.block_size % b == 0 for b in blocks)
-    permutes = BITS[weight.format] == 4 and not interpreting() and torch.version.hip is None
+    permutes = (
+        BITS[weight.format] == 4
+        and not triton.knobs.runtime.interpret
+        and torch.version.hip is None
+    )
     facts = {
         "BITS": BITS[weight.format],
         "QBLOCK": weight.block_size,
@@ -91,10 +139,6 @@ def _quantised(weight: QuantizedTensor, dtype: torch.dtype, *blocks: int) -> tup
         "PTX": lookup_ptx(weight.format, 4 if dtype == torch.float32 else 2) if permutes else "",
     }
     return pointers, facts
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def product(
@@ -131,26 +175,26 @@ def product(
     r = experts.count * rank if experts else 0
     speakers = experts.speakers if experts else None
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(out, block_o)
-    with _on(x):
-        product_kernel[(tiles, split)](
-            x, partial, *pointers,
-            x if hidden is None else hidden, experts.tensor if experts else x,
-            x if bias is None else bias, x if speakers is None else speakers,
-            m, d, out, width, r, rank, len(experts.tensor) if experts else 1,
-            *(experts.strides() if experts else (0, 0, 0, 0)),
-            TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
-            EXPERTS=r > 0, SPEAKERS=speakers is not None, BIAS=bias is not None,
-            BLOCK_M=config.block_m, BLOCK_O=block_o, BLOCK_D=block_d,
-            BLOCK_R=min(64, max(16, triton.next_power_of_2(max(1, r)))),
-            SPLIT=split, GROUP=config.group,
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+    _launch(
+        product_kernel, (tiles, split),
+        x, partial, *pointers,
+        x if hidden is None else hidden, experts.tensor if experts else x,
+        x if bias is None else bias, x if speakers is None else speakers,
+        m, d, out, width, r, rank, len(experts.tensor) if experts else 1,
+        *(experts.strides() if experts else (0, 0, 0, 0)),
+        TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
+        EXPERTS=r > 0, SPEAKERS=speakers is not None, BIAS=bias is not None,
+        BLOCK_M=config.block_m, BLOCK_O=block_o, BLOCK_D=block_d,
+        BLOCK_R=min(64, max(16, triton.next_power_of_2(max(1, r)))),
+        SPLIT=split, GROUP=config.group,
+        warps=config.warps, stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        _launch(
+            reduce_kernel, (triton.cdiv(m * out, 1024),),
+            partial, y, x if bias is None else bias, m, out,
+            BIAS=bias is not None, SPLIT=split, BLOCK=1024, warps=4, stages=1,
         )  # fmt: skip
-        if split > 1:
-            reduce_kernel[(triton.cdiv(m * out, 1024),)](
-                partial, y, x if bias is None else bias, m, out,
-                BIAS=bias is not None, SPLIT=split, BLOCK=1024,
-                num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
     return y
 
 
@@ -183,20 +227,20 @@ def skinny(
     together = min(count, max(1, 64 // rank))
     block_r = max(16, triton.next_power_of_2(together * rank))
     block_m = 16 if m <= 16 or block_r > 128 else 64
-    with _on(x):
-        skinny_kernel[(triton.cdiv(m, block_m), triton.cdiv(count, together))](
-            x, experts.tensor, gates, x if experts.speakers is None else experts.speakers,
-            gated if plain is None else plain, gated,
-            gated if projected is None else projected, gated if dgates is None else dgates,
-            m, d, count, rank, len(experts.tensor), gated.stride(0), float(scaling),
-            *experts.strides(),
-            BACKWARD=backward, SKIP=m <= 16 and not backward and plain is None,
-            PLAIN=plain is not None, DGATES=dgates is not None,
-            SPEAKERS=experts.speakers is not None, PRECISION=precision(x.dtype),
-            TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r,
-            BLOCK_D=128 if block_r <= 64 and block_m == 16 else 64,
-            num_warps=4, num_stages=2 if block_r > 64 else 3, enable_fp_fusion=True,
-        )  # fmt: skip
+    _launch(
+        skinny_kernel, (triton.cdiv(m, block_m), triton.cdiv(count, together)),
+        x, experts.tensor, gates, x if experts.speakers is None else experts.speakers,
+        gated if plain is None else plain, gated,
+        gated if projected is None else projected, gated if dgates is None else dgates,
+        m, d, count, rank, len(experts.tensor), gated.stride(0), float(scaling),
+        *experts.strides(),
+        BACKWARD=backward, SKIP=m <= 16 and not backward and plain is None,
+        PLAIN=plain is not None, DGATES=dgates is not None,
+        SPEAKERS=experts.speakers is not None, PRECISION=precision(x.dtype),
+        TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r,
+        BLOCK_D=128 if block_r <= 64 and block_m == 16 else 64,
+        warps=4, stages=2 if block_r > 64 else 3,
+    )  # fmt: skip
 
 
 def experts_gradient(narrow: Tensor, wide: Tensor, like: Experts) -> Tensor:
@@ -213,14 +257,14 @@ def experts_gradient(narrow: Tensor, wide: Tensor, like: Experts) -> Tensor:
     block_r = min(64, max(16, triton.next_power_of_2(r)))
     shares = torch.empty(split, *like.tensor.shape, dtype=torch.float32, device=wide.device)
     tiles = triton.cdiv(r, block_r) * triton.cdiv(out, 64)
-    with _on(wide):
-        outer_kernel[(tiles, split, speakers)](
-            narrow, wide, wide if like.speakers is None else like.speakers, shares,
-            m, r, out, like.rank, speakers, like.tensor.numel(), *like.strides(),
-            SPEAKERS=like.speakers is not None, PRECISION=precision(wide.dtype), SPLIT=split,
-            BLOCK_R=block_r, BLOCK_O=64, BLOCK_M=block_m,
-            num_warps=4, num_stages=3, enable_fp_fusion=True,
-        )  # fmt: skip
+    _launch(
+        outer_kernel, (tiles, split, speakers),
+        narrow, wide, wide if like.speakers is None else like.speakers, shares,
+        m, r, out, like.rank, speakers, like.tensor.numel(), *like.strides(),
+        SPEAKERS=like.speakers is not None, PRECISION=precision(wide.dtype), SPLIT=split,
+        BLOCK_R=block_r, BLOCK_O=64, BLOCK_M=block_m,
+        warps=4, stages=3,
+    )  # fmt: skip
     total = shares[0] if split == 1 else shares.sum(0)
     return total.to(like.tensor.dtype)
 
@@ -230,8 +274,8 @@ def dequantize_into(weight: QuantizedTensor, out: Tensor) -> None:
     n, k = weight.shape
     block_k = min(64, weight.block_size)
     pointers, facts = _quantised(weight, out.dtype, block_k)
-    with _on(out):
-        scratch_kernel[(triton.cdiv(n, 32), triton.cdiv(k, block_k))](
-            *pointers, out, n, k, out.stride(0), **facts, BLOCK_N=32, BLOCK_K=block_k,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    _launch(
+        scratch_kernel, (triton.cdiv(n, 32), triton.cdiv(k, block_k)),
+        *pointers, out, n, k, out.stride(0), **facts, BLOCK_N=32, BLOCK_K=block_k,
+        warps=4, stages=1,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ def outer_kernel(
     SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of R times tiles of O, SPLIT, S). Tiles without rows of a speaker are left out."""
+    """Grid: (tiles of R times tiles of O, SPLIT, S). Tiles without the speaker's rows are skipped."""
     tiles_o = tl.cdiv(O, BLOCK_O)
     columns = (tl.program_id(0) // tiles_o) * BLOCK_R + tl.arange(0, BLOCK_R)
     outs = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -39,7 +39,9 @@ def outer_kernel(
             row_ok = row_ok & (tl.load(speakers + rows, row_ok, -1) == s)
         if tl.max(row_ok.to(tl.int32), 0) > 0:
             left = tl.load(
-                narrow + rows[None, :] * R + columns[:, None], row_ok[None, :] & column_ok[:, None], 0.0
+                narrow + rows[None, :] * R + columns[:, None],
+                row_ok[None, :] & column_ok[:, None],
+                0.0,
             )
             right = tl.load(
                 wide + rows[:, None] * O + outs[None, :], row_ok[:, None] & out_ok[None, :], 0.0

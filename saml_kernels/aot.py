@@ -1,0 +1,255 @@
+"""Ahead-of-time builds: every kernel that a model needs, for a GPU that is not here.
+
+    python -m saml_kernels.aot --arch sm_87 --model base OUT/
+
+writes one cubin for each kernel and `kernels.json`, and prints registers, spilled bytes, shared
+memory and size of each. The exit status is 1 if a kernel spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels.errors import SAMLError
+from saml_kernels.quant import QuantizedTensor, quantize
+
+__all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build"]
+
+# Multiprocessors of a typical card: they decide how far a small product is split.
+ARCHITECTURES = {
+    "sm_80": 108, "sm_86": 84, "sm_87": 16, "sm_89": 128,
+    "sm_90": 132, "sm_100": 148, "sm_110": 20, "sm_120": 170,
+}  # fmt: skip
+WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
+TOKENS = (1, 16, 64, 256, 1024, 1500)  # one for each rule of the default tuning table
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
+_POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Built:
+    """One compiled kernel.
+
+    Attributes:
+        name: of the kernel; `file` holds its cubin, `entry` is the function in it.
+        signature: argument types in order; constants: compile-time values.
+        warps, stages: of a program.
+        registers: per thread; spilled: bytes of local memory per thread; shared: bytes per program.
+        size: of the cubin in bytes.
+    """
+
+    name: str
+    file: str
+    entry: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+    size: int
+
+
+def build(
+    arch: str,
+    model: str,
+    out: Path,
+    *,
+    dtype: str = "float16",
+    format: str = "nf4",
+    experts: int = 4,
+    rank: int = 4,
+    train: bool = False,
+) -> Iterator[Built]:
+    """Compile the kernels of a Whisper's layers, one after the other; the manifest comes last.
+
+    Args:
+        arch: one of `ARCHITECTURES`.
+        model: one of `WIDTHS`.
+        out: folder for cubins and `kernels.json`.
+        dtype: of the activations; format: of the weights.
+        experts, rank: E and r.
+        train: the backward kernels too.
+
+    Raises:
+        SAMLError: an unknown name, no Triton, or kernels are being interpreted.
+    """
+    for what, value, known in (
+        ("arch", arch, ARCHITECTURES), ("model", model, WIDTHS), ("dtype", dtype, DTYPES),
+    ):  # fmt: skip
+        if value not in known:
+            raise SAMLError(f"--{what} {value}: expected one of {', '.join(known)}")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise SAMLError("TRITON_INTERPRET is set: nothing is compiled; unset it")
+    try:
+        from saml_kernels.triton.launch import Launch  # noqa: F401
+    except ImportError as error:
+        raise SAMLError(
+            "aot: triton is not installed; pip install 'saml-kernels[triton]'"
+        ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    done: dict[str, Built] = {}
+    for launch in _launches(arch, WIDTHS[model], DTYPES[dtype], format, experts, rank, train):
+        key = _key(launch)
+        if key not in done:
+            done[key] = _compile(launch, key, arch, out)
+            yield done[key]
+    import triton
+
+    manifest = {
+        "arch": arch, "model": model, "triton": triton.__version__,
+        "kernels": [asdict(k) for k in done.values()],
+    }  # fmt: skip
+    temporary = out / "kernels.json.part"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.replace(out / "kernels.json")
+
+
+def _launches(
+    arch: str, width: int, dtype: torch.dtype, format: str, experts: int, rank: int, train: bool
+) -> Iterator[Any]:
+    """What the backend would launch for each layer shape and number of tokens."""
+    from saml_kernels import triton as backend
+    from saml_kernels.triton.configs import pretending
+    from saml_kernels.triton.launch import recording
+
+    for k, n in ((width, width), (width, 4 * width), (4 * width, width)):
+        weight: QuantizedTensor = quantize(torch.ones(n, k), format)
+        lora_a = torch.zeros(experts, rank, k, dtype=dtype)
+        lora_b = torch.zeros(experts, n, rank, dtype=dtype)
+        bias = torch.zeros(n, dtype=dtype)
+        for m in TOKENS:
+            x, gates = torch.zeros(m, k, dtype=dtype), torch.zeros(m, experts, dtype=dtype)
+            for b in (bias, None):  # Whisper's k_proj has none
+                with pretending(arch, ARCHITECTURES[arch]), recording() as found:
+                    backend.forward(x, weight, lora_a, lora_b, gates, b, 1.0, route=_route(m))
+                yield from found
+            if train:
+                dy = torch.zeros(m, n, dtype=dtype)
+                needs = (True, True, True, True)
+                with pretending(arch, ARCHITECTURES[arch]), recording() as found:
+                    backend.backward(
+                        dy, x, weight, lora_a, lora_b, gates, 1.0, needs, route=_route(m)
+                    )
+                yield from found
+
+
+def _route(tokens: int) -> str | None:
+    # cuBLAS does not run on the CPU that stands in: its part is left to the real device.
+    return "fused" if tokens > 1024 else None
+
+
+def _signature(launch: Any) -> tuple[dict[str, str], dict[Any, Any]]:
+    """Types of the arguments, and which are multiples of 16 (as Triton's own launcher finds)."""
+    signature: dict[str, str] = {}
+    attributes: dict[Any, Any] = {}
+    plain = set(launch.kernel.do_not_specialize or ())
+    for position, (name, value) in enumerate(
+        zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    ):
+        if isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name not in plain and value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(launch.constants, "constexpr")
+    return signature, attributes
+
+
+def _key(launch: Any) -> str:
+    signature, attributes = _signature(launch)
+    parts = [
+        launch.kernel.__name__, signature, sorted(attributes), launch.constants, launch.options,
+    ]  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _compile(launch: Any, key: str, arch: str, out: Path) -> Built:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = _signature(launch)
+    constants = {(launch.kernel.arg_names.index(n),): v for n, v in launch.constants.items()}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target, {**launch.options, "enable_fp_fusion": True})
+    cubin = compiled.asm["cubin"]
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    path = out / f"{name}-{key}.cubin"
+    path.write_bytes(cubin)
+    registers, spilled = _resources(path)
+    return Built(
+        name, path.name, compiled.metadata.name, signature, launch.constants,
+        launch.options["num_warps"], launch.options["num_stages"],
+        registers, spilled, compiled.metadata.shared, len(cubin),
+    )  # fmt: skip
+
+
+def _resources(cubin: Path) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, as cuobjdump of Triton's wheel reads them."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0 if no kernel spills or wants too much shared memory."""
+    parser = argparse.ArgumentParser(prog="python -m saml_kernels.aot", description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--arch", default="sm_87", help=", ".join(ARCHITECTURES))
+    parser.add_argument("--model", default="base", help=", ".join(WIDTHS))
+    parser.add_argument("--dtype", default="float16", help=", ".join(DTYPES))
+    parser.add_argument("--format", default="nf4", help="nf4, fp4, int8 or int4")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--train", action="store_true", help="the backward kernels too")
+    o = parser.parse_args(arguments)
+    print(f"{'kernel':8} {'tile':>14} {'warps':>5} {'registers':>9} {'spilled':>7} "
+          f"{'shared':>7} {'cubin':>7}")  # fmt: skip
+    bad = 0
+    try:
+        for k in build(
+            o.arch, o.model, o.out, dtype=o.dtype, format=o.format, experts=o.experts,
+            rank=o.rank, train=o.train,
+        ):  # fmt: skip
+            tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
+            print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "
+                  f"{k.shared:7} {k.size:7}")  # fmt: skip
+            bad += k.spilled > 0 or k.shared > SHARED_LIMIT
+    except SAMLError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{o.out / 'kernels.json'}: {o.arch}, {'no spills' if not bad else f'{bad} too large'}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Random calls of the operator and the float64 truth for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saml_kernels import reference
+from saml_kernels.quant import QuantizedTensor, quantize
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass
+class Case:
+    """Arguments of one call; see `saml_linear`."""
+
+    x: Tensor
+    dy: Tensor
+    weight: QuantizedTensor
+    lora_a: Tensor
+    lora_b: Tensor
+    gates: Tensor
+    bias: Tensor | None
+    speakers: Tensor | None
+    scaling: float
+
+    @property
+    def experts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_a, self.lora_b, self.gates
+
+
+def make_case(
+    seed: int, m: int, n: int, k: int, experts: int, rank: int, *,
+    format: str = "nf4", dtype: torch.dtype = torch.float32, block_size: int = 64,
+    double_quant: bool = True, top_k: int | None = None, speakers: int | None = None,
+    bias: bool = True, device: str = "cpu",
+) -> Case:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g) * scale).to(dtype).to(device)
+
+    weight = quantize(torch.randn(n, k, generator=g), format, block_size, double_quant).to(device)
+    gates = torch.softmax(torch.randn(m, experts, generator=g), -1)
+    if top_k is not None and experts:
+        kept = gates.topk(min(top_k, experts), -1)
+        gates = torch.zeros_like(gates).scatter(-1, kept.indices, kept.values)
+    lead = () if speakers is None else (speakers,)
+    index = None
+    if speakers is not None:
+        index = torch.randint(0, speakers, (m,), generator=g, dtype=torch.int32).to(device)
+    return Case(
+        normal(m, k), normal(m, n), weight,
+        normal(*lead, experts, rank, k, scale=k**-0.5),
+        normal(*lead, experts, n, rank, scale=max(1, rank) ** -0.5),
+        gates.to(dtype).to(device), normal(n) if bias else None, index, 0.75,
+    )  # fmt: skip
+
+
+def truth(case: Case, absolute: bool = False) -> tuple[Tensor, ...]:
+    """y, dx, da, db, dgates in float64 by autograd, speaker by speaker.
+
+    With `absolute`, of the same call with every number made positive: the size of what is summed,
+    which rounding errors go by where the sum itself cancels.
+    """
+
+    def wide(tensor: Tensor) -> Tensor:
+        value = tensor.detach().double().cpu()
+        return value.abs() if absolute else value
+
+    dense = wide(case.weight.dequantize())
+    leaves = [wide(t).requires_grad_() for t in (case.x, *case.experts)]
+    x, a, b, g = leaves
+    bias = None if case.bias is None else wide(case.bias)
+    if case.speakers is None:
+        y = reference.saml_linear_reference(x, dense, a, b, g, bias, case.scaling)
+    else:
+        parts = torch.zeros(len(x), len(dense), dtype=torch.float64)
+        index = case.speakers.cpu().long()
+        y = parts + 0 * x.sum()
+        for s in range(len(a)):
+            own = reference.saml_linear_reference(x, dense, a[s], b[s], g, bias, case.scaling)
+            y = torch.where((index == s).unsqueeze(1), own, y)
+    y.backward(wide(case.dy))
+    return y.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
+
+
+def assert_close(
+    found: Tensor, expected: Tensor, tolerance: float, name: str, size: Tensor | None = None
+) -> None:
+    """Root mean square of the error against that of `size`, or of what is expected."""
+    assert found.shape == expected.shape, name
+    found = found.double().cpu()
+    assert torch.isfinite(found).all(), f"{name}: not finite"
+    scale = (expected if size is None else size).norm().clamp(min=1e-9)
+    error = (found - expected).norm() / scale
+    assert error < tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"

@@ -1,0 +1,110 @@
+"""Output and every gradient of the Triton backend against float64, on random shapes."""
+
+import os
+
+import pytest
+import torch
+from cases import TOLERANCE, assert_close, make_case, truth
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from saml_kernels import triton as backend
+from saml_kernels.triton.configs import ROUTES
+
+EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
+NAMES = ("y", "dx", "da", "db", "dgates")
+
+
+def check(case, route):
+    arguments = (case.weight, *case.experts)
+    found = [
+        backend.forward(case.x, *arguments, case.bias, case.scaling, case.speakers, route),
+        *backend.backward(
+            case.dy, case.x, *arguments, case.scaling, (True,) * 4, case.speakers, route
+        ),
+    ]
+    answers = zip(NAMES, found, truth(case), truth(case, absolute=True), strict=True)
+    for name, tensor, expected, size in answers:
+        assert tensor is not None and tensor.dtype == case.x.dtype
+        assert_close(tensor, expected, TOLERANCE[case.x.dtype], name, size)
+
+
+@settings(
+    max_examples=EXAMPLES, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_random_shapes(data, device):
+    draw = data.draw
+    experts = draw(st.integers(1, 16), "E")
+    rank = draw(st.integers(1, 64 if experts <= 4 else 8), "r")
+    block_size = draw(st.sampled_from((32, 64, 128)), "block")
+    k = draw(st.one_of(st.sampled_from((block_size, 2 * block_size)), st.integers(1, 150)), "K")
+    case = make_case(
+        draw(st.integers(0, 2**32), "seed"), draw(st.integers(0, 200), "M"),
+        draw(st.integers(1, 130), "N"), k, experts, rank,
+        format=draw(st.sampled_from(("nf4", "fp4", "int8", "int4")), "format"),
+        dtype=draw(st.sampled_from(tuple(TOLERANCE)), "dtype"),
+        block_size=block_size, double_quant=draw(st.booleans(), "double_quant"),
+        top_k=draw(st.sampled_from((None, 1, 2)), "top_k"),
+        speakers=draw(st.sampled_from((None, None, 1, 3, 7)), "speakers"),
+        bias=draw(st.booleans(), "bias"), device=device,
+    )  # fmt: skip
+    check(case, draw(st.sampled_from((None, *ROUTES)), "route"))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("m", [1, 5, 17, 130])
+def test_routes_at_whisper_widths(m, route, device):
+    check(make_case(m, m, 384, 384, 4, 4, device=device), route)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "int4"])
+@pytest.mark.parametrize("k", [128, 100], ids=["aligned", "odd"])
+def test_formats(format, k, device):
+    check(make_case(0, 9, 70, k, 2, 4, format=format, device=device), "fused")
+
+
+def test_no_experts(device):
+    case = make_case(1, 20, 64, 128, 0, 4, device=device)
+    y = backend.forward(case.x, case.weight, *case.experts, case.bias, 1.0)
+    expected = case.x.double() @ case.weight.dequantize(torch.float64).T + case.bias.double()
+    assert_close(y, expected.cpu(), 2e-6, "y")
+
+
+@pytest.mark.parametrize("index", [-1, 3, 2**30])
+def test_speaker_out_of_range_is_nan(index, device):
+    case = make_case(2, 6, 64, 128, 2, 4, speakers=3, device=device)
+    case.speakers[4] = index
+    y = backend.forward(case.x, case.weight, *case.experts, case.bias, 1.0, case.speakers, "fused")
+    bad = torch.isnan(y).all(1).cpu()
+    assert bad.tolist() == [False] * 4 + [True] + [False]
+    assert not torch.isnan(y[:4]).any()
+
+
+def test_experts_nobody_chose_are_not_read(device):
+    case = make_case(3, 4, 64, 128, 4, 4, device=device)
+    case.gates[:, 2] = 0
+    expected = backend.forward(case.x, case.weight, *case.experts, case.bias, 1.0)
+    case.lora_a[2] = case.lora_b[2] = float("nan")
+    y = backend.forward(case.x, case.weight, *case.experts, case.bias, 1.0)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+def test_same_input_same_bits(device):
+    case = make_case(4, 150, 96, 128, 4, 8, device=device)
+    runs = [
+        backend.backward(case.dy, case.x, case.weight, *case.experts, case.scaling, (True,) * 4)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0, i & 8 > 0) for i in range(16)])
+def test_only_what_is_wanted(needs, device):
+    case = make_case(5, 8, 32, 64, 2, 3, device=device)
+    grads = backend.backward(case.dy, case.x, case.weight, *case.experts, case.scaling, needs)
+    for grad, need, expected in zip(grads, needs, truth(case)[1:], strict=True):
+        assert (grad is not None) == need
+        if need:
+            assert_close(grad, expected, 2e-6, "gradient")
