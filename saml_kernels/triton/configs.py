@@ -68,7 +68,7 @@ def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], C
     """
     try:
         values = json.loads(text)
-        rules = {}
+        rules: dict[str, list[tuple[dict[str, Any], Config]]] = {}
         for direction in ("forward", "backward"):
             rules[direction] = []
             for entry in values[direction]:
@@ -81,7 +81,7 @@ def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], C
 
 
 def user_table(capability: str) -> Path:
-    """Where `bench/gpu_check.py --tune` keeps its own table; `$SAML_CACHE` or `~/.cache/saml-kernels`."""
+    """The user's own table, in `$SAML_CACHE` or `~/.cache/saml-kernels`; see bench/gpu_check.py."""
     folder = os.environ.get("SAML_CACHE") or "~/.cache/saml-kernels"
     return Path(folder).expanduser() / f"{capability}.json"
 

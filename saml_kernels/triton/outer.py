@@ -24,7 +24,7 @@ def outer_kernel(
     SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of R times tiles of O, SPLIT, S). Tiles without the speaker's rows are skipped."""
+    """Grid: (tiles of R times tiles of O, SPLIT, S). Tiles without its rows are skipped."""
     tiles_o = tl.cdiv(O, BLOCK_O)
     columns = (tl.program_id(0) // tiles_o) * BLOCK_R + tl.arange(0, BLOCK_R)
     outs = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)

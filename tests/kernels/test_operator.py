@@ -34,6 +34,7 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Input #")
 def test_gradcheck(device):
     case = make_case(2, 3, 8, 32, 2, 2, block_size=32, device=device)
     x, a, b, g, bias = leaves(case)
