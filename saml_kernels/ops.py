@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saml_kernels import cpu, reference, triton
+from saml_kernels import cpu, grouping, reference, triton
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
 
@@ -37,11 +37,12 @@ _WEIGHT = (
 _EXPERTS = "Tensor lora_a, Tensor lora_b, Tensor gates"
 _library = torch.library.Library("saml_kernels", "DEF")
 _library.define(
-    f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend) -> Tensor"
+    f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
+    "Tensor? speakers) -> Tensor"
 )
 _library.define(
     f"linear_backward(Tensor dy, Tensor x, {_WEIGHT}, {_EXPERTS}, float scaling, str backend, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool[] needs, Tensor? speakers) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -94,6 +95,7 @@ def saml_linear(
     bias: Tensor | None = None,
     scaling: float = 1.0,
     backend: str | None = None,
+    speakers: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias, with W frozen in low bits.
 
@@ -106,6 +108,10 @@ def saml_linear(
         bias: [N] or None.
         scaling: s, usually alpha / r.
         backend: one of `available_backends()`; None takes the fastest that can run the call.
+        speakers: int32 or int64 [...], broadcast over the leading dimensions of `x`: whose experts
+            a row uses. lora_a is then [S, E, r, K] and lora_b [S, E, N, r]. An index out of range
+            is an error; the Triton kernels, which cannot ask without a synchronisation, return NaN
+            for such a row.
 
     Returns:
         [..., N] in the dtype of `x` (of autocast, where that is on).
@@ -117,19 +123,31 @@ def saml_linear(
     if dtype is not None:
         x, lora_a, lora_b, gates = (t.to(dtype) for t in (x, lora_a, lora_b, gates))
         bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, lora_a, lora_b, gates, bias)
+    _check(x, weight, lora_a, lora_b, gates, bias, speakers)
     lead = x.shape[:-1]
     experts = gates.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
     gates = gates.expand(*lead, experts).reshape(rows.shape[0], experts)
+    if speakers is not None:
+        speakers = speakers.expand(lead).reshape(-1).to(torch.int32)
     name = choose_backend(x, weight, backend)
     if _plain_call(x, lora_a, lora_b, gates, bias):
-        y = BACKENDS[name].forward(rows, weight, lora_a, lora_b, gates, bias, float(scaling))
+        y = _forward(name, rows, weight, lora_a, lora_b, gates, bias, float(scaling), speakers)
     else:
         y = torch.ops.saml_kernels.linear(
-            rows, *_parts(weight), lora_a, lora_b, gates, bias, float(scaling), name
+            rows, *_parts(weight), lora_a, lora_b, gates, bias, float(scaling), name, speakers
         )
     return y.view(*lead, y.shape[-1])
+
+
+def _forward(name: str, *arguments: Any) -> Tensor:
+    """The backend's forward; the last argument is the speaker index or None."""
+    backend, speakers = BACKENDS[name], arguments[-1]
+    if speakers is None:
+        return backend.forward(*arguments[:-1])
+    if getattr(backend, "SPEAKERS", False):
+        return backend.forward(*arguments)
+    return grouping.forward(backend, *arguments)
 
 
 def _plain_call(*tensors: Tensor | None) -> bool:
@@ -172,6 +190,7 @@ def _check(
     lora_b: Tensor,
     gates: Tensor,
     bias: Tensor | None,
+    speakers: Tensor | None,
 ) -> None:
     if len(weight.shape) != 2:
         raise SAMLError(f"weight: shape {tuple(weight.shape)}; expected two dimensions [N, K]")
@@ -180,25 +199,31 @@ def _check(
         raise SAMLError(f"x: dtype {x.dtype}; expected a floating-point tensor")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise SAMLError(f"x: shape {tuple(x.shape)}; expected [..., {in_features}] for this weight")
-    if lora_a.dim() != 3 or lora_a.shape[-1] != in_features:
-        raise SAMLError(f"lora_a: shape {tuple(lora_a.shape)}; expected [E, r, {in_features}]")
-    experts, rank, _ = lora_a.shape
+    many = "" if speakers is None else "S, "
+    if lora_a.dim() != 3 + bool(many) or lora_a.shape[-1] != in_features:
+        wanted = f"[{many}E, r, {in_features}]"
+        raise SAMLError(f"lora_a: shape {tuple(lora_a.shape)}; expected {wanted}")
+    experts, rank, _ = lora_a.shape[-3:]
     expected = {
-        "lora_b": (lora_b, (experts, out_features, rank)),
+        "lora_b": (lora_b, (*lora_a.shape[:-3], experts, out_features, rank)),
         "bias": (bias, (out_features,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise SAMLError(f"{name}: shape {tuple(tensor.shape)}; expected {shape}")
     lead = x.shape[:-1]
-    given = gates.shape[:-1]
-    fits = len(given) <= len(lead) and all(
-        g in (1, n) for g, n in zip(reversed(given), reversed(lead), strict=False)
-    )
-    if gates.dim() == 0 or gates.shape[-1] != experts or not fits:
+    if gates.dim() == 0 or gates.shape[-1] != experts or not _broadcasts(gates.shape[:-1], lead):
         raise SAMLError(
             f"gates: shape {tuple(gates.shape)}; expected {(*lead, experts)} or what broadcasts"
         )
+    if speakers is not None:
+        if speakers.dtype not in (torch.int32, torch.int64):
+            raise SAMLError(f"speakers: dtype {speakers.dtype}; expected int32 or int64")
+        if not _broadcasts(speakers.shape, lead):
+            given = tuple(speakers.shape)
+            raise SAMLError(f"speakers: shape {given}; expected {tuple(lead)} or what broadcasts")
+        if speakers.device != x.device:
+            raise SAMLError(f"speakers: on {speakers.device}; expected that of x, {x.device}")
     tensors = {"lora_a": lora_a, "lora_b": lora_b, "gates": gates, "bias": bias}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -209,6 +234,11 @@ def _check(
             raise SAMLError(f"{name}: on {tensor.device}; expected that of x, {x.device}")
     if weight.codes.device != x.device:
         raise SAMLError(f"weight: on {weight.codes.device}; expected that of x, {x.device}")
+
+
+def _broadcasts(given: torch.Size, lead: torch.Size) -> bool:
+    pairs = zip(reversed(given), reversed(lead), strict=False)
+    return len(given) <= len(lead) and all(g in (1, n) for g, n in pairs)
 
 
 def _linear(
@@ -226,11 +256,12 @@ def _linear(
     bias: Tensor | None,
     scaling: float,
     backend: str,
+    speakers: Tensor | None,
 ) -> Tensor:
     weight = QuantizedTensor.from_parts(
         codes, absmax, nested_absmax, offset, shape, format, block_size
     )
-    return BACKENDS[backend].forward(x, weight, lora_a, lora_b, gates, bias, scaling)
+    return _forward(backend, x, weight, lora_a, lora_b, gates, bias, scaling, speakers)
 
 
 def _linear_backward(
@@ -249,12 +280,20 @@ def _linear_backward(
     scaling: float,
     backend: str,
     needs: list[bool],
+    speakers: Tensor | None,
 ) -> tuple[Tensor, ...]:
     weight = QuantizedTensor.from_parts(
         codes, absmax, nested_absmax, offset, shape, format, block_size
     )
     wanted = (needs[0], needs[1], needs[2], needs[3])
-    found = BACKENDS[backend].backward(dy, x, weight, lora_a, lora_b, gates, scaling, wanted)
+    arguments = (dy, x, weight, lora_a, lora_b, gates, scaling, wanted)
+    module = BACKENDS[backend]
+    if speakers is None:
+        found = module.backward(*arguments)
+    elif getattr(module, "SPEAKERS", False):
+        found = module.backward(*arguments, speakers)
+    else:
+        found = grouping.backward(module, *arguments, speakers)
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
@@ -270,18 +309,18 @@ def _linear_backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, absmax, nested_absmax, offset, *meta = inputs[:8]
-    lora_a, lora_b, gates, bias, scaling, backend = inputs[8:]
-    ctx.save_for_backward(x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates)
+    lora_a, lora_b, gates, bias, scaling, backend, speakers = inputs[8:]
+    ctx.save_for_backward(x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers)
     ctx.meta, ctx.scaling, ctx.backend = meta, scaling, backend
     ctx.has_bias = bias is not None
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates = ctx.saved_tensors
+    x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers = ctx.saved_tensors
     positions = (0, 8, 9, 10)  # x, lora_a, lora_b, gates among the operator's arguments
     needs = [ctx.needs_input_grad[p] for p in positions]
     shape, format, block_size = ctx.meta
-    grads: list[Tensor | None] = [None] * 14
+    grads: list[Tensor | None] = [None] * 15
     if any(needs):
         found = torch.ops.saml_kernels.linear_backward(
             dy.contiguous(),
@@ -299,6 +338,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             ctx.scaling,
             ctx.backend,
             needs,
+            speakers,
         )
         for position, need, grad in zip(positions, needs, found, strict=True):
             grads[position] = grad if need else None

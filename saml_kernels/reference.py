@@ -64,8 +64,13 @@ def saml_linear_reference(
     y = F.linear(x, weight, bias)
     if lora_a.shape[0] == 0:
         return y
+    return y + scaling * experts_forward(x, lora_a, lora_b, gates)
+
+
+def experts_forward(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
+    """H B^T [M, N], without the base."""
     hidden = F.linear(x, stack_a(lora_a)) * gates.repeat_interleave(lora_a.shape[1], dim=-1)
-    return y + scaling * F.linear(hidden, stack_b(lora_b))
+    return F.linear(hidden, stack_b(lora_b))
 
 
 def forward(
@@ -93,20 +98,32 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
     """The chain rule written out; `needs` says which of (x, lora_a, lora_b, gates) want one."""
-    need_x, need_a, need_b, need_gates = needs
-    dx = dy @ weight.dequantize(dy.dtype) if need_x else None
-    experts, rank, _ = lora_a.shape
-    if experts == 0:
+    dx = dy @ weight.dequantize(dy.dtype) if needs[0] else None
+    if lora_a.shape[0] == 0:
         zeros = (torch.zeros_like(t) for t in (lora_a, lora_b, gates))
         da, db, dg = (z if need else None for z, need in zip(zeros, needs[1:], strict=True))
         return dx, da, db, dg
+    more, da, db, dg = experts_backward(dy, x, lora_a, lora_b, gates, scaling, needs)
+    return dx if dx is None or more is None else dx + more, da, db, dg
 
+
+def experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """The experts' part of `backward`, without the base."""
+    need_x, need_a, need_b, need_gates = needs
+    experts, rank, _ = lora_a.shape
     a, b = stack_a(lora_a), stack_b(lora_b)
     repeated = gates.repeat_interleave(rank, dim=-1)
     dh = scaling * (dy @ b)
     dp = dh * repeated
-    if dx is not None:
-        dx = dx + dp @ a
+    dx = dp @ a if need_x else None
     projected = x @ a.T
     da = (dp.T @ x).view_as(lora_a) if need_a else None
     db = dg = None

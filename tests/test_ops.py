@@ -163,9 +163,9 @@ def test_opcheck(backend: str, case: str) -> None:
     for t in (x, a, b, gates, bias):
         t.requires_grad_()
     args: list[Any] = [x, *ops._parts(weight), a, b, gates, None if case == "no bias" else bias]
-    torch.library.opcheck(torch.ops.saml_kernels.linear.default, (*args, 1.3, backend))
+    torch.library.opcheck(torch.ops.saml_kernels.linear.default, (*args, 1.3, backend, None))
     plain = [t.detach() if isinstance(t, Tensor) else t for t in args]
-    backward = (torch.randn(5, N), *plain[:-1], 1.3, backend, [True, True, False, True])
+    backward = (torch.randn(5, N), *plain[:-1], 1.3, backend, [True, True, False, True], None)
     torch.library.opcheck(
         torch.ops.saml_kernels.linear_backward.default,
         backward,

@@ -30,6 +30,7 @@ __all__ = ["backward", "forward", "unsupported", "why_unavailable"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
+SPEAKERS = True  # the kernels take the speaker index themselves
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -30,7 +30,7 @@ def test_autograd(device):
 def test_opcheck(device):
     case = make_case(1, 6, 24, 64, 2, 3, device=device)
     x, a, b, g, bias = leaves(case)
-    arguments = (x, *_parts(case.weight), a, b, g, bias, 0.5, "triton")
+    arguments = (x, *_parts(case.weight), a, b, g, bias, 0.5, "triton", None)
     torch.library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 
 
