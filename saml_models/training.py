@@ -27,6 +27,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
+from saml_models.memory import keep_freed_memory
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
 from saml_models.surgery import config_of, expert_parameters, routing_of
 from saml_models.window import audio_mask, audio_window, log_mel, window_frames
@@ -196,6 +197,8 @@ def fit(
     if options.distil > 0 and teacher is None:
         raise SAMLError("training: distil needs the full-precision model as teacher")
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision(device))
     torch.manual_seed(options.seed)
     objective = _Objective(model, options, teacher)

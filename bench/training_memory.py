@@ -1,0 +1,65 @@
+"""Seconds of a training step with glibc's defaults and with `keep_freed_memory`, turn about.
+
+    python bench/training_memory.py [--rounds 3]
+
+Each run is a process of its own: five batches of random audio through Whisper tiny.en's two passes;
+the first is left out. Prints each median and the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+STEPS = 6
+
+
+def one_run(keep: bool) -> float:
+    """Median seconds of a step."""
+    from saml_kernels import SAMLConfig
+    from saml_models import training
+    from saml_models.loading import load_model
+    from saml_models.surgery import apply_saml
+
+    if not keep:
+        training.keep_freed_memory = lambda: False
+    model, processor = load_model("tiny.en")
+    apply_saml(model, SAMLConfig(expert_init="lora"))
+    rng = np.random.default_rng(0)
+    clips = [rng.standard_normal(16000 * 7).astype(np.float32) * 0.05 for _ in range(4 * STEPS)]
+    samples = [training.Sample(lambda c=c: c, 7.0, "one two three four five") for c in clips]
+    options = training.TrainingOptions(epochs=1, batch_seconds=32.0, max_batch=4)
+    times = [time.monotonic()]
+    training.fit(model, processor, samples, options, on_step=lambda *_: times.append(
+        time.monotonic()
+    ))  # fmt: skip
+    return statistics.median(np.diff(times)[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--run", choices=("keep", "default"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.run:
+        print(one_run(o.run == "keep"))
+        return
+    found: dict[str, list[float]] = {"default": [], "keep": []}
+    for _ in range(o.rounds):
+        for name, times in found.items():
+            command = [sys.executable, __file__, "--run", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            times.append(float(done.stdout.split()[-1]))
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    ratios = [k / d for k, d in zip(found["keep"], found["default"], strict=True)]
+    print(f"glibc's defaults {medians['default']:.2f} s a step, freed memory kept "
+          f"{medians['keep']:.2f} s: ratio {statistics.median(ratios):.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
