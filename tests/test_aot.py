@@ -18,9 +18,12 @@ def aot(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_87", "sm_90"])
-def test_builds_without_spills(arch, tmp_path):
-    done = aot("--arch", arch, "--model", "base", "--train", str(tmp_path))
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("sm_80", "float16"), ("sm_87", "float16"), ("sm_90", "bfloat16"), ("sm_80", "float32")],
+)
+def test_builds_without_spills(arch, dtype, tmp_path):
+    done = aot("--arch", arch, "--dtype", dtype, "--model", "base", "--train", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((tmp_path / "kernels.json").read_text())
     assert {k["name"] for k in manifest["kernels"]} >= {"product", "skinny", "outer", "reduce"}

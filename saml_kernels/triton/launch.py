@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
+FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
 OUTER_TOKENS = 1024  # a share of the reduction over tokens, in dA and dB
 
 
@@ -164,7 +165,9 @@ def product(
     n, width = weight.shape
     m, d = x.shape
     out = width if transposed else n
-    block_d, block_o = config.block_d, config.block_o
+    block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
+    if x.dtype == torch.float32:
+        block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
     along = min(block_o if transposed else block_d, weight.block_size)
     block_o, block_d = (along, block_d) if transposed else (block_o, along)
     pointers, facts = _quantised(weight, x.dtype, along)
@@ -174,7 +177,7 @@ def product(
     rank = experts.rank if experts else 1
     r = experts.count * rank if experts else 0
     speakers = experts.speakers if experts else None
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(out, block_o)
+    tiles = triton.cdiv(m, block_m) * triton.cdiv(out, block_o)
     _launch(
         product_kernel, (tiles, split),
         x, partial, *pointers,
@@ -184,7 +187,7 @@ def product(
         *(experts.strides() if experts else (0, 0, 0, 0)),
         TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
         EXPERTS=r > 0, SPEAKERS=speakers is not None, BIAS=bias is not None,
-        BLOCK_M=config.block_m, BLOCK_O=block_o, BLOCK_D=block_d,
+        BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
         BLOCK_R=min(64, max(16, triton.next_power_of_2(max(1, r)))),
         SPLIT=split, GROUP=config.group,
         warps=config.warps, stages=config.stages,
