@@ -197,10 +197,15 @@ def _forget_gates(
     slots: list[BlockGates], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
     """A decoder pass that continues no cached one belongs to other clips: it gets new gates."""
-    cache = kwargs.get("past_key_values")
+    cache = _cache(kwargs)
     if cache is None or cache.get_seq_length() == 0:
         for slot in slots:
             slot.gates = None
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    """The decoder's cache by either of its names: transformers 5.24 renamed it."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _run_shared_router(
@@ -213,7 +218,7 @@ def _run_shared_router(
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     encoded = kwargs.get("key_value_states")
     # Training shows the router the whole text, cached decoding one token: keep the first gates.
-    if kwargs.get("past_key_values") is not None and slot.gates is not None:
+    if _cache(kwargs) is not None and slot.gates is not None:
         return
     slot.gates = router(hidden, encoded)
 
