@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=5 --ignore=tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels tests/test_speaker_index.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels tests/test_speaker_index.py tests/test_routed.py
 
 # Random shapes through every kernel; CI runs 30, this as many as asked for.
 N ?= 1000

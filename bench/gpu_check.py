@@ -137,11 +137,11 @@ class Call:
         return self.weights[self.turn % len(self.weights)]
 
     def forward(self, route: str | None) -> Callable[[], Tensor]:
-        rest = (self.a, self.b, self.gates, self.bias, SCALING, None, route)
+        rest = (self.a, self.b, self.gates, self.bias, SCALING, None, None, route)
         return lambda: backend.forward(self.x, self.weight(), *rest)
 
     def backward(self, route: str | None) -> Callable[[], Tensor]:
-        rest = (self.a, self.b, self.gates, SCALING, (True,) * 4, None, route)
+        rest = (self.a, self.b, self.gates, SCALING, (True,) * 4, None, None, route)
 
         def run() -> Tensor:
             dx = backend.backward(self.dy, self.x, self.weight(), *rest)[0]

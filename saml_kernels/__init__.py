@@ -4,7 +4,7 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.embedding import SAMLEmbedding
 from saml_kernels.errors import SAMLError
 from saml_kernels.linear import SAMLLinear
-from saml_kernels.ops import available_backends, saml_linear
+from saml_kernels.ops import available_backends, saml_linear, saml_linear_routed
 from saml_kernels.quant import QuantizedTensor, quantize
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "available_backends",
     "quantize",
     "saml_linear",
+    "saml_linear_routed",
 ]
 
 __version__ = "0.1.0"

@@ -36,6 +36,7 @@ ARCHITECTURES = {
 WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
 TOKENS = (1, 16, 64, 256, 1024, 1500)  # one for each rule of the default tuning table
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -77,6 +78,7 @@ def build(
     format: str = "nf4",
     experts: int = 4,
     rank: int = 4,
+    router: str = "token",
     train: bool = False,
 ) -> Iterator[Built]:
     """Compile the kernels of a Whisper's layers, one after the other; the manifest comes last.
@@ -87,6 +89,7 @@ def build(
         out: folder for cubins and `kernels.json`.
         dtype: of the activations; format: of the weights.
         experts, rank: E and r.
+        router: "token" (the kernels make the gates) or "given" (they are an argument).
         train: the backward kernels too.
 
     Raises:
@@ -94,6 +97,7 @@ def build(
     """
     for what, value, known in (
         ("arch", arch, ARCHITECTURES), ("model", model, WIDTHS), ("dtype", dtype, DTYPES),
+        ("router", router, ROUTERS),
     ):  # fmt: skip
         if value not in known:
             raise SAMLError(f"--{what} {value}: expected one of {', '.join(known)}")
@@ -107,7 +111,8 @@ def build(
         ) from error
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Built] = {}
-    for launch in _launches(arch, WIDTHS[model], DTYPES[dtype], format, experts, rank, train):
+    shape = (WIDTHS[model], experts, rank)
+    for launch in _launches(arch, shape, DTYPES[dtype], format, router == "token", train):
         key = _key(launch)
         if key not in done:
             done[key] = _compile(launch, key, arch, out)
@@ -124,9 +129,11 @@ def build(
 
 
 def _launches(
-    arch: str, width: int, dtype: torch.dtype, format: str, experts: int, rank: int, train: bool
-) -> Iterator[Any]:
-    """What the backend would launch for each layer shape and number of tokens."""
+    arch: str, shape: tuple[int, int, int], dtype: torch.dtype, format: str, routed: bool,
+    train: bool,
+) -> Iterator[Any]:  # fmt: skip
+    """What the backend would launch for each layer of (width, E, r) and number of tokens."""
+    width, experts, rank = shape
     from saml_kernels import triton as backend
     from saml_kernels.triton.configs import pretending
     from saml_kernels.triton.launch import recording
@@ -137,18 +144,19 @@ def _launches(
         lora_b = torch.zeros(experts, n, rank, dtype=dtype)
         bias = torch.zeros(n, dtype=dtype)
         for m in TOKENS:
-            x, gates = torch.zeros(m, k, dtype=dtype), torch.zeros(m, experts, dtype=dtype)
+            x = torch.zeros(m, k, dtype=dtype)
+            gates = torch.zeros(experts, k) if routed else torch.zeros(m, experts)
+            common = (weight, lora_a, lora_b, gates.to(dtype))
+            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None, "route": _route(m)}
             for b in (bias, None):  # Whisper's k_proj has none
                 with pretending(arch, ARCHITECTURES[arch]), recording() as found:
-                    backend.forward(x, weight, lora_a, lora_b, gates, b, 1.0, route=_route(m))
+                    backend.forward(x, *common, b, 1.0, **how)
                 yield from found
             if train:
                 dy = torch.zeros(m, n, dtype=dtype)
                 needs = (True, True, True, True)
                 with pretending(arch, ARCHITECTURES[arch]), recording() as found:
-                    backend.backward(
-                        dy, x, weight, lora_a, lora_b, gates, 1.0, needs, route=_route(m)
-                    )
+                    backend.backward(dy, x, *common, 1.0, needs, **how)
                 yield from found
 
 
@@ -230,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", default="nf4", help="nf4, fp4, int8 or int4")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--router", default="token", help=", ".join(ROUTERS))
     parser.add_argument("--train", action="store_true", help="the backward kernels too")
     o = parser.parse_args(arguments)
     print(f"{'kernel':8} {'tile':>14} {'warps':>5} {'registers':>9} {'spilled':>7} "
@@ -238,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for k in build(
             o.arch, o.model, o.out, dtype=o.dtype, format=o.format, experts=o.experts,
-            rank=o.rank, train=o.train,
+            rank=o.rank, router=o.router, train=o.train,
         ):  # fmt: skip
             tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
             print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "

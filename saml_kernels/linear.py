@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_kernels.config import SAMLConfig
-from saml_kernels.ops import autocast_dtype, saml_linear
+from saml_kernels.ops import autocast_dtype, saml_linear, saml_linear_routed
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.routing import Routing, SpeakerRouter, TokenRouter, UtteranceRouter
 
@@ -145,9 +145,15 @@ class SAMLLinear(nn.Module):
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
         if len(lora_a) == 0:
             return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
+        c, scaling = self.config, self.config.scaling
+        dropping = self.training and c.dropout > 0
+        balancing = self.training and c.balance > 0  # needs the router's own probabilities
+        if isinstance(self.router, TokenRouter) and not dropping and not balancing:
+            router = self.router.weight.to(x.dtype)
+            return saml_linear_routed(
+                x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature
+            )
         gates = self.gates(x).to(x.dtype)
-        scaling = self.config.scaling
-        dropping = self.training and self.config.dropout > 0
         if self.config.mix == "sum" and not dropping:
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling)
         # Dropout acts on the experts' input alone and merged experts are one LoRA per clip: both

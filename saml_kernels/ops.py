@@ -23,6 +23,7 @@ __all__ = [
     "available_backends",
     "choose_backend",
     "saml_linear",
+    "saml_linear_routed",
     "why_unavailable",
 ]
 
@@ -34,15 +35,17 @@ _WEIGHT = (
     "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, "
     "int[] shape, str format, int block_size"
 )
+# `gates` is [M, E]; where a temperature is given, the router [E, K] that makes them.
 _EXPERTS = "Tensor lora_a, Tensor lora_b, Tensor gates"
 _library = torch.library.Library("saml_kernels", "DEF")
 _library.define(
     f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
-    "Tensor? speakers) -> Tensor"
+    "Tensor? speakers, int? top_k=None, float? temperature=None) -> Tensor"
 )
 _library.define(
     f"linear_backward(Tensor dy, Tensor x, {_WEIGHT}, {_EXPERTS}, float scaling, str backend, "
-    "bool[] needs, Tensor? speakers) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool[] needs, Tensor? speakers, int? top_k=None, float? temperature=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -131,23 +134,106 @@ def saml_linear(
     if speakers is not None:
         speakers = speakers.expand(lead).reshape(-1).to(torch.int32)
     name = choose_backend(x, weight, backend)
-    if _plain_call(x, lora_a, lora_b, gates, bias):
-        y = _forward(name, rows, weight, lora_a, lora_b, gates, bias, float(scaling), speakers)
-    else:
-        y = torch.ops.saml_kernels.linear(
-            rows, *_parts(weight), lora_a, lora_b, gates, bias, float(scaling), name, speakers
-        )
+    y = _call(name, rows, weight, lora_a, lora_b, gates, bias, scaling, speakers, None)
     return y.view(*lead, y.shape[-1])
 
 
+def saml_linear_routed(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    speakers: Tensor | None = None,
+) -> Tensor:
+    """`saml_linear` with the gates of a token router: softmax(x V^T / temperature), V = router.
+
+    The Triton kernels make the gates in the pass over x that projects it; the other backends make
+    them first.
+
+    Args:
+        x, weight, lora_a, lora_b, bias, scaling, backend, speakers: as in `saml_linear`.
+        router: [E, K], the dtype of `x`; with `speakers` [S, E, K]; differentiable.
+        top_k: keep this many gates of a token, renormalised; None keeps all.
+        temperature: the logits are divided by it.
+
+    Returns:
+        [..., N] in the dtype of `x` (of autocast, where that is on).
+
+    Raises:
+        SAMLError: as `saml_linear`; a top_k outside 1..E; a temperature that is not positive.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, lora_a, lora_b, router = (t.to(dtype) for t in (x, lora_a, lora_b, router))
+        bias = None if bias is None else bias.to(dtype)
+    experts = lora_a.shape[-3] if lora_a.dim() >= 3 else 0
+    wanted = (*lora_a.shape[:-3], experts, x.shape[-1] if x.dim() else 0)
+    if tuple(router.shape) != wanted:
+        raise SAMLError(f"router: shape {tuple(router.shape)}; expected {wanted}")
+    if top_k is not None and not 1 <= top_k <= experts:
+        raise SAMLError(f"top_k: {top_k}; expected 1..{experts} or None")
+    if not 0.0 < temperature < float("inf"):
+        raise SAMLError(f"temperature: {temperature}; expected a positive number")
+    if router.dtype != x.dtype or router.device != x.device:
+        raise SAMLError(
+            f"router: {router.dtype} on {router.device}; expected {x.dtype} on {x.device}, as x"
+        )
+    name = choose_backend(x, weight, backend)
+    if not getattr(BACKENDS[name], "ROUTING", False) or experts == 0:
+        gates = reference.route(x, router, top_k, temperature, speakers)
+        return saml_linear(x, weight, lora_a, lora_b, gates, bias, scaling, backend, speakers)
+    _check(x, weight, lora_a, lora_b, x.new_empty(experts), bias, speakers)
+    lead = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
+    if speakers is not None:
+        speakers = speakers.expand(lead).reshape(-1).to(torch.int32)
+    routing = (top_k, float(temperature))
+    y = _call(name, rows, weight, lora_a, lora_b, router, bias, scaling, speakers, routing)
+    return y.view(*lead, y.shape[-1])
+
+
+Routing = tuple[int | None, float]  # top k, temperature
+
+
+def _call(
+    name: str,
+    rows: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    speakers: Tensor | None,
+    routing: Routing | None,
+) -> Tensor:
+    """Straight to the backend where nothing but the result is wanted, else by the dispatcher."""
+    scaling = float(scaling)
+    if _plain_call(rows, lora_a, lora_b, gates, bias):
+        return _forward(name, rows, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
+    return torch.ops.saml_kernels.linear(
+        rows, *_parts(weight), lora_a, lora_b, gates, bias, scaling, name, speakers,
+        *(routing or (None, None)),
+    )  # fmt: skip
+
+
 def _forward(name: str, *arguments: Any) -> Tensor:
-    """The backend's forward; the last argument is the speaker index or None."""
-    backend, speakers = BACKENDS[name], arguments[-1]
+    """The backend's forward; the last arguments are the speaker index and the routing, or None."""
+    backend: Any = BACKENDS[name]
+    *call, speakers, routing = arguments
+    if routing is not None:
+        return backend.forward(*call, speakers, routing)
     if speakers is None:
-        return backend.forward(*arguments[:-1])
+        return backend.forward(*call)
     if getattr(backend, "SPEAKERS", False):
-        return backend.forward(*arguments)
-    return grouping.forward(backend, *arguments)
+        return backend.forward(*call, speakers)
+    return grouping.forward(backend, *call, speakers=speakers)
 
 
 def _plain_call(*tensors: Tensor | None) -> bool:
@@ -257,11 +343,14 @@ def _linear(
     scaling: float,
     backend: str,
     speakers: Tensor | None,
+    top_k: int | None = None,
+    temperature: float | None = None,
 ) -> Tensor:
     weight = QuantizedTensor.from_parts(
         codes, absmax, nested_absmax, offset, shape, format, block_size
     )
-    return _forward(backend, x, weight, lora_a, lora_b, gates, bias, scaling, speakers)
+    routing = None if temperature is None else (top_k, temperature)
+    return _forward(backend, x, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
 
 
 def _linear_backward(
@@ -281,6 +370,8 @@ def _linear_backward(
     backend: str,
     needs: list[bool],
     speakers: Tensor | None,
+    top_k: int | None = None,
+    temperature: float | None = None,
 ) -> tuple[Tensor, ...]:
     weight = QuantizedTensor.from_parts(
         codes, absmax, nested_absmax, offset, shape, format, block_size
@@ -288,7 +379,9 @@ def _linear_backward(
     wanted = (needs[0], needs[1], needs[2], needs[3])
     arguments = (dy, x, weight, lora_a, lora_b, gates, scaling, wanted)
     module = BACKENDS[backend]
-    if speakers is None:
+    if temperature is not None:
+        found = module.backward(*arguments, speakers, (top_k, temperature))
+    elif speakers is None:
         found = module.backward(*arguments)
     elif getattr(module, "SPEAKERS", False):
         found = module.backward(*arguments, speakers)
@@ -309,7 +402,7 @@ def _linear_backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, absmax, nested_absmax, offset, *meta = inputs[:8]
-    lora_a, lora_b, gates, bias, scaling, backend, speakers = inputs[8:]
+    lora_a, lora_b, gates, bias, scaling, backend, speakers, *ctx.routing = inputs[8:]
     ctx.save_for_backward(x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers)
     ctx.meta, ctx.scaling, ctx.backend = meta, scaling, backend
     ctx.has_bias = bias is not None
@@ -320,7 +413,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     positions = (0, 8, 9, 10)  # x, lora_a, lora_b, gates among the operator's arguments
     needs = [ctx.needs_input_grad[p] for p in positions]
     shape, format, block_size = ctx.meta
-    grads: list[Tensor | None] = [None] * 15
+    grads: list[Tensor | None] = [None] * 17
     if any(needs):
         found = torch.ops.saml_kernels.linear_backward(
             dy.contiguous(),
@@ -339,6 +432,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             ctx.backend,
             needs,
             speakers,
+            *ctx.routing,
         )
         for position, need, grad in zip(positions, needs, found, strict=True):
             grads[position] = grad if need else None

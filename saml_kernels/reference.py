@@ -22,7 +22,14 @@ from torch import Tensor
 
 from saml_kernels.quant import QuantizedTensor
 
-__all__ = ["backward", "forward", "saml_linear_reference", "unsupported"]
+__all__ = [
+    "backward",
+    "forward",
+    "gates_from_logits",
+    "route",
+    "saml_linear_reference",
+    "unsupported",
+]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -36,6 +43,52 @@ def stack_b(lora_b: Tensor) -> Tensor:
     """[E, N, r] -> [N, R]."""
     experts, out_features, rank = lora_b.shape
     return lora_b.permute(1, 0, 2).reshape(out_features, experts * rank)
+
+
+def gates_from_logits(logits: Tensor, top_k: int | None = None, temperature: float = 1.0) -> Tensor:
+    """Softmax in float32 (or wider), over the `top_k` largest alone where given.
+
+    Args:
+        logits: [..., E].
+        top_k: gates to keep; their softmax is the whole one's share of them, renormalised.
+        temperature: the logits are divided by it.
+
+    Returns:
+        [..., E], float32 or float64, zero where not kept.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    probabilities = torch.softmax(wide / temperature, dim=-1)
+    if top_k is None or top_k >= probabilities.shape[-1]:
+        return probabilities
+    values, index = probabilities.topk(top_k, dim=-1)
+    values = values / values.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, index, values)
+
+
+def route(
+    x: Tensor,
+    router: Tensor,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    speakers: Tensor | None = None,
+) -> Tensor:
+    """Gates [..., E] of tokens by a linear map of each, in the dtype of `x`.
+
+    Args:
+        x: [..., K].
+        router: [E, K]; with `speakers` (whose router a row uses, [...]) [S, E, K].
+        top_k, temperature: see `gates_from_logits`.
+        speakers: integers, or None.
+    """
+    if speakers is None:
+        logits = F.linear(x, router)
+    else:
+        count, experts, _ = router.shape
+        everyone = F.linear(x, router.flatten(0, 1)).unflatten(-1, (count, experts))
+        # An index out of range is the backend's to report.
+        index = speakers.clamp(0, count - 1).long().expand(x.shape[:-1])[..., None, None]
+        logits = everyone.gather(-2, index.expand(*x.shape[:-1], 1, experts)).squeeze(-2)
+    return gates_from_logits(logits, top_k, temperature).to(x.dtype)
 
 
 def saml_linear_reference(

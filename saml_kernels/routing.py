@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saml_kernels import reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
 
@@ -71,16 +72,12 @@ def gates_from_logits(
     While training, the load-balancing term E * sum_e f_e p_e joins `routing.balance`, with p_e the
     mean probability of expert e and f_e the share of tokens whose largest gate it is.
     """
-    probabilities = torch.softmax(logits.float() / config.temperature, dim=-1)
     if training and config.balance > 0:
+        probabilities = reference.gates_from_logits(logits, None, config.temperature)
         flat = probabilities.reshape(-1, probabilities.shape[-1])
         chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype).mean(0)
         routing.balance.append(flat.shape[-1] * (chosen * flat.mean(0)).sum())
-    if config.top_k is not None and config.top_k < probabilities.shape[-1]:
-        values, index = probabilities.topk(config.top_k, dim=-1)
-        values = values / values.sum(-1, keepdim=True)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, index, values)
-    return probabilities.to(logits.dtype)
+    return reference.gates_from_logits(logits, config.top_k, config.temperature).to(logits.dtype)
 
 
 class TokenRouter(nn.Module):

@@ -1,7 +1,8 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Three routes, chosen by shape from tuning tables (configs.py): `split` and `fused` decode in the
-loop of one kernel (product.py); `scratch` dequantises one layer to scratch of PyTorch's caching
+Four routes, chosen by shape from tuning tables (configs.py): `decode` takes a few tokens in two
+launches (decode.py); `split` and `fused` decode the weight in the loop of one kernel (product.py)
+after a pass of skinny.py; `scratch` dequantises one layer to scratch of PyTorch's caching
 allocator, given back when the call ends, and leaves one product over [X | H] and [W | B] to cuBLAS.
 The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
 operator's own arguments: P is projected again, as X is read there anyway.
@@ -24,13 +25,15 @@ from saml_kernels.quant import QuantizedTensor
 from saml_kernels.triton.configs import Config, choose, device_traits
 
 if TYPE_CHECKING:
-    from saml_kernels.triton.launch import Experts
+    from saml_kernels.triton.launch import Experts, Router
 
 __all__ = ["backward", "forward", "unsupported", "why_unavailable"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Routing = tuple[int | None, float]  # top k (None: all gates), temperature
 
 SPEAKERS = True  # the kernels take the speaker index themselves
+ROUTING = True  # and make the gates of a token router
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -72,35 +75,41 @@ def forward(
     bias: Tensor | None,
     scaling: float,
     speakers: Tensor | None = None,
+    routing: Routing | None = None,
     route: str | None = None,
 ) -> Tensor:
     """y [M, N]; arguments as in `reference.forward`.
 
-    A row whose speaker is out of range comes back as NaN: asking first would synchronise. `route`
-    overrides the tuning table's choice (one of `configs.ROUTES`).
+    With `routing`, (top k or None, temperature), `gates` is the router's weight [E, K] ([S, E, K]
+    with speakers). A row whose speaker is out of range comes back as NaN: asking first would
+    synchronise. `route` overrides the tuning table's choice (one of `configs.ROUTES`).
     """
-    from saml_kernels.triton.launch import product, skinny
+    from saml_kernels.triton.launch import decode, product, skinny
 
     n, k = weight.shape
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, n)
-    x, gates = x.contiguous(), gates.contiguous()
+    x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     config = _config("forward", x, weight, speakers, route)
     a, b, r = _experts(lora_a, lora_b, speakers)
+    router, gates = _router(x, gates, speakers, routing)
+    if config.route == "decode" and a and b:
+        given = gates if router is None else None
+        return decode(x, weight, config, a, b, given, router, bias, scaling)
     if config.route == "scratch":
         wide = x.new_empty(m, k + r)
         wide[:, :k].copy_(x)
         scratch = _scratch(weight, x.dtype, r)
         if a and b:
-            skinny(x, a, gates, scaling, gated=wide[:, k:])
+            skinny(x, a, gates, scaling, router=router, gated=wide[:, k:])
             scratch[:, k:].view(n, *lora_a.shape[:2]).copy_(lora_b.transpose(0, 1))
         return torch.nn.functional.linear(wide, scratch, bias)
     hidden = None
     if a:
         hidden = x.new_empty(m, r)
-        skinny(x, a, gates, scaling, gated=hidden)
+        skinny(x, a, gates, scaling, router=router, gated=hidden)
     return product(x, weight, config, transposed=False, hidden=hidden, experts=b, bias=bias)
 
 
@@ -114,10 +123,15 @@ def backward(
     scaling: float,
     needs: tuple[bool, bool, bool, bool],
     speakers: Tensor | None = None,
+    routing: Routing | None = None,
     route: str | None = None,
 ) -> Gradients:
-    """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so."""
-    from saml_kernels.triton.launch import experts_gradient, product, skinny
+    """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
+
+    With `routing` the last is the router's. Its logits Z = X V^T are treated as more projections:
+    dX = [dY | dP | dZ] [W ; A ; V], and dA and dV are one product with X.
+    """
+    from saml_kernels.triton.launch import experts_gradient, product, router_gradient, skinny
 
     need_x, need_a, need_b, need_gates = needs
     n, k = weight.shape
@@ -134,31 +148,49 @@ def backward(
             else:
                 dx = product(dy.contiguous(), weight, config, transposed=True)
         return dx, da, db, dg
-    dy, x, gates = dy.contiguous(), x.contiguous(), gates.contiguous()
+    dy, x = dy.contiguous(), x.contiguous()
+    router, gates = _router(x, gates, speakers, routing)
+    through_gates = need_gates or (router is not None and need_x)
     plain = hidden = None
-    if need_b or need_gates:
+    if need_b or through_gates or router is not None:
         hidden = x.new_empty(m, r)
-        plain = x.new_empty(m, r, dtype=torch.float32) if need_gates else None
-        skinny(x, a, gates, scaling, gated=hidden, plain=plain)
-    dp = dg = dx = None
+        plain = x.new_empty(m, r, dtype=torch.float32) if through_gates else None
+        skinny(x, a, gates, scaling, router=router, gated=hidden, plain=plain)
+    found = dg = dx = None
+    down = a if router is None else _stacked(a, router)
+    columns = down.count * down.rank
     config = _config("backward", dy, weight, speakers, route)
-    if need_x or need_a or need_gates:
-        wide = dy.new_empty(m, n + r) if need_x and config.route == "scratch" else None
-        dp = dy.new_empty(m, r) if wide is None else wide[:, n:]
-        dg = torch.empty_like(gates) if need_gates else None
-        skinny(dy, b, gates, scaling, gated=dp, projected=plain, dgates=dg, backward=True)
+    if need_x or need_a or through_gates:
+        wide = dy.new_empty(m, n + columns) if need_x and config.route == "scratch" else None
+        small = dy.new_empty(m, columns) if wide is None else wide[:, n:]
+        dg = torch.empty_like(gates) if through_gates else None
+        skinny(
+            dy, b, gates, scaling,
+            gated=small[:, :r], projected=plain, dgates=dg, backward=True,
+        )  # fmt: skip
+        if router is not None:
+            if dg is None:  # dA alone is wanted: the router's columns count for nothing
+                small[:, r:].zero_()
+            else:
+                router_gradient(gates, dg, router.temperature, small[:, r:])
         if wide is not None:
             wide[:, :n].copy_(dy)
-            scratch = dy.new_empty(n + r, k)
+            scratch = dy.new_empty(n + columns, k)
             _fill(weight, scratch)
-            scratch[n:].copy_(lora_a.reshape(r, k))
+            scratch[n:].copy_(down.tensor.reshape(columns, k))
             dx = wide @ scratch
-            dp = dp.contiguous()
         elif need_x:
-            dx = product(dy, weight, config, transposed=True, hidden=dp, experts=a)
-    da = experts_gradient(dp, x, a).view_as(lora_a) if need_a and dp is not None else None
-    db = experts_gradient(hidden, dy, b).view_as(lora_b) if need_b and hidden is not None else None
-    return dx, da, db, dg
+            dx = product(dy, weight, config, transposed=True, hidden=small, experts=down)
+        found = small.contiguous()
+    da = db = None
+    if found is not None and (need_a or (router is not None and need_gates)):
+        both = experts_gradient(found, x, down).view(len(down.tensor), columns, k)
+        da = both[:, :r].reshape_as(lora_a) if need_a else None
+        if router is not None:
+            dg = both[:, r:].reshape(*lora_a.shape[:-2], k)
+    if need_b and hidden is not None:
+        db = experts_gradient(hidden, dy, b).view_as(lora_b)
+    return dx, da, db, dg if need_gates else None
 
 
 def _config(
@@ -167,7 +199,8 @@ def _config(
     n, k = weight.shape
     config = choose(direction, x.shape[0], n, k, *device_traits(x.device))
     if route is not None:
-        config = replace(config, route=route, split=config.split if route == "split" else 1)
+        split = config.split if route in ("decode", "split") else 1
+        config = replace(config, route=route, split=split)
     if speakers is not None and config.route == "scratch":
         # [W | B] has room for one speaker's experts.
         config = replace(config, route="fused")
@@ -187,6 +220,28 @@ def _experts(
     index = None if speakers is None else speakers.to(torch.int32).contiguous()
     a = Experts(lora_a.contiguous(), True, index)
     return a, Experts(lora_b.contiguous(), False, index), a.count * a.rank
+
+
+def _router(
+    x: Tensor, gates: Tensor, speakers: Tensor | None, routing: Routing | None
+) -> tuple[Router | None, Tensor]:
+    """(router, gates): with `routing`, the former, and empty float32 gates to be filled."""
+    from saml_kernels.triton.launch import Router
+
+    if routing is None:
+        return None, gates.contiguous()
+    weight = (gates if speakers is not None else gates.unsqueeze(0)).contiguous()
+    made = x.new_empty(x.shape[0], weight.shape[1], dtype=torch.float32)
+    return Router(weight, *routing), made
+
+
+def _stacked(a: Experts, router: Router) -> Experts:
+    """[A ; V] as R + E experts of rank 1: [S, R + E, 1, K]."""
+    from saml_kernels.triton.launch import Experts
+
+    speakers, k = len(a.tensor), a.tensor.shape[-1]
+    rows = torch.cat((a.tensor.reshape(speakers, -1, k), router.weight), 1)
+    return Experts(rows.unsqueeze(2), True, a.speakers)
 
 
 def _scratch(weight: QuantizedTensor, dtype: torch.dtype, extra: int) -> Tensor:

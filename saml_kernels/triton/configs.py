@@ -24,9 +24,10 @@ from saml_kernels.errors import SAMLError
 
 __all__ = ["ROUTES", "Config", "choose", "device_traits", "pretending", "read_table", "user_table"]
 
-# split: the reduction is shared out among programs; fused: one program for a tile of the result;
-# scratch: the weight dequantised to scratch, then one cuBLAS product over [X | H] and [W | B].
-ROUTES = ("split", "fused", "scratch")
+# decode: two launches for a few tokens; split: the reduction is shared out among programs; fused:
+# one program for a tile of the result; scratch: the weight dequantised to scratch, then one cuBLAS
+# product over [X | H] and [W | B].
+ROUTES = ("decode", "split", "fused", "scratch")
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16
 
@@ -108,7 +109,7 @@ def choose(direction: str, m: int, n: int, k: int, capability: str, processors: 
         direction: "forward" (x W^T) or "backward" (dy W).
         m, n, k: shape.
         capability: "sm_90" and the like; "" for none.
-        processors: of the device, which `split` tries to fill.
+        processors: of the device, which `decode` and `split` try to fill.
     """
     config = Config()
     for table in _tables(capability):
@@ -116,7 +117,7 @@ def choose(direction: str, m: int, n: int, k: int, capability: str, processors: 
         if found is not None:
             config = found
             break
-    if config.route != "split":
+    if config.route not in ("decode", "split"):
         return replace(config, split=1)
     out, reduction = (n, k) if direction == "forward" else (k, n)
     tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)

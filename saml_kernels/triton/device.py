@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: a tile of the low-bit weight, a tile of the experts."""
+"""Device functions that the kernels share: tiles of the weight and of the experts, gates."""
 
 # mypy: ignore-errors
 
@@ -7,7 +7,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expert_tile", "multiply", "position", "rows_of", "speaker_range", "weight_tile"]
+__all__ = [
+    "add_experts",
+    "base_product",
+    "expert_tile",
+    "gates_of",
+    "multiply",
+    "position",
+    "rows_of",
+    "speaker_range",
+    "spread",
+    "weight_tile",
+]
 
 
 @triton.jit
@@ -138,3 +149,85 @@ def multiply(left, right, acc, PRECISION: tl.constexpr):
         return tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
     else:
         return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gates_of(logits, E, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Softmax of [BLOCK_M, BLOCK_E] over the first E, or over the TOP_K largest of them.
+
+    Of equal logits the first is larger. TOP_K = 0 keeps all.
+    """
+    number = tl.arange(0, BLOCK_E)
+    kept = tl.where((number < E)[None, :], logits, float("-inf"))
+    if TOP_K > 0:
+        left = kept
+        kept = tl.full(logits.shape, float("-inf"), tl.float32)
+        for _ in tl.static_range(TOP_K):
+            largest = number[None, :] == tl.argmax(left, 1)[:, None]
+            kept = tl.where(largest, left, kept)
+            left = tl.where(largest, float("-inf"), left)
+    weight = tl.exp(kept - tl.max(kept, 1)[:, None])
+    return weight / tl.sum(weight, 1)[:, None]
+
+
+@triton.jit
+def spread(gates, expert, BLOCK_E: tl.constexpr):
+    """gates[:, expert]: [BLOCK_M, BLOCK_E] and [BLOCK_R] -> [BLOCK_M, BLOCK_R], exactly."""
+    mine = tl.arange(0, BLOCK_E)[:, None] == expert[None, :]
+    return tl.dot(gates, mine.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+def base_product(
+    x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+    first_o, outs, out_ok, first_step, last_step, D, width,
+    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Steps first_step .. last_step of X W^T (or X W, TRANSPOSED): float32 [BLOCK_M, BLOCK_O]."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for step in range(first_step, last_step):
+        first_d = step * BLOCK_D
+        ds = first_d + tl.arange(0, BLOCK_D)
+        d_ok = ds < D
+        # [BLOCK_M, BLOCK_D]
+        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
+        if TRANSPOSED:
+            # [BLOCK_D, BLOCK_O]
+            w = weight_tile(
+                codes, absmax, nested, nested_code, offset, table,
+                ds.to(tl.int64), d_ok, first_o, width,
+                BLOCK_O, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+            )  # fmt: skip
+        else:
+            # [BLOCK_O, BLOCK_D] -> [BLOCK_D, BLOCK_O]
+            w = weight_tile(
+                codes, absmax, nested, nested_code, offset, table,
+                outs.to(tl.int64), out_ok, first_d, width,
+                BLOCK_D, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+            ).T  # fmt: skip
+        acc = multiply(tile, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_experts(
+    acc, h, speaker, begin, end, experts, columns, column_ok, outs, out_ok, rank,
+    stride_s, stride_e, stride_j, stride_o,
+    SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc + H B^T over the given columns, each row by its own speaker's experts.
+
+    What no row of this tile chose is not read.
+    """
+    for s in range(begin, end):
+        mine = tl.where(speaker[:, None] == s, h, 0.0) if SPEAKERS else h
+        chosen = column_ok & (tl.max(tl.abs(mine.to(tl.float32)), 0) > 0)
+        b = expert_tile(
+            experts, s, columns, chosen, outs, out_ok, rank,
+            stride_s, stride_e, stride_j, stride_o,
+        )  # fmt: skip
+        acc = multiply(mine.to(DTYPE), b.to(DTYPE), acc, PRECISION)
+    return acc

@@ -15,19 +15,23 @@ from torch import Tensor
 from saml_kernels.codes import code_table, nested_code
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.triton.configs import Config
+from saml_kernels.triton.decode import finish_kernel, partial_kernel
 from saml_kernels.triton.lookup import lookup_ptx
 from saml_kernels.triton.outer import outer_kernel
 from saml_kernels.triton.product import product_kernel, reduce_kernel
 from saml_kernels.triton.scratch import scratch_kernel
-from saml_kernels.triton.skinny import skinny_kernel
+from saml_kernels.triton.skinny import router_gradient_kernel, skinny_kernel
 
 __all__ = [
     "Experts",
     "Launch",
+    "Router",
+    "decode",
     "dequantize_into",
     "experts_gradient",
     "product",
     "recording",
+    "router_gradient",
     "skinny",
 ]
 
@@ -66,6 +70,28 @@ class Experts:
         return (s, e, first, second) if self.is_a else (s, e, second, first)
 
 
+@dataclass(frozen=True)
+class Router:
+    """Gates from a linear map of the token.
+
+    Attributes:
+        weight: [S, E, K], contiguous.
+        top_k: gates kept, or None for all.
+        temperature: the logits are divided by it.
+    """
+
+    weight: Tensor
+    top_k: int | None = None
+    temperature: float = 1.0
+
+    def constants(self) -> dict[str, int]:
+        """Compile-time facts."""
+        experts = self.weight.shape[1]
+        kept = self.top_k if self.top_k is not None and self.top_k < experts else 0
+        return {"TOP_K": kept, "BLOCK_E": max(16, triton.next_power_of_2(experts))}
+
+
+_NO_ROUTER = {"TOP_K": 0, "BLOCK_E": 16}
 _recorded: list[Launch] | None = None
 
 
@@ -166,7 +192,8 @@ def product(
     m, d = x.shape
     out = width if transposed else n
     block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
-    if x.dtype == torch.float32:
+    exact = x.dtype == torch.float32
+    if exact:
         block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
     along = min(block_o if transposed else block_d, weight.block_size)
     block_o, block_d = (along, block_d) if transposed else (block_o, along)
@@ -188,7 +215,7 @@ def product(
         TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
         EXPERTS=r > 0, SPEAKERS=speakers is not None, BIAS=bias is not None,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(max(1, r)))),
+        BLOCK_R=min(16 if exact else 64, max(16, triton.next_power_of_2(max(1, r)))),
         SPLIT=split, GROUP=config.group,
         warps=config.warps, stages=config.stages,
     )  # fmt: skip
@@ -208,6 +235,7 @@ def skinny(
     scaling: float,
     *,
     gated: Tensor,
+    router: Router | None = None,
     plain: Tensor | None = None,
     projected: Tensor | None = None,
     dgates: Tensor | None = None,
@@ -218,8 +246,9 @@ def skinny(
     Args:
         x: [M, K] (forward, experts A) or dY [M, N] (backward, experts B), contiguous.
         experts: A or B.
-        gates: [M, E], contiguous.
+        gates: [M, E], contiguous; with a router float32, to be filled.
         scaling: s.
+        router: makes the gates, forward.
         gated: [M, R], rows may be further apart: s P G, or s dY B G.
         plain: float32 [M, R] for P, forward.
         projected: the same P, backward, with `dgates` [M, E] to fill.
@@ -230,20 +259,108 @@ def skinny(
     together = min(count, max(1, 64 // rank))
     block_r = max(16, triton.next_power_of_2(together * rank))
     block_m = 16 if m <= 16 or block_r > 128 else 64
+    block_d = 128 if block_r <= 64 and block_m == 16 else 64
+    if x.dtype == torch.float32 and router is not None:  # two exact products at once
+        block_m, block_d = min(block_m, FLOAT32_TILE), FLOAT32_TILE
     _launch(
         skinny_kernel, (triton.cdiv(m, block_m), triton.cdiv(count, together)),
-        x, experts.tensor, gates, x if experts.speakers is None else experts.speakers,
+        x, experts.tensor, x if router is None else router.weight, gates,
+        x if experts.speakers is None else experts.speakers,
         gated if plain is None else plain, gated,
         gated if projected is None else projected, gated if dgates is None else dgates,
         m, d, count, rank, len(experts.tensor), gated.stride(0), float(scaling),
-        *experts.strides(),
-        BACKWARD=backward, SKIP=m <= 16 and not backward and plain is None,
+        1.0 / (1.0 if router is None else router.temperature), *experts.strides(),
+        ROUTER=router is not None, **(_NO_ROUTER if router is None else router.constants()),
+        BACKWARD=backward, 
+        SKIP=m <= 16 and not backward and plain is None and router is None,
         PLAIN=plain is not None, DGATES=dgates is not None,
         SPEAKERS=experts.speakers is not None, PRECISION=precision(x.dtype),
         TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r,
-        BLOCK_D=128 if block_r <= 64 and block_m == 16 else 64,
+        BLOCK_D=block_d,
         warps=4, stages=2 if block_r > 64 else 3,
     )  # fmt: skip
+
+
+def router_gradient(gates: Tensor, dgates: Tensor, temperature: float, out: Tensor) -> None:
+    """Fill out [M, E] (rows may be further apart) with the gradient of the logits.
+
+    Args:
+        gates, dgates: float32 [M, E], contiguous.
+        temperature: of the softmax.
+        out: what to fill.
+    """
+    m, experts = gates.shape
+    _launch(
+        router_gradient_kernel, (triton.cdiv(m, 64),),
+        gates, dgates, out, m, experts, out.stride(0), 1.0 / temperature,
+        BLOCK_M=64, BLOCK_E=max(16, triton.next_power_of_2(experts)), warps=4, stages=1,
+    )  # fmt: skip
+
+
+def decode(
+    x: Tensor,
+    weight: QuantizedTensor,
+    config: Config,
+    a: Experts,
+    b: Experts,
+    gates: Tensor | None,
+    router: Router | None,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The whole forward in two launches, for a few tokens: y [M, N].
+
+    Args:
+        x: [M, K], contiguous.
+        weight: quantised [N, K].
+        config: tiles, and `split`.
+        a, b: the experts.
+        gates: [M, E], contiguous, or None where `router` makes them.
+        router: see there.
+        bias: [N] or None.
+        scaling: s.
+    """
+    n, k = weight.shape
+    m = x.shape[0]
+    count, rank, speakers = a.count, a.rank, a.speakers
+    r = count * rank
+    columns = r + (count if router else 0)
+    small = FLOAT32_TILE if x.dtype == torch.float32 else 256
+    block_m, block_o = min(config.block_m, small), min(config.block_o, small)
+    block_d = min(config.block_d, small, weight.block_size)
+    block_r = min(64, max(16, triton.next_power_of_2(columns)))
+    pointers, facts = _quantised(weight, x.dtype, block_d)
+    split = config.split
+    base = x.new_empty(split, m, n, dtype=torch.float32)
+    projected = x.new_empty(split, m, columns, dtype=torch.float32)
+    tiles = triton.cdiv(columns, block_r) + triton.cdiv(n, block_o)
+    common = {
+        "ROUTER": router is not None, "SPEAKERS": speakers is not None,
+        "PRECISION": precision(x.dtype), "SPLIT": split,
+    }  # fmt: skip
+    _launch(
+        partial_kernel, (tiles, split, triton.cdiv(m, block_m)),
+        x, base, projected, *pointers,
+        a.tensor, x if router is None else router.weight, x if gates is None else gates,
+        x if speakers is None else speakers,
+        m, k, n, r, count, rank, len(a.tensor), *a.strides(),
+        **facts, **common,
+        BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
+        warps=config.warps, stages=config.stages,
+    )  # fmt: skip
+    y = x.new_empty(m, n)
+    _launch(
+        finish_kernel, (triton.cdiv(n, block_o), triton.cdiv(m, block_m)),
+        base, projected, y, b.tensor, x if gates is None else gates,
+        x if bias is None else bias, x if speakers is None else speakers,
+        m, n, r, count, rank, len(b.tensor), float(scaling),
+        1.0 / (1.0 if router is None else router.temperature), *b.strides(),
+        **common, **(_NO_ROUTER if router is None else router.constants()),
+        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_O=block_o,
+        BLOCK_R=min(64, max(16, triton.next_power_of_2(r))),
+        warps=config.warps, stages=2,
+    )  # fmt: skip
+    return y
 
 
 def experts_gradient(narrow: Tensor, wide: Tensor, like: Experts) -> Tensor:

@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 
 from saml_kernels.triton.device import (
-    expert_tile,
-    multiply,
+    add_experts,
+    base_product,
     position,
     rows_of,
     speaker_range,
-    weight_tile,
 )
 
 __all__ = ["product_kernel", "reduce_kernel"]
@@ -47,31 +46,13 @@ def product_kernel(
     first_o = pid_o * BLOCK_O
     outs = first_o + tl.arange(0, BLOCK_O)
     out_ok = outs < O
-    dtype: tl.constexpr = x.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-
     steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
-    for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))):
-        first_d = step * BLOCK_D
-        ds = first_d + tl.arange(0, BLOCK_D)
-        d_ok = ds < D
-        # [BLOCK_M, BLOCK_D]
-        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
-        if TRANSPOSED:
-            # [BLOCK_D, BLOCK_O]
-            w = weight_tile(
-                codes, absmax, nested, nested_code, offset, table,
-                ds.to(tl.int64), d_ok, first_o, width,
-                BLOCK_O, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
-            )  # fmt: skip
-        else:
-            # [BLOCK_O, BLOCK_D] -> [BLOCK_D, BLOCK_O]
-            w = weight_tile(
-                codes, absmax, nested, nested_code, offset, table,
-                outs.to(tl.int64), out_ok, first_d, width,
-                BLOCK_D, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
-            ).T  # fmt: skip
-        acc = multiply(tile, w, acc, PRECISION)
+    last = tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))
+    acc = base_product(
+        x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+        first_o, outs, out_ok, split * steps, last, D, width,
+        TRANSPOSED, BITS, QBLOCK, NESTED, ALIGNED, PTX, PRECISION, BLOCK_M, BLOCK_O, BLOCK_D,
+    )  # fmt: skip
 
     if EXPERTS and split == SPLIT - 1:
         begin, end = speaker_range(speaker, S, SPEAKERS)
@@ -80,15 +61,11 @@ def product_kernel(
             column_ok = columns < R
             mask = row_ok[:, None] & column_ok[None, :]
             h = tl.load(hidden + rows[:, None] * R + columns[None, :], mask, 0.0)
-            for s in range(begin, end):
-                mine = tl.where(speaker[:, None] == s, h, 0.0) if SPEAKERS else h
-                # What no row of this tile chose is not read.
-                chosen = column_ok & (tl.max(tl.abs(mine.to(tl.float32)), 0) > 0)
-                b = expert_tile(
-                    experts, s, columns, chosen, outs, out_ok, rank,
-                    stride_s, stride_e, stride_j, stride_o,
-                )  # fmt: skip
-                acc = multiply(mine.to(dtype), b.to(dtype), acc, PRECISION)
+            acc = add_experts(
+                acc, h, speaker, begin, end, experts, columns, column_ok, outs, out_ok, rank,
+                stride_s, stride_e, stride_j, stride_o,
+                SPEAKERS, PRECISION, x.dtype.element_ty,
+            )  # fmt: skip
     if SPEAKERS:
         known = (speaker >= 0) & (speaker < S)
         acc = tl.where(known[:, None], acc, float("nan"))

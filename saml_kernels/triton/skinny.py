@@ -1,7 +1,9 @@
 """One pass over X (or dY): P = X A^T, gated to H; or dH = s dY B, gated to dP, with dG beside it.
 
 Rows of X go by once for all experts. The epilogue holds whole experts, so that the gate's gradient
-dG[m, e] = sum_j P[m, e, j] dH[m, e, j] is a sum within the tile.
+dG[m, e] = sum_j P[m, e, j] dH[m, e, j] is a sum within the tile. Where the gates come from a linear
+map of the token, its logits are a few columns more of the same pass, and softmax, top-k and the
+gate product are the epilogue.
 """
 
 # mypy: ignore-errors
@@ -11,17 +13,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saml_kernels.triton.device import expert_tile, multiply, rows_of, speaker_range
+from saml_kernels.triton.device import (
+    expert_tile,
+    gates_of,
+    multiply,
+    rows_of,
+    speaker_range,
+    spread,
+)
 
-__all__ = ["skinny_kernel"]
+__all__ = ["router_gradient_kernel", "skinny_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "S"])
 def skinny_kernel(
-    x, experts, gates, speakers,                     # [M, D], [S, ...], [M, E], [M]
+    x, experts, router, gates, speakers,             # [M, D], [S, ...], [S, E, D], [M, E], [M]
     plain, gated, projected, dgates,                 # [M, R] out, [M, R] out, [M, R] in, [M, E] out
-    M, D, E, rank, S, gated_stride, scaling,
+    M, D, E, rank, S, gated_stride, scaling, warmth, # warmth: 1 / temperature
     stride_s, stride_e, stride_j, stride_d,          # of the experts
+    ROUTER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BACKWARD: tl.constexpr, SKIP: tl.constexpr, PLAIN: tl.constexpr, DGATES: tl.constexpr,
     SPEAKERS: tl.constexpr, PRECISION: tl.constexpr,
     TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -29,7 +39,8 @@ def skinny_kernel(
     """Grid: (tiles of M, groups of TOGETHER experts).
 
     Forward stores P (float32, if PLAIN) and s P G; backward (x is dY) stores s dY B G and, if
-    DGATES, the gates' gradient. SKIP leaves experts unread that no row of the tile chose.
+    DGATES, the gates' gradient. SKIP leaves experts unread that no row of the tile chose. With
+    ROUTER the gates are made here, and stored in float32.
     """
     rows, row_ok, speaker = rows_of(tl.program_id(0), M, speakers, S, SPEAKERS, BLOCK_M)
     begin, end = speaker_range(speaker, S, SPEAKERS)
@@ -40,10 +51,14 @@ def skinny_kernel(
     column_ok = (inside < TOGETHER * rank) & (expert < E)
     mask = row_ok[:, None] & column_ok[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
-    gate = tl.load(gates + rows[:, None] * E + expert[None, :], mask, 0.0).to(tl.float32)
     wanted = column_ok
-    if SKIP:
-        wanted = wanted & (tl.max(tl.abs(gate), 0) > 0)
+    number = tl.arange(0, BLOCK_E)
+    if ROUTER:
+        logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    else:
+        gate = tl.load(gates + rows[:, None] * E + expert[None, :], mask, 0.0).to(tl.float32)
+        if SKIP:
+            wanted = wanted & (tl.max(tl.abs(gate), 0) > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(0, D, BLOCK_D):
         ds = first + tl.arange(0, BLOCK_D)
@@ -56,7 +71,19 @@ def skinny_kernel(
                 stride_s, stride_e, stride_j, stride_d,
             )  # fmt: skip
             acc = multiply(mine.to(dtype), a.to(dtype).T, acc, PRECISION)
+            if ROUTER:
+                # A router is E experts of rank 1.
+                z = expert_tile(
+                    router, s, number, number < E, ds, d_ok, 1, E.to(tl.int64) * D, D, 0, 1
+                )
+                logits = multiply(mine.to(dtype), z.to(dtype).T, logits, PRECISION)
 
+    if ROUTER:
+        found = gates_of(logits * warmth, E, TOP_K, BLOCK_E)
+        if tl.program_id(1) == 0:
+            exists = row_ok[:, None] & (number < E)[None, :]
+            tl.store(gates + rows[:, None] * E + number[None, :], found, exists)
+        gate = spread(found, expert, BLOCK_E)
     R = E * rank
     where = rows[:, None] * R + columns[None, :]
     if BACKWARD:
@@ -75,3 +102,22 @@ def skinny_kernel(
         out = acc * gate * scaling
     at = gated + rows[:, None] * gated_stride + columns[None, :]
     tl.store(at, out.to(gated.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def router_gradient_kernel(
+    gates, dgates, out,                              # [M, E] each, `out` with its row stride
+    M, E, stride, warmth,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Through the softmax: dZ = G (dG - sum_e G dG) / temperature. Grid: (tiles of M,).
+
+    A gate of zero passes nothing on, which makes it the gradient of the top-k softmax too.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = tl.arange(0, BLOCK_E)
+    mask = (rows < M)[:, None] & (number < E)[None, :]
+    g = tl.load(gates + rows[:, None] * E + number[None, :], mask, 0.0)
+    dg = tl.load(dgates + rows[:, None] * E + number[None, :], mask, 0.0)
+    dz = g * (dg - tl.sum(g * dg, 1)[:, None]) * warmth
+    tl.store(out + rows[:, None] * stride + number[None, :], dz.to(out.dtype.element_ty), mask)

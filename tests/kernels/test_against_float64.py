@@ -18,9 +18,9 @@ NAMES = ("y", "dx", "da", "db", "dgates")
 def check(case, route):
     arguments = (case.weight, *case.experts)
     found = [
-        backend.forward(case.x, *arguments, case.bias, case.scaling, case.speakers, route),
+        backend.forward(case.x, *arguments, case.bias, case.scaling, case.speakers, route=route),
         *backend.backward(
-            case.dy, case.x, *arguments, case.scaling, (True,) * 4, case.speakers, route
+            case.dy, case.x, *arguments, case.scaling, (True,) * 4, case.speakers, route=route
         ),
     ]
     answers = zip(NAMES, found, truth(case), truth(case, absolute=True), strict=True)
@@ -72,11 +72,14 @@ def test_no_experts(device):
     assert_close(y, expected.cpu(), 2e-6, "y")
 
 
+@pytest.mark.parametrize("route", ["decode", "fused", "split"])
 @pytest.mark.parametrize("index", [-1, 3, 2**30])
-def test_speaker_out_of_range_is_nan(index, device):
+def test_speaker_out_of_range_is_nan(index, route, device):
     case = make_case(2, 6, 64, 128, 2, 4, speakers=3, device=device)
     case.speakers[4] = index
-    y = backend.forward(case.x, case.weight, *case.experts, case.bias, 1.0, case.speakers, "fused")
+    y = backend.forward(
+        case.x, case.weight, *case.experts, case.bias, 1.0, case.speakers, route=route
+    )
     bad = torch.isnan(y).all(1).cpu()
     assert bad.tolist() == [False] * 4 + [True] + [False]
     assert not torch.isnan(y[:4]).any()
