@@ -36,6 +36,7 @@ ARCHITECTURES = {
 WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
 TOKENS = (1, 16, 64, 256, 1024, 1500)  # one for each rule of the default tuning table
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+EXPERT_FORMATS = ("float", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
 _POINTERS = {
@@ -78,6 +79,7 @@ def build(
     format: str = "nf4",
     experts: int = 4,
     rank: int = 4,
+    expert_format: str = "float",
     router: str = "token",
     train: bool = False,
 ) -> Iterator[Built]:
@@ -89,6 +91,7 @@ def build(
         out: folder for cubins and `kernels.json`.
         dtype: of the activations; format: of the weights.
         experts, rank: E and r.
+        expert_format: "float" (the activations' type) or "int8", which cannot be trained.
         router: "token" (the kernels make the gates) or "given" (they are an argument).
         train: the backward kernels too.
 
@@ -97,7 +100,7 @@ def build(
     """
     for what, value, known in (
         ("arch", arch, ARCHITECTURES), ("model", model, WIDTHS), ("dtype", dtype, DTYPES),
-        ("router", router, ROUTERS),
+        ("router", router, ROUTERS), ("expert-format", expert_format, EXPERT_FORMATS),
     ):  # fmt: skip
         if value not in known:
             raise SAMLError(f"--{what} {value}: expected one of {', '.join(known)}")
@@ -111,8 +114,11 @@ def build(
         ) from error
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Built] = {}
+    if train and expert_format == "int8":
+        raise SAMLError("--train: int8 experts have no backward; leave one of the two out")
     shape = (WIDTHS[model], experts, rank)
-    for launch in _launches(arch, shape, DTYPES[dtype], format, router == "token", train):
+    formats = (format, expert_format)
+    for launch in _launches(arch, shape, DTYPES[dtype], formats, router == "token", train):
         key = _key(launch)
         if key not in done:
             done[key] = _compile(launch, key, arch, out)
@@ -129,8 +135,8 @@ def build(
 
 
 def _launches(
-    arch: str, shape: tuple[int, int, int], dtype: torch.dtype, format: str, routed: bool,
-    train: bool,
+    arch: str, shape: tuple[int, int, int], dtype: torch.dtype, formats: tuple[str, str],
+    routed: bool, train: bool,
 ) -> Iterator[Any]:  # fmt: skip
     """What the backend would launch for each layer of (width, E, r) and number of tokens."""
     width, experts, rank = shape
@@ -139,14 +145,18 @@ def _launches(
     from saml_kernels.triton.launch import recording
 
     for k, n in ((width, width), (width, 4 * width), (4 * width, width)):
-        weight: QuantizedTensor = quantize(torch.ones(n, k), format)
-        lora_a = torch.zeros(experts, rank, k, dtype=dtype)
-        lora_b = torch.zeros(experts, n, rank, dtype=dtype)
+        weight: QuantizedTensor = quantize(torch.ones(n, k), formats[0])
+        lora_a: Tensor | QuantizedTensor = torch.zeros(experts, rank, k, dtype=dtype)
+        lora_b: Tensor | QuantizedTensor = torch.zeros(experts, n, rank, dtype=dtype)
+        if formats[1] == "int8":
+            lora_a, lora_b = (
+                QuantizedTensor.empty(t.shape, "int8", 128, False) for t in (lora_a, lora_b)
+            )
         bias = torch.zeros(n, dtype=dtype)
         for m in TOKENS:
             x = torch.zeros(m, k, dtype=dtype)
             gates = torch.zeros(experts, k) if routed else torch.zeros(m, experts)
-            common = (weight, lora_a, lora_b, gates.to(dtype))
+            common: tuple[Any, ...] = (weight, lora_a, lora_b, gates.to(dtype))
             how: dict[str, Any] = {"routing": (None, 1.0) if routed else None, "route": _route(m)}
             for b in (bias, None):  # Whisper's k_proj has none
                 with pretending(arch, ARCHITECTURES[arch]), recording() as found:
@@ -238,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--format", default="nf4", help="nf4, fp4, int8 or int4")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--expert-format", default="float", help=", ".join(EXPERT_FORMATS))
     parser.add_argument("--router", default="token", help=", ".join(ROUTERS))
     parser.add_argument("--train", action="store_true", help="the backward kernels too")
     o = parser.parse_args(arguments)
@@ -247,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for k in build(
             o.arch, o.model, o.out, dtype=o.dtype, format=o.format, experts=o.experts,
-            rank=o.rank, router=o.router, train=o.train,
+            rank=o.rank, expert_format=o.expert_format, router=o.router, train=o.train,
         ):  # fmt: skip
             tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
             print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "

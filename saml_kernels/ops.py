@@ -92,8 +92,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def saml_linear(
     x: Tensor,
     weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
     gates: Tensor,
     bias: Tensor | None = None,
     scaling: float = 1.0,
@@ -105,7 +105,9 @@ def saml_linear(
     Args:
         x: [..., K], float16, bfloat16, float32 or float64.
         weight: quantised [N, K]; never receives a gradient.
-        lora_a: [E, r, K], the dtype of `x` (E = 0 leaves the base alone).
+        lora_a: [E, r, K], the dtype of `x` (E = 0 leaves the base alone); or both experts
+            frozen in 8 bits: `quantize(lora_a, "int8", 128, double_quant=False)`. The Triton
+            kernels read those as they lie where no gradient is wanted.
         lora_b: [E, N, r], the dtype of `x`.
         gates: [..., E], broadcast over the leading dimensions of `x`; differentiable.
         bias: [N] or None.
@@ -124,7 +126,8 @@ def saml_linear(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, lora_a, lora_b, gates = (t.to(dtype) for t in (x, lora_a, lora_b, gates))
+        x, gates = x.to(dtype), gates.to(dtype)
+        lora_a, lora_b = _cast(lora_a, dtype), _cast(lora_b, dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, lora_a, lora_b, gates, bias, speakers)
     lead = x.shape[:-1]
@@ -141,8 +144,8 @@ def saml_linear(
 def saml_linear_routed(
     x: Tensor,
     weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
     router: Tensor,
     bias: Tensor | None = None,
     scaling: float = 1.0,
@@ -170,9 +173,10 @@ def saml_linear_routed(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, lora_a, lora_b, router = (t.to(dtype) for t in (x, lora_a, lora_b, router))
+        x, router = x.to(dtype), router.to(dtype)
+        lora_a, lora_b = _cast(lora_a, dtype), _cast(lora_b, dtype)
         bias = None if bias is None else bias.to(dtype)
-    experts = lora_a.shape[-3] if lora_a.dim() >= 3 else 0
+    experts = lora_a.shape[-3] if len(lora_a.shape) >= 3 else 0
     wanted = (*lora_a.shape[:-3], experts, x.shape[-1] if x.dim() else 0)
     if tuple(router.shape) != wanted:
         raise SAMLError(f"router: shape {tuple(router.shape)}; expected {wanted}")
@@ -205,8 +209,8 @@ def _call(
     name: str,
     rows: Tensor,
     weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
     gates: Tensor,
     bias: Tensor | None,
     scaling: float,
@@ -215,6 +219,20 @@ def _call(
 ) -> Tensor:
     """Straight to the backend where nothing but the result is wanted, else by the dispatcher."""
     scaling = float(scaling)
+    if isinstance(lora_a, QuantizedTensor) or isinstance(lora_b, QuantizedTensor):
+        as_they_lie = (
+            getattr(BACKENDS[name], "EIGHT_BIT", False)
+            and all(isinstance(t, QuantizedTensor) for t in (lora_a, lora_b))
+            and _plain_call(rows, gates, bias)
+        )
+        if as_they_lie:
+            return _forward(
+                name, rows, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing
+            )
+        lora_a, lora_b = (
+            t.dequantize(rows.dtype) if isinstance(t, QuantizedTensor) else t
+            for t in (lora_a, lora_b)
+        )
     if _plain_call(rows, lora_a, lora_b, gates, bias):
         return _forward(name, rows, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
     return torch.ops.saml_kernels.linear(
@@ -233,7 +251,8 @@ def _forward(name: str, *arguments: Any) -> Tensor:
         return backend.forward(*call)
     if getattr(backend, "SPEAKERS", False):
         return backend.forward(*call, speakers)
-    return grouping.forward(backend, *call, speakers=speakers)
+    everything: list[Any] = [backend, *call, speakers]
+    return grouping.forward(*everything)
 
 
 def _plain_call(*tensors: Tensor | None) -> bool:
@@ -269,11 +288,15 @@ def _parts(weight: QuantizedTensor) -> tuple[Any, ...]:
     )
 
 
+def _cast(experts: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor | QuantizedTensor:
+    return experts if isinstance(experts, QuantizedTensor) else experts.to(dtype)
+
+
 def _check(
     x: Tensor,
     weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
     gates: Tensor,
     bias: Tensor | None,
     speakers: Tensor | None,
@@ -286,7 +309,7 @@ def _check(
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise SAMLError(f"x: shape {tuple(x.shape)}; expected [..., {in_features}] for this weight")
     many = "" if speakers is None else "S, "
-    if lora_a.dim() != 3 + bool(many) or lora_a.shape[-1] != in_features:
+    if len(lora_a.shape) != 3 + bool(many) or lora_a.shape[-1] != in_features:
         wanted = f"[{many}E, r, {in_features}]"
         raise SAMLError(f"lora_a: shape {tuple(lora_a.shape)}; expected {wanted}")
     experts, rank, _ = lora_a.shape[-3:]
@@ -314,7 +337,10 @@ def _check(
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
+        if isinstance(tensor, QuantizedTensor):
+            if tensor.format != "int8" or tensor.nested_absmax is not None:
+                raise SAMLError(f"{name}: {tensor.format}; expected int8, double_quant=False")
+        elif tensor.dtype != x.dtype:
             raise SAMLError(f"{name}: dtype {tensor.dtype}; expected that of x, {x.dtype}")
         if tensor.device != x.device:
             raise SAMLError(f"{name}: on {tensor.device}; expected that of x, {x.device}")

@@ -307,3 +307,21 @@ def test_fake_tensors_go_through_the_fake_implementation() -> None:
         )
     assert y.shape == (4, N)
     assert type(y) is not Tensor
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_eight_bit_experts(backend: str) -> None:
+    x, weight, a, b, gates, bias = make(5)
+    qa, qb = (quantize(t, "int8", 128, double_quant=False) for t in (a, b))
+    y = saml_linear(x, weight, qa, qb, gates, bias, backend=backend)
+    dense = [q.dequantize(torch.float32) for q in (qa, qb)]
+    torch.testing.assert_close(y, saml_linear(x, weight, *dense, gates, bias, backend=backend))
+
+
+def test_experts_of_other_formats_are_refused() -> None:
+    x, weight, a, b, gates, bias = make(5)
+    with pytest.raises(SAMLError, match="lora_a: nf4; expected int8"):
+        saml_linear(x, weight, quantize(a), quantize(b), gates, bias)
+    nested = [quantize(t, "int8") for t in (a, b)]
+    with pytest.raises(SAMLError, match="lora_a: int8; expected int8, double_quant=False"):
+        saml_linear(x, weight, *nested, gates, bias)

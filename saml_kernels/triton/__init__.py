@@ -33,6 +33,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Routing = tuple[int | None, float]  # top k (None: all gates), temperature
 
 SPEAKERS = True  # the kernels take the speaker index themselves
+EIGHT_BIT = True  # read int8 experts as they lie
 ROUTING = True  # and make the gates of a token router
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -69,8 +70,8 @@ def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
 def forward(
     x: Tensor,
     weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
     gates: Tensor,
     bias: Tensor | None,
     scaling: float,
@@ -81,8 +82,9 @@ def forward(
     """y [M, N]; arguments as in `reference.forward`.
 
     With `routing`, (top k or None, temperature), `gates` is the router's weight [E, K] ([S, E, K]
-    with speakers). A row whose speaker is out of range comes back as NaN: asking first would
-    synchronise. `route` overrides the tuning table's choice (one of `configs.ROUTES`).
+    with speakers). Experts may be int8 `QuantizedTensor`s, read as they lie. A row whose speaker
+    is out of range comes back as NaN: asking first would synchronise. `route` overrides the
+    tuning table's choice (one of `configs.ROUTES`).
     """
     from saml_kernels.triton.launch import decode, product, skinny
 
@@ -104,7 +106,8 @@ def forward(
         scratch = _scratch(weight, x.dtype, r)
         if a and b:
             skinny(x, a, gates, scaling, router=router, gated=wide[:, k:])
-            scratch[:, k:].view(n, *lora_a.shape[:2]).copy_(lora_b.transpose(0, 1))
+            dense = lora_b.dequantize(x.dtype) if isinstance(lora_b, QuantizedTensor) else lora_b
+            scratch[:, k:].view(n, a.count, a.rank).copy_(dense.transpose(0, 1))
         return torch.nn.functional.linear(wide, scratch, bias)
     hidden = None
     if a:
@@ -208,18 +211,24 @@ def _config(
 
 
 def _experts(
-    lora_a: Tensor, lora_b: Tensor, speakers: Tensor | None
+    lora_a: Tensor | QuantizedTensor, lora_b: Tensor | QuantizedTensor, speakers: Tensor | None
 ) -> tuple[Experts | None, Experts | None, int]:
     """(A, B, R) as the kernels take them; (None, None, 0) where there are none."""
     from saml_kernels.triton.launch import Experts
 
-    if speakers is None:
-        lora_a, lora_b = lora_a.unsqueeze(0), lora_b.unsqueeze(0)
-    if lora_a.shape[1] == 0:
+    if lora_a.shape[-3] == 0:
         return None, None, 0
     index = None if speakers is None else speakers.to(torch.int32).contiguous()
-    a = Experts(lora_a.contiguous(), True, index)
-    return a, Experts(lora_b.contiguous(), False, index), a.count * a.rank
+    made = []
+    for tensor, is_a in ((lora_a, True), (lora_b, False)):
+        shape = tensor.shape if speakers is not None else (1, *tensor.shape)
+        if isinstance(tensor, QuantizedTensor):
+            codes = tensor.codes.view(shape)
+            made.append(Experts(codes, is_a, index, tensor.absmax, tensor.block_size))
+        else:
+            made.append(Experts(tensor.contiguous().view(shape), is_a, index))
+    a, b = made
+    return a, b, a.count * a.rank
 
 
 def _router(

@@ -31,12 +31,12 @@ __all__ = ["finish_kernel", "partial_kernel"]
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
     codes, absmax, nested, nested_code, offset, table,
-    experts, router, gates, speakers,                # [S, ...], [S, E, D], [M, E], [M]
+    experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [M, E], [M]
     M, D, O, R, E, rank, S,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
     BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
-    ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -79,13 +79,13 @@ def partial_kernel(
             for s in range(begin, end):
                 mine = tl.where(speaker[:, None] == s, seen, 0.0) if SPEAKERS else seen
                 a = expert_tile(
-                    experts, s, columns, of_expert, ds, d_ok, rank,
-                    stride_s, stride_e, stride_j, stride_d,
+                    experts, scales, s, columns, of_expert, ds, d_ok, rank,
+                    stride_s, stride_e, stride_j, stride_d, EBLOCK,
                 ).to(dtype)  # fmt: skip
                 if ROUTER:
                     z = expert_tile(
-                        router, s, columns - R, of_router, ds, d_ok, 1,
-                        E.to(tl.int64) * D, D, 0, 1,
+                        router, router, s, columns - R, of_router, ds, d_ok, 1,
+                        E.to(tl.int64) * D, D, 0, 1, 0,
                     )  # fmt: skip
                     a = tl.where(of_router[:, None], z.to(dtype), a)
                 found = multiply(mine.to(dtype), a.T, found, PRECISION)
@@ -96,11 +96,12 @@ def partial_kernel(
 @triton.jit(do_not_specialize=["M", "S"])
 def finish_kernel(
     base, projected, y,                              # [SPLIT, M, O], [SPLIT, M, R (+ E)], [M, O]
-    experts, gates, bias, speakers,                  # B, [M, E] in, [O], [M]
+    experts, scales, gates, bias, speakers,          # B, of int8, [M, E] in, [O], [M]
     M, O, R, E, rank, S, scaling, warmth,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
-    ROUTER: tl.constexpr, TOP_K: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr,
+    SPEAKERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of O, tiles of M)."""
@@ -137,9 +138,9 @@ def finish_kernel(
         else:
             gate = tl.load(gates + rows[:, None] * E + expert[None, :], mask, 0.0).to(tl.float32)
         acc = add_experts(
-            acc, (p * gate * scaling).to(dtype), speaker, begin, end, experts, columns, column_ok,
-            outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
-            SPEAKERS, PRECISION, dtype,
+            acc, (p * gate * scaling).to(dtype), speaker, begin, end, experts, scales, columns,
+            column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+            EBLOCK, SPEAKERS, PRECISION, dtype,
         )  # fmt: skip
     if SPEAKERS:
         acc = tl.where(((speaker >= 0) & (speaker < S))[:, None], acc, float("nan"))

@@ -128,18 +128,24 @@ def weight_tile(
 
 @triton.jit
 def expert_tile(
-    matrix, speaker, columns, column_ok, others, other_ok, rank,
-    stride_s, stride_e, stride_j, stride_o,
+    matrix, scales, speaker, columns, column_ok, others, other_ok, rank,
+    stride_s, stride_e, stride_j, stride_o, EBLOCK: tl.constexpr,
 ):  # fmt: skip
     """One speaker's stacked experts: [len(columns), len(others)].
 
     A column c is expert c // rank, direction c % rank; `others` runs over in- or out-features.
+    With EBLOCK > 0 they are int8, with a float32 scale for each EBLOCK elements as they lie.
     """
     expert, direction = columns // rank, columns % rank
-    base = matrix + (tl.zeros((), tl.int64) + speaker) * stride_s
+    base = (tl.zeros((), tl.int64) + speaker) * stride_s
     at = expert.to(tl.int64) * stride_e + direction.to(tl.int64) * stride_j
-    where = at[:, None] + others.to(tl.int64)[None, :] * stride_o
-    return tl.load(base + where, mask=column_ok[:, None] & other_ok[None, :], other=0.0)
+    where = base + at[:, None] + others.to(tl.int64)[None, :] * stride_o
+    mask = column_ok[:, None] & other_ok[None, :]
+    found = tl.load(matrix + where, mask=mask, other=0)
+    if EBLOCK > 0:
+        scale = tl.load(scales + where // EBLOCK, mask=mask, other=0.0)
+        found = found.to(tl.float32) * (1.0 / 127) * scale
+    return found
 
 
 @triton.jit
@@ -214,9 +220,9 @@ def base_product(
 
 @triton.jit
 def add_experts(
-    acc, h, speaker, begin, end, experts, columns, column_ok, outs, out_ok, rank,
+    acc, h, speaker, begin, end, experts, scales, columns, column_ok, outs, out_ok, rank,
     stride_s, stride_e, stride_j, stride_o,
-    SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """acc + H B^T over the given columns, each row by its own speaker's experts.
 
@@ -226,8 +232,8 @@ def add_experts(
         mine = tl.where(speaker[:, None] == s, h, 0.0) if SPEAKERS else h
         chosen = column_ok & (tl.max(tl.abs(mine.to(tl.float32)), 0) > 0)
         b = expert_tile(
-            experts, s, columns, chosen, outs, out_ok, rank,
-            stride_s, stride_e, stride_j, stride_o,
+            experts, scales, s, columns, chosen, outs, out_ok, rank,
+            stride_s, stride_e, stride_j, stride_o, EBLOCK,
         )  # fmt: skip
         acc = multiply(mine.to(DTYPE), b.to(DTYPE), acc, PRECISION)
     return acc

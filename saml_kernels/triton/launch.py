@@ -48,11 +48,14 @@ class Experts:
         tensor: [S, E, r, K] (A) or [S, E, N, r] (B), contiguous.
         is_a: which of the two.
         speakers: int32 [M] or None, where S is 1.
+        scales: float32, one for each `block` elements as they lie, where `tensor` is int8.
     """
 
     tensor: Tensor
     is_a: bool
     speakers: Tensor | None
+    scales: Tensor | None = None
+    block: int = 0
 
     @property
     def count(self) -> int:
@@ -209,11 +212,13 @@ def product(
         product_kernel, (tiles, split),
         x, partial, *pointers,
         x if hidden is None else hidden, experts.tensor if experts else x,
+        x if experts is None or experts.scales is None else experts.scales,
         x if bias is None else bias, x if speakers is None else speakers,
         m, d, out, width, r, rank, len(experts.tensor) if experts else 1,
         *(experts.strides() if experts else (0, 0, 0, 0)),
         TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
-        EXPERTS=r > 0, SPEAKERS=speakers is not None, BIAS=bias is not None,
+        EXPERTS=r > 0, EBLOCK=experts.block if experts else 0,
+        SPEAKERS=speakers is not None, BIAS=bias is not None,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
         BLOCK_R=min(16 if exact else 64, max(16, triton.next_power_of_2(max(1, r)))),
         SPLIT=split, GROUP=config.group,
@@ -264,13 +269,15 @@ def skinny(
         block_m, block_d = min(block_m, FLOAT32_TILE), FLOAT32_TILE
     _launch(
         skinny_kernel, (triton.cdiv(m, block_m), triton.cdiv(count, together)),
-        x, experts.tensor, x if router is None else router.weight, gates,
+        x, experts.tensor, x if experts.scales is None else experts.scales,
+        x if router is None else router.weight, gates,
         x if experts.speakers is None else experts.speakers,
         gated if plain is None else plain, gated,
         gated if projected is None else projected, gated if dgates is None else dgates,
         m, d, count, rank, len(experts.tensor), gated.stride(0), float(scaling),
         1.0 / (1.0 if router is None else router.temperature), *experts.strides(),
-        ROUTER=router is not None, **(_NO_ROUTER if router is None else router.constants()),
+        EBLOCK=experts.block, ROUTER=router is not None,
+        **(_NO_ROUTER if router is None else router.constants()),
         BACKWARD=backward, 
         SKIP=m <= 16 and not backward and plain is None and router is None,
         PLAIN=plain is not None, DGATES=dgates is not None,
@@ -341,22 +348,24 @@ def decode(
     _launch(
         partial_kernel, (tiles, split, triton.cdiv(m, block_m)),
         x, base, projected, *pointers,
-        a.tensor, x if router is None else router.weight, x if gates is None else gates,
+        a.tensor, x if a.scales is None else a.scales,
+        x if router is None else router.weight, x if gates is None else gates,
         x if speakers is None else speakers,
         m, k, n, r, count, rank, len(a.tensor), *a.strides(),
-        **facts, **common,
+        **facts, **common, EBLOCK=a.block,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
         warps=config.warps, stages=config.stages,
     )  # fmt: skip
     y = x.new_empty(m, n)
     _launch(
         finish_kernel, (triton.cdiv(n, block_o), triton.cdiv(m, block_m)),
-        base, projected, y, b.tensor, x if gates is None else gates,
+        base, projected, y, b.tensor, x if b.scales is None else b.scales,
+        x if gates is None else gates,
         x if bias is None else bias, x if speakers is None else speakers,
         m, n, r, count, rank, len(b.tensor), float(scaling),
         1.0 / (1.0 if router is None else router.temperature), *b.strides(),
         **common, **(_NO_ROUTER if router is None else router.constants()),
-        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_O=block_o,
+        EBLOCK=b.block, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_O=block_o,
         BLOCK_R=min(64, max(16, triton.next_power_of_2(r))),
         warps=config.warps, stages=2,
     )  # fmt: skip

@@ -29,12 +29,12 @@ __all__ = ["product_kernel", "reduce_kernel"]
 def product_kernel(
     x, y,                                            # [M, D] in, [SPLIT, M, O] out
     codes, absmax, nested, nested_code, offset, table,
-    hidden, experts, bias, speakers,                 # [M, R], [S, ...], [O], [M]
+    hidden, experts, scales, bias, speakers,         # [M, R], [S, ...], of int8, [O], [M]
     M, D, O, width, R, rank, S,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
-    EXPERTS: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -62,9 +62,9 @@ def product_kernel(
             mask = row_ok[:, None] & column_ok[None, :]
             h = tl.load(hidden + rows[:, None] * R + columns[None, :], mask, 0.0)
             acc = add_experts(
-                acc, h, speaker, begin, end, experts, columns, column_ok, outs, out_ok, rank,
-                stride_s, stride_e, stride_j, stride_o,
-                SPEAKERS, PRECISION, x.dtype.element_ty,
+                acc, h, speaker, begin, end, experts, scales, columns, column_ok, outs, out_ok,
+                rank, stride_s, stride_e, stride_j, stride_o,
+                EBLOCK, SPEAKERS, PRECISION, x.dtype.element_ty,
             )  # fmt: skip
     if SPEAKERS:
         known = (speaker >= 0) & (speaker < S)

@@ -27,11 +27,11 @@ __all__ = ["router_gradient_kernel", "skinny_kernel"]
 
 @triton.jit(do_not_specialize=["M", "S"])
 def skinny_kernel(
-    x, experts, router, gates, speakers,             # [M, D], [S, ...], [S, E, D], [M, E], [M]
+    x, experts, scales, router, gates, speakers,     # [M, D], [S, ...], [S, E, D], [M, E], [M]
     plain, gated, projected, dgates,                 # [M, R] out, [M, R] out, [M, R] in, [M, E] out
     M, D, E, rank, S, gated_stride, scaling, warmth, # warmth: 1 / temperature
     stride_s, stride_e, stride_j, stride_d,          # of the experts
-    ROUTER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BACKWARD: tl.constexpr, SKIP: tl.constexpr, PLAIN: tl.constexpr, DGATES: tl.constexpr,
     SPEAKERS: tl.constexpr, PRECISION: tl.constexpr,
     TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -67,15 +67,16 @@ def skinny_kernel(
         for s in range(begin, end):
             mine = tl.where(speaker[:, None] == s, tile, 0.0) if SPEAKERS else tile
             a = expert_tile(
-                experts, s, columns, wanted, ds, d_ok, rank,
-                stride_s, stride_e, stride_j, stride_d,
+                experts, scales, s, columns, wanted, ds, d_ok, rank,
+                stride_s, stride_e, stride_j, stride_d, EBLOCK,
             )  # fmt: skip
             acc = multiply(mine.to(dtype), a.to(dtype).T, acc, PRECISION)
             if ROUTER:
                 # A router is E experts of rank 1.
                 z = expert_tile(
-                    router, s, number, number < E, ds, d_ok, 1, E.to(tl.int64) * D, D, 0, 1
-                )
+                    router, router, s, number, number < E, ds, d_ok, 1,
+                    E.to(tl.int64) * D, D, 0, 1, 0,
+                )  # fmt: skip
                 logits = multiply(mine.to(dtype), z.to(dtype).T, logits, PRECISION)
 
     if ROUTER:
