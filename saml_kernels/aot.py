@@ -3,20 +3,20 @@
     python -m saml_kernels.aot --arch sm_87 --model base OUT/
 
 writes one cubin for each kernel and `kernels.json`, and prints registers, spilled bytes, shared
-memory and size of each. The exit status is 1 if a kernel spills.
+memory and size of each. The exit status is 1 if a kernel spills. On the other machine, which needs
+no Triton, SAML_KERNELS=OUT (or `load_kernels(OUT)`) uses them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,20 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.triton.configs import pretending
+from saml_kernels.triton.dispatch import (
+    ALIGNMENT,
+    Launch,
+    interpreting,
+    kernel,
+    key_of,
+    load_kernels,
+    recording,
+    signature,
+)
+from saml_kernels.triton.prebuilt import MANIFEST
 
-__all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build"]
+__all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
 
 # Multiprocessors of a typical card: they decide how far a small product is split.
 ARCHITECTURES = {
@@ -34,15 +46,13 @@ ARCHITECTURES = {
     "sm_90": 132, "sm_100": 148, "sm_110": 20, "sm_120": 170,
 }  # fmt: skip
 WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
-TOKENS = (1, 16, 64, 256, 1024, 1500)  # one for each rule of the default tuning table
+# Both ends of each rule of the default tuning table: a product may be split at one of them only.
+TOKENS = (1, 16, 17, 64, 65, 256, 257, 1024, 1500)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCRATCH_TOKENS = 64  # the scratch route's kernels are the same for any number
 EXPERT_FORMATS = ("float", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
-_POINTERS = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,17 +60,19 @@ class Built:
     """One compiled kernel.
 
     Attributes:
+        key: tells it from the others; see `dispatch.key_of`.
         name: of the kernel; `file` holds its cubin, `entry` is the function in it.
-        signature: argument types in order; constants: compile-time values.
+        parameters: bytes of each argument, in order; constants: compile-time values.
         warps, stages: of a program.
         registers: per thread; spilled: bytes of local memory per thread; shared: bytes per program.
         size: of the cubin in bytes.
     """
 
+    key: str
     name: str
     file: str
     entry: str
-    signature: dict[str, str]
+    parameters: list[int]
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -104,10 +116,10 @@ def build(
     ):  # fmt: skip
         if value not in known:
             raise SAMLError(f"--{what} {value}: expected one of {', '.join(known)}")
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if interpreting():
         raise SAMLError("TRITON_INTERPRET is set: nothing is compiled; unset it")
     try:
-        from saml_kernels.triton.launch import Launch  # noqa: F401
+        import triton
     except ImportError as error:
         raise SAMLError(
             "aot: triton is not installed; pip install 'saml-kernels[triton]'"
@@ -119,19 +131,17 @@ def build(
     shape = (WIDTHS[model], experts, rank)
     formats = (format, expert_format)
     for launch in _launches(arch, shape, DTYPES[dtype], formats, router == "token", train):
-        key = _key(launch)
+        key = key_of(launch)
         if key not in done:
             done[key] = _compile(launch, key, arch, out)
             yield done[key]
-    import triton
-
     manifest = {
         "arch": arch, "model": model, "triton": triton.__version__,
         "kernels": [asdict(k) for k in done.values()],
     }  # fmt: skip
-    temporary = out / "kernels.json.part"
+    temporary = out / f"{MANIFEST}.part"
     temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(out / "kernels.json")
+    temporary.replace(out / MANIFEST)
 
 
 def _launches(
@@ -140,9 +150,7 @@ def _launches(
 ) -> Iterator[Any]:  # fmt: skip
     """What the backend would launch for each layer of (width, E, r) and number of tokens."""
     width, experts, rank = shape
-    from saml_kernels import triton as backend
-    from saml_kernels.triton.configs import pretending
-    from saml_kernels.triton.launch import recording
+    backend: Any = import_module("saml_kernels.triton")
 
     for k, n in ((width, width), (width, 4 * width), (4 * width, width)):
         weight: QuantizedTensor = quantize(torch.ones(n, k), formats[0])
@@ -153,11 +161,11 @@ def _launches(
                 QuantizedTensor.empty(t.shape, "int8", 128, False) for t in (lora_a, lora_b)
             )
         bias = torch.zeros(n, dtype=dtype)
-        for m in TOKENS:
+        for m, route in (*((m, _route(m)) for m in TOKENS), (SCRATCH_TOKENS, "scratch")):
             x = torch.zeros(m, k, dtype=dtype)
             gates = torch.zeros(experts, k) if routed else torch.zeros(m, experts)
             common: tuple[Any, ...] = (weight, lora_a, lora_b, gates.to(dtype))
-            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None, "route": _route(m)}
+            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None, "route": route}
             for b in (bias, None):  # Whisper's k_proj has none
                 with pretending(arch, ARCHITECTURES[arch]), recording() as found:
                     backend.forward(x, *common, b, 1.0, **how)
@@ -175,55 +183,37 @@ def _route(tokens: int) -> str | None:
     return "fused" if tokens > 1024 else None
 
 
-def _signature(launch: Any) -> tuple[dict[str, str], dict[Any, Any]]:
-    """Types of the arguments, and which are multiples of 16 (as Triton's own launcher finds)."""
-    signature: dict[str, str] = {}
-    attributes: dict[Any, Any] = {}
-    plain = set(launch.kernel.do_not_specialize or ())
-    for position, (name, value) in enumerate(
-        zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    ):
-        if isinstance(value, Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if name not in plain and value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(launch.constants, "constexpr")
-    return signature, attributes
-
-
-def _key(launch: Any) -> str:
-    signature, attributes = _signature(launch)
-    parts = [
-        launch.kernel.__name__, signature, sorted(attributes), launch.constants, launch.options,
-    ]  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _compile(launch: Any, key: str, arch: str, out: Path) -> Built:
+def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, attributes = _signature(launch)
-    constants = {(launch.kernel.arg_names.index(n),): v for n, v in launch.constants.items()}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    function = kernel(launch.name)
+    types, aligned = signature(launch)
+    named = dict(zip(function.arg_names, types, strict=False))
+    named |= dict.fromkeys(launch.constants, "constexpr")
+    constants = {(function.arg_names.index(n),): v for n, v in launch.constants.items()}
+    attributes = {(position,): [["tt.divisibility", ALIGNMENT]] for position in aligned}
+    source = ASTSource(function, named, constants, attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target, {**launch.options, "enable_fp_fusion": True})
+    compiled = triton.compile(source, target, options)
     cubin = compiled.asm["cubin"]
-    name = launch.kernel.__name__.removesuffix("_kernel")
-    path = out / f"{name}-{key}.cubin"
+    path = out / f"{launch.name}-{key}.cubin"
     path.write_bytes(cubin)
     registers, spilled = _resources(path)
     return Built(
-        name, path.name, compiled.metadata.name, signature, launch.constants,
-        launch.options["num_warps"], launch.options["num_stages"],
-        registers, spilled, compiled.metadata.shared, len(cubin),
+        key, launch.name, path.name, compiled.metadata.name, _parameters(compiled.asm["ptx"]),
+        {n: v for n, v in launch.constants.items() if n != "PTX"},
+        launch.warps, launch.stages, registers, spilled, compiled.metadata.shared, len(cubin),
     )  # fmt: skip
+
+
+def _parameters(ptx: str) -> list[int]:
+    """Bytes of each parameter of the entry, in order."""
+    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
+    bits = re.findall(r"\.param \.\w(\d+) ", entry.group(1)) if entry else []
+    return [int(b) // 8 for b in bits]
 
 
 def _resources(cubin: Path) -> tuple[int, int]:
@@ -267,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SAMLError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{o.out / 'kernels.json'}: {o.arch}, {'no spills' if not bad else f'{bad} too large'}")
+    print(f"{o.out / MANIFEST}: {o.arch}, {'no spills' if not bad else f'{bad} too large'}")
     return 1 if bad else 0
 
 

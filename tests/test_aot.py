@@ -1,13 +1,21 @@
-"""Ahead-of-time builds for GPUs that are not here."""
+"""Ahead-of-time builds for GPUs that are not here, and the loader that starts them."""
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from saml_kernels import SAMLError, quantize
+from saml_kernels import triton as backend
+from saml_kernels.triton import configs
+from saml_kernels.triton.dispatch import KERNELS, Varying, kernel, key_of, recording
+from saml_kernels.triton.prebuilt import Driver, Prebuilt
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
@@ -18,23 +26,183 @@ def aot(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def check_build(folder, *arguments):
+    done = aot("--model", "base", *arguments, str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((folder / "kernels.json").read_text())
+    for entry in manifest["kernels"]:
+        assert entry["spilled"] == 0
+        assert entry["shared"] <= 99 * 1024
+        assert (folder / entry["file"]).stat().st_size == entry["size"]
+    return {k["name"] for k in manifest["kernels"]}
+
+
 @pytest.mark.parametrize(
-    ("arch", "dtype"),
-    [("sm_80", "float16"), ("sm_87", "float16"), ("sm_90", "bfloat16"), ("sm_80", "float32")],
+    ("arch", "dtype"), [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_80", "float32")]
 )
 def test_builds_without_spills(arch, dtype, tmp_path):
-    done = aot("--arch", arch, "--dtype", dtype, "--model", "base", "--train", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    manifest = json.loads((tmp_path / "kernels.json").read_text())
-    assert {k["name"] for k in manifest["kernels"]} >= {"product", "skinny", "outer", "reduce"}
-    for kernel in manifest["kernels"]:
-        assert kernel["spilled"] == 0
-        assert kernel["shared"] <= 99 * 1024
-        assert (tmp_path / kernel["file"]).stat().st_size == kernel["size"]
+    names = check_build(tmp_path, "--arch", arch, "--dtype", dtype, "--train")
+    assert names == set(KERNELS)
 
 
-@pytest.mark.parametrize("flag", ["--arch", "--model", "--dtype"])
+def test_eight_bit_experts(tmp_path):
+    names = check_build(tmp_path, "--arch", "sm_87", "--expert-format", "int8")
+    assert names >= {"partial", "finish", "skinny", "product", "scratch"}
+
+
+@pytest.mark.parametrize("flag", ["--arch", "--model", "--dtype", "--router", "--expert-format"])
 def test_unknown_name(flag, tmp_path):
     done = aot(flag, "nothing", str(tmp_path))
     assert done.returncode == 2
     assert "nothing" in done.stderr and "expected one of" in done.stderr
+
+
+# The loader, with a library that notes its calls in place of libcuda.
+
+
+class Library:
+    """cuModuleLoadData and the rest as Python functions."""
+
+    def __init__(self) -> None:
+        self.loaded, self.launched, self.shared = [], [], []
+
+    def cuModuleLoadData(self, module, image):
+        self.loaded.append(image.value[:4])
+        module._obj.value = 100 + len(self.loaded)
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        self.entry = name.value.decode()
+        function._obj.value = module.value + 1000
+        return 0
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        assert attribute.value == 8
+        self.shared.append(value.value)
+        return 0
+
+    def cuLaunchKernel(self, function, *rest):
+        grid, (threads, _, _, shared) = rest[:3], rest[3:7]
+        stream, places, extra = rest[7:]
+        assert function.value > 1000 and extra is None
+        self.launched.append(
+            ([g.value for g in grid], threads.value, shared.value, stream.value, list(places))
+        )
+        self.check(list(places))
+        return 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("sm_87")
+    assert check_build(made, "--arch", "sm_87", "--train") == set(KERNELS)
+    return made
+
+
+def calls(width: int, tokens: int):
+    """Every launch of one layer, forward and backward, as an sm_87 device would make it."""
+    weight = quantize(torch.randn(width, width))
+    half = {"dtype": torch.float16}
+    a, b = torch.zeros(4, 4, width, **half), torch.zeros(4, width, 4, **half)
+    x, router = torch.zeros(tokens, width, **half), torch.zeros(4, width, **half)
+    bias = torch.zeros(width, **half)
+    how = {"routing": (None, 1.0)}
+    with configs.pretending("sm_87", 16), recording() as found:
+        backend.forward(x, weight, a, b, router, bias, 1.0, **how)
+        backend.backward(x, x, weight, a, b, router, 1.0, (True,) * 4, **how)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40, 100, 300, 1024, 1500])
+def test_a_folder_holds_what_any_number_of_tokens_needs(folder, tokens):
+    library = Library()
+    ready = Prebuilt(folder, Driver(library))
+    found = calls(512, tokens)
+    assert len(found) >= 5
+    for launch in found:
+        sent = []
+
+        def check(places, launch=launch, sent=sent):
+            for place, value in zip(places, launch.arguments, strict=False):
+                if isinstance(value, torch.Tensor):
+                    assert ctypes.c_void_p.from_address(place).value == value.data_ptr()
+                elif isinstance(value, float):
+                    assert ctypes.c_float.from_address(place).value == value
+                else:
+                    assert ctypes.c_int32.from_address(place).value == value
+            sent.append(len(places) - len(launch.arguments))
+
+        library.check = check
+        ready.launch(key_of(launch), launch, 7, 0, (8, 7))
+        assert sent == [2]  # Triton's two scratch pointers
+        grid, threads, _, stream, _ = library.launched[-1]
+        assert grid == [*launch.grid, 1, 1][:3] and threads == 32 * launch.warps and stream == 7
+    assert set(library.loaded) == {b"\x7fELF"}
+    before = len(library.loaded)
+    ready.launch(key_of(found[-1]), found[-1], 7, 0, (8, 7))
+    assert len(library.loaded) == before  # a module is loaded once
+
+
+def test_sizes_that_vary_are_those_that_kernels_are_not_specialised_on():
+    for launch in calls(512, 20) + calls(512, 2000):
+        function = kernel(launch.name)
+        named = zip(function.arg_names, launch.arguments, strict=False)
+        varying = {n for n, v in named if isinstance(v, Varying)}
+        assert varying == set(function.do_not_specialize), launch.name
+
+
+def test_a_folder_for_another_device(folder):
+    ready = Prebuilt(folder, Driver(Library()))
+    launch = calls(512, 1)[0]
+    for capability in ((8, 6), (9, 0)):
+        with pytest.raises(SAMLError, match=r"built for sm_87, this device is sm_"):
+            ready.launch(key_of(launch), launch, 0, 0, capability)
+
+
+def test_a_kernel_that_is_not_in_the_folder(folder):
+    ready = Prebuilt(folder, Driver(Library()))
+    launch = next(c for c in calls(352, 1) if c.name == "partial")  # not a multiple of 64
+    with pytest.raises(SAMLError, match="holds no partial kernel for this call"):
+        ready.launch(key_of(launch), launch, 0, 0, (8, 7))
+
+
+def test_a_damaged_cubin(folder, tmp_path):
+    manifest = json.loads((folder / "kernels.json").read_text())
+    (tmp_path / "kernels.json").write_text(json.dumps(manifest))
+    for entry in manifest["kernels"]:
+        (tmp_path / entry["file"]).write_bytes(b"\x7fELF")
+    ready = Prebuilt(tmp_path, Driver(Library()))
+    launch = calls(512, 1)[0]
+    with pytest.raises(SAMLError, match="damaged"):
+        ready.launch(key_of(launch), launch, 0, 0, (8, 7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "../evil.cubin"}, "not a manifest"), ({"shared": 1 << 30}, "not a manifest"),
+        ({"warps": "4"}, "not a manifest"), ({"parameters": [16]}, "not a manifest"),
+    ],
+)  # fmt: skip
+def test_a_hostile_manifest(folder, tmp_path, change, message):
+    manifest = json.loads((folder / "kernels.json").read_text())
+    manifest["kernels"][0] |= change
+    (tmp_path / "kernels.json").write_text(json.dumps(manifest))
+    with pytest.raises(SAMLError, match=message):
+        Prebuilt(tmp_path)
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(SAMLError, match=r"make it with python -m saml_kernels\.aot"):
+        Prebuilt(tmp_path)
+    (tmp_path / "kernels.json").write_text("[]")
+    with pytest.raises(SAMLError, match="not a manifest"):
+        Prebuilt(tmp_path)
+
+
+def test_the_driver_says_no(folder):
+    library = Library()
+    library.cuModuleLoadData = lambda *_: 209
+    launch = calls(512, 1)[0]
+    with pytest.raises(SAMLError, match="cuModuleLoadData failed with error 209"):
+        Prebuilt(folder, Driver(library)).launch(key_of(launch), launch, 0, 0, (8, 7))

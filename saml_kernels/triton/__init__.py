@@ -7,12 +7,12 @@ allocator, given back when the call ends, and leaves one product over [X | H] an
 The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
 operator's own arguments: P is projected again, as X is read there anyway.
 
-Triton itself is imported at the first use, so that the package works where there is none.
+Triton itself is imported at a kernel's first use (dispatch.py), so that the package works where
+there is none.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.triton.configs import Config, choose, device_traits
+from saml_kernels.triton.dispatch import interpreting, prebuilt
 
 if TYPE_CHECKING:
     from saml_kernels.triton.launch import Experts, Router
@@ -38,11 +39,6 @@ ROUTING = True  # and make the gates of a token router
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _interpreting() -> bool:
-    # Read by Triton itself when a kernel is first imported.
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
 @cache
 def _installed() -> bool:
     return find_spec("triton") is not None
@@ -50,16 +46,19 @@ def _installed() -> bool:
 
 def why_unavailable() -> str | None:
     """Why no Triton kernel can run on this machine."""
-    if not _installed():
-        return "triton is not installed; pip install 'saml-kernels[triton]'"
-    if not torch.cuda.is_available() and not _interpreting():
+    if not _installed() and (prebuilt() is None or interpreting()):
+        return (
+            "triton is not installed; pip install 'saml-kernels[triton]', or set SAML_KERNELS to "
+            "a folder that python -m saml_kernels.aot made"
+        )
+    if not torch.cuda.is_available() and not interpreting():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
 
 
 def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
     """Why these arguments cannot run."""
-    wanted = "cpu" if _interpreting() else "cuda"
+    wanted = "cpu" if interpreting() else "cuda"
     if x.device.type != wanted or weight.codes.device.type != wanted:
         return f"x is on {x.device}, the weight on {weight.codes.device}; expected {wanted}"
     if x.dtype not in DTYPES:

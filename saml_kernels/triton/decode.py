@@ -27,18 +27,17 @@ from saml_kernels.triton.device import (
 __all__ = ["finish_kernel", "partial_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
     codes, absmax, nested, nested_code, offset, table,
     experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [M, E], [M]
-    M, D, O, R, E, rank, S,
+    M, D, O, R, E, rank, S, SPLIT,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
     BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of [A ; router] plus tiles of O, SPLIT, tiles of M).
 
@@ -93,16 +92,16 @@ def partial_kernel(
         tl.store(projected + at * C + columns[None, :], found, mask)
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def finish_kernel(
     base, projected, y,                              # [SPLIT, M, O], [SPLIT, M, R (+ E)], [M, O]
     experts, scales, gates, bias, speakers,          # B, of int8, [M, E] in, [O], [M]
-    M, O, R, E, rank, S, scaling, warmth,
+    M, O, R, E, rank, S, SPLIT, scaling, warmth,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr,
     SPEAKERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of O, tiles of M)."""
     rows, row_ok, speaker = rows_of(tl.program_id(1), M, speakers, S, SPEAKERS, BLOCK_M)
@@ -114,13 +113,13 @@ def finish_kernel(
     size = M.to(tl.int64)
     ok = row_ok[:, None] & out_ok[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    for split in tl.static_range(SPLIT):
+    for split in range(SPLIT):
         acc += tl.load(base + (split * size + rows[:, None]) * O + outs[None, :], ok, 0.0)
     if ROUTER:
         number = tl.arange(0, BLOCK_E)
         exists = row_ok[:, None] & (number < E)[None, :]
         logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-        for split in tl.static_range(SPLIT):
+        for split in range(SPLIT):
             where = (split * size + rows[:, None]) * C + R + number[None, :]
             logits += tl.load(projected + where, exists, 0.0)
         found = gates_of(logits * warmth, E, TOP_K, BLOCK_E)
@@ -129,7 +128,7 @@ def finish_kernel(
         column_ok = columns < R
         mask = row_ok[:, None] & column_ok[None, :]
         p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for split in tl.static_range(SPLIT):
+        for split in range(SPLIT):
             where = (split * size + rows[:, None]) * C + columns[None, :]
             p += tl.load(projected + where, mask, 0.0)
         expert = columns // rank

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from saml_kernels.codes import code_table, nested_code
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.triton.configs import Config
-from saml_kernels.triton.decode import finish_kernel, partial_kernel
+from saml_kernels.triton.dispatch import Varying, interpreting, launch
 from saml_kernels.triton.lookup import lookup_ptx
-from saml_kernels.triton.outer import outer_kernel
-from saml_kernels.triton.product import product_kernel, reduce_kernel
-from saml_kernels.triton.scratch import scratch_kernel
-from saml_kernels.triton.skinny import router_gradient_kernel, skinny_kernel
 
 __all__ = [
     "Experts",
-    "Launch",
     "Router",
     "decode",
     "dequantize_into",
     "experts_gradient",
     "product",
-    "recording",
     "router_gradient",
     "skinny",
 ]
@@ -91,52 +82,15 @@ class Router:
         """Compile-time facts."""
         experts = self.weight.shape[1]
         kept = self.top_k if self.top_k is not None and self.top_k < experts else 0
-        return {"TOP_K": kept, "BLOCK_E": max(16, triton.next_power_of_2(experts))}
+        return {"TOP_K": kept, "BLOCK_E": max(16, _power_of_2(experts))}
 
 
 _NO_ROUTER = {"TOP_K": 0, "BLOCK_E": 16}
-_recorded: list[Launch] | None = None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: what `saml_kernels.aot` compiles."""
-
-    kernel: Any
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within the block kernels are noted down instead of launched."""
-    global _recorded
-    _recorded = []
-    try:
-        yield _recorded
-    finally:
-        _recorded = None
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any
-) -> None:
-    if _recorded is not None:
-        options = {"num_warps": warps, "num_stages": stages}
-        _recorded.append(Launch(kernel, arguments, constants, options))
-        return
-    first = next(a for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        # Said explicitly: Triton's default is about to change, and bits with it.
-        kernel[grid](
-            *arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True
-        )
 
 
 def precision(dtype: torch.dtype) -> str:
     """float32 products are exact unless the user's torch setting allows TF32."""
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+    if dtype == torch.bfloat16 and interpreting():
         return "emulated"
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
@@ -156,11 +110,7 @@ def _quantised(
     )
     aligned = weight.shape[1] % weight.block_size == 0
     aligned = aligned and all(weight.block_size % b == 0 for b in blocks)
-    permutes = (
-        BITS[weight.format] == 4
-        and not triton.knobs.runtime.interpret
-        and torch.version.hip is None
-    )
+    permutes = BITS[weight.format] == 4 and not interpreting() and torch.version.hip is None
     facts = {
         "BITS": BITS[weight.format],
         "QBLOCK": weight.block_size,
@@ -207,28 +157,29 @@ def product(
     rank = experts.rank if experts else 1
     r = experts.count * rank if experts else 0
     speakers = experts.speakers if experts else None
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(out, block_o)
-    _launch(
-        product_kernel, (tiles, split),
+    tiles = _tiles(m, block_m) * _tiles(out, block_o)
+    launch(
+        "product", (tiles, split),
         x, partial, *pointers,
         x if hidden is None else hidden, experts.tensor if experts else x,
         x if experts is None or experts.scales is None else experts.scales,
         x if bias is None else bias, x if speakers is None else speakers,
-        m, d, out, width, r, rank, len(experts.tensor) if experts else 1,
+        Varying(m), d, out, width, r, rank, Varying(len(experts.tensor) if experts else 1),
+        Varying(split),
         *(experts.strides() if experts else (0, 0, 0, 0)),
         TRANSPOSED=transposed, **facts, PRECISION=precision(x.dtype),
         EXPERTS=r > 0, EBLOCK=experts.block if experts else 0,
-        SPEAKERS=speakers is not None, BIAS=bias is not None,
+        SPEAKERS=speakers is not None, BIAS=bias is not None and split == 1,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
-        BLOCK_R=min(16 if exact else 64, max(16, triton.next_power_of_2(max(1, r)))),
-        SPLIT=split, GROUP=config.group,
+        BLOCK_R=min(16 if exact else 64, max(16, _power_of_2(max(1, r)))),
+        GROUP=config.group,
         warps=config.warps, stages=config.stages,
     )  # fmt: skip
     if split > 1:
-        _launch(
-            reduce_kernel, (triton.cdiv(m * out, 1024),),
-            partial, y, x if bias is None else bias, m, out,
-            BIAS=bias is not None, SPLIT=split, BLOCK=1024, warps=4, stages=1,
+        launch(
+            "reduce", (_tiles(m * out, 1024),),
+            partial, y, x if bias is None else bias, Varying(m), out, Varying(split),
+            BIAS=bias is not None, BLOCK=1024, warps=4, stages=1,
         )  # fmt: skip
     return y
 
@@ -262,19 +213,19 @@ def skinny(
     m, d = x.shape
     count, rank = experts.count, experts.rank
     together = min(count, max(1, 64 // rank))
-    block_r = max(16, triton.next_power_of_2(together * rank))
+    block_r = max(16, _power_of_2(together * rank))
     block_m = 16 if m <= 16 or block_r > 128 else 64
     block_d = 128 if block_r <= 64 and block_m == 16 else 64
     if x.dtype == torch.float32 and router is not None:  # two exact products at once
         block_m, block_d = min(block_m, FLOAT32_TILE), FLOAT32_TILE
-    _launch(
-        skinny_kernel, (triton.cdiv(m, block_m), triton.cdiv(count, together)),
+    launch(
+        "skinny", (_tiles(m, block_m), _tiles(count, together)),
         x, experts.tensor, x if experts.scales is None else experts.scales,
         x if router is None else router.weight, gates,
         x if experts.speakers is None else experts.speakers,
         gated if plain is None else plain, gated,
         gated if projected is None else projected, gated if dgates is None else dgates,
-        m, d, count, rank, len(experts.tensor), gated.stride(0), float(scaling),
+        Varying(m), d, count, rank, Varying(len(experts.tensor)), gated.stride(0), float(scaling),
         1.0 / (1.0 if router is None else router.temperature), *experts.strides(),
         EBLOCK=experts.block, ROUTER=router is not None,
         **(_NO_ROUTER if router is None else router.constants()),
@@ -297,10 +248,10 @@ def router_gradient(gates: Tensor, dgates: Tensor, temperature: float, out: Tens
         out: what to fill.
     """
     m, experts = gates.shape
-    _launch(
-        router_gradient_kernel, (triton.cdiv(m, 64),),
-        gates, dgates, out, m, experts, out.stride(0), 1.0 / temperature,
-        BLOCK_M=64, BLOCK_E=max(16, triton.next_power_of_2(experts)), warps=4, stages=1,
+    launch(
+        "router_gradient", (_tiles(m, 64),),
+        gates, dgates, out, Varying(m), experts, out.stride(0), 1.0 / temperature,
+        BLOCK_M=64, BLOCK_E=max(16, _power_of_2(experts)), warps=4, stages=1,
     )  # fmt: skip
 
 
@@ -335,38 +286,38 @@ def decode(
     small = FLOAT32_TILE if x.dtype == torch.float32 else 256
     block_m, block_o = min(config.block_m, small), min(config.block_o, small)
     block_d = min(config.block_d, small, weight.block_size)
-    block_r = min(64, max(16, triton.next_power_of_2(columns)))
+    block_r = min(64, max(16, _power_of_2(columns)))
     pointers, facts = _quantised(weight, x.dtype, block_d)
     split = config.split
     base = x.new_empty(split, m, n, dtype=torch.float32)
     projected = x.new_empty(split, m, columns, dtype=torch.float32)
-    tiles = triton.cdiv(columns, block_r) + triton.cdiv(n, block_o)
+    tiles = _tiles(columns, block_r) + _tiles(n, block_o)
     common = {
         "ROUTER": router is not None, "SPEAKERS": speakers is not None,
-        "PRECISION": precision(x.dtype), "SPLIT": split,
+        "PRECISION": precision(x.dtype),
     }  # fmt: skip
-    _launch(
-        partial_kernel, (tiles, split, triton.cdiv(m, block_m)),
+    launch(
+        "partial", (tiles, split, _tiles(m, block_m)),
         x, base, projected, *pointers,
         a.tensor, x if a.scales is None else a.scales,
         x if router is None else router.weight, x if gates is None else gates,
         x if speakers is None else speakers,
-        m, k, n, r, count, rank, len(a.tensor), *a.strides(),
+        Varying(m), k, n, r, count, rank, Varying(len(a.tensor)), Varying(split), *a.strides(),
         **facts, **common, EBLOCK=a.block,
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
         warps=config.warps, stages=config.stages,
     )  # fmt: skip
     y = x.new_empty(m, n)
-    _launch(
-        finish_kernel, (triton.cdiv(n, block_o), triton.cdiv(m, block_m)),
+    launch(
+        "finish", (_tiles(n, block_o), _tiles(m, block_m)),
         base, projected, y, b.tensor, x if b.scales is None else b.scales,
         x if gates is None else gates,
         x if bias is None else bias, x if speakers is None else speakers,
-        m, n, r, count, rank, len(b.tensor), float(scaling),
+        Varying(m), n, r, count, rank, Varying(len(b.tensor)), Varying(split), float(scaling),
         1.0 / (1.0 if router is None else router.temperature), *b.strides(),
         **common, **(_NO_ROUTER if router is None else router.constants()),
         EBLOCK=b.block, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_O=block_o,
-        BLOCK_R=min(64, max(16, triton.next_power_of_2(r))),
+        BLOCK_R=min(64, max(16, _power_of_2(r))),
         warps=config.warps, stages=2,
     )  # fmt: skip
     return y
@@ -383,14 +334,15 @@ def experts_gradient(narrow: Tensor, wide: Tensor, like: Experts) -> Tensor:
     speakers, r = len(like.tensor), like.count * like.rank
     split = max(1, min(16, math.ceil(m / OUTER_TOKENS)))
     block_m = 32 if wide.dtype == torch.float32 else 64
-    block_r = min(64, max(16, triton.next_power_of_2(r)))
+    block_r = min(64, max(16, _power_of_2(r)))
     shares = torch.empty(split, *like.tensor.shape, dtype=torch.float32, device=wide.device)
-    tiles = triton.cdiv(r, block_r) * triton.cdiv(out, 64)
-    _launch(
-        outer_kernel, (tiles, split, speakers),
+    tiles = _tiles(r, block_r) * _tiles(out, 64)
+    launch(
+        "outer", (tiles, split, speakers),
         narrow, wide, wide if like.speakers is None else like.speakers, shares,
-        m, r, out, like.rank, speakers, like.tensor.numel(), *like.strides(),
-        SPEAKERS=like.speakers is not None, PRECISION=precision(wide.dtype), SPLIT=split,
+        Varying(m), r, out, like.rank, Varying(speakers), Varying(split), like.tensor.numel(),
+        *like.strides(),
+        SPEAKERS=like.speakers is not None, PRECISION=precision(wide.dtype),
         BLOCK_R=block_r, BLOCK_O=64, BLOCK_M=block_m,
         warps=4, stages=3,
     )  # fmt: skip
@@ -403,8 +355,17 @@ def dequantize_into(weight: QuantizedTensor, out: Tensor) -> None:
     n, k = weight.shape
     block_k = min(64, weight.block_size)
     pointers, facts = _quantised(weight, out.dtype, block_k)
-    _launch(
-        scratch_kernel, (triton.cdiv(n, 32), triton.cdiv(k, block_k)),
+    launch(
+        "scratch", (_tiles(n, 32), _tiles(k, block_k)),
         *pointers, out, n, k, out.stride(0), **facts, BLOCK_N=32, BLOCK_K=block_k,
         warps=4, stages=1,
     )  # fmt: skip
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _power_of_2(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()

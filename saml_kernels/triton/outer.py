@@ -16,12 +16,12 @@ from saml_kernels.triton.device import multiply
 __all__ = ["outer_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def outer_kernel(
     narrow, wide, speakers, out,                     # [M, R], [M, O], [M], [SPLIT, S, ...] float32
-    M, R, O, rank, S, part,                          # part: elements of one share
+    M, R, O, rank, S, SPLIT, part,                   # part: elements of one share
     stride_s, stride_e, stride_j, stride_o,          # of the experts, as in `out`
-    SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    SPEAKERS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of R times tiles of O, SPLIT, S). Tiles without its rows are skipped."""

@@ -25,18 +25,18 @@ from saml_kernels.triton.device import (
 __all__ = ["product_kernel", "reduce_kernel"]
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def product_kernel(
     x, y,                                            # [M, D] in, [SPLIT, M, O] out
     codes, absmax, nested, nested_code, offset, table,
     hidden, experts, scales, bias, speakers,         # [M, R], [S, ...], of int8, [O], [M]
-    M, D, O, width, R, rank, S,
+    M, D, O, width, R, rank, S, SPLIT,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of M times tiles of O, SPLIT). `width` is the weight's row length, K."""
     tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
@@ -69,23 +69,23 @@ def product_kernel(
     if SPEAKERS:
         known = (speaker >= 0) & (speaker < S)
         acc = tl.where(known[:, None], acc, float("nan"))
-    if BIAS and SPLIT == 1:
+    if BIAS:
         acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
     where = (split.to(tl.int64) * M + rows[:, None]) * O + outs[None, :]
     tl.store(y + where, acc.to(y.dtype.element_ty), row_ok[:, None] & out_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def reduce_kernel(
-    partial, y, bias, M, O,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    partial, y, bias, M, O, SPLIT,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [M, O] = sum over splits of partial [SPLIT, M, O] + bias [O], always in the same order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = M.to(tl.int64) * O
     ok = at < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLIT):
+    for split in range(SPLIT):
         total += tl.load(partial + split * size + at, ok, 0.0)
     if BIAS:
         total += tl.load(bias + at % O, ok, 0.0).to(tl.float32)

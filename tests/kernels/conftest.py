@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saml_kernels import triton as backend
+from saml_kernels.triton.dispatch import interpreting
 
 REASON = backend.why_unavailable()
 
@@ -16,7 +17,7 @@ def runnable():
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    return "cpu" if backend._interpreting() else "cuda"
+    return "cpu" if interpreting() else "cuda"
 
 
 @pytest.fixture(autouse=True)

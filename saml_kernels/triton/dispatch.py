@@ -1,0 +1,170 @@
+"""One kernel launch: compiled by Triton at its first use, or taken from a folder built beforehand.
+
+Kernels go by name, so that a machine without Triton (there is no wheel for Jetson boards) runs
+what `python -m saml_kernels.aot` built elsewhere: set SAML_KERNELS=FOLDER, or call `load_kernels`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels.errors import SAMLError
+from saml_kernels.triton.prebuilt import Prebuilt
+
+__all__ = [
+    "KERNELS",
+    "Launch",
+    "Varying",
+    "interpreting",
+    "key_of",
+    "launch",
+    "load_kernels",
+    "prebuilt",
+    "recording",
+    "signature",
+]
+
+# The module of each kernel, which is called <name>_kernel there.
+KERNELS = {
+    "product": "product", "reduce": "product", "partial": "decode", "finish": "decode",
+    "skinny": "skinny", "router_gradient": "skinny", "outer": "outer", "scratch": "scratch",
+}  # fmt: skip
+_TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
+}  # fmt: skip
+ALIGNMENT = 16  # bytes of a pointer, multiples of a size: what kernels are specialised on
+
+
+class Varying(int):
+    """A size that changes from call to call: no kernel is specialised on it."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        name: of the kernel, a key of `KERNELS`.
+        grid: programs in up to three dimensions.
+        arguments: tensors, integers and floats in the kernel's order.
+        constants: compile-time values by name.
+        warps, stages: of a program.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU, as it reads its own variable."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+_recorded: list[Launch] | None = None
+_loaded: Prebuilt | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the block kernels are noted down instead of launched."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def load_kernels(folder: str | Path | None) -> None:
+    """Take kernels from a folder that `python -m saml_kernels.aot` made; None goes back to Triton.
+
+    Raises:
+        SAMLError: not such a folder.
+    """
+    global _loaded
+    _loaded = None if folder is None else Prebuilt(Path(folder))
+
+
+def prebuilt() -> Prebuilt | None:
+    """What `load_kernels` or $SAML_KERNELS chose."""
+    if _loaded is None and os.environ.get("SAML_KERNELS"):
+        load_kernels(os.environ["SAML_KERNELS"])
+    return _loaded
+
+
+def launch(
+    name: str, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int, **constants: Any
+) -> None:
+    """Start a kernel on the current stream of its first tensor's device."""
+    made = Launch(name, grid, arguments, constants, warps, stages)
+    if _recorded is not None:
+        _recorded.append(made)
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    ready = prebuilt() if first.is_cuda else None
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        if ready is not None:
+            stream = torch.cuda.current_stream().cuda_stream
+            capability = torch.cuda.get_device_capability()
+            ready.launch(key_of(made), made, stream, torch.cuda.current_device(), capability)
+            return
+        plain = (int(a) if isinstance(a, Varying) else a for a in arguments)
+        # Fusion is said explicitly: Triton's default is about to change, and bits with it.
+        kernel(name)[grid](
+            *plain, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+        )
+
+
+@cache
+def kernel(name: str) -> Any:
+    """The Triton function of a kernel."""
+    module = importlib.import_module(f"saml_kernels.triton.{KERNELS[name]}")
+    return getattr(module, f"{name}_kernel")
+
+
+def signature(launch: Launch) -> tuple[list[str], list[int]]:
+    """Types of the arguments, and the positions of those that are multiples of 16.
+
+    Raises:
+        SAMLError: a tensor that is not aligned, which no prebuilt kernel takes.
+    """
+    types, aligned = [], []
+    for position, value in enumerate(launch.arguments):
+        if isinstance(value, Tensor):
+            types.append(_TYPES[value.dtype])
+            aligned.append(position)
+            if value.numel() and value.data_ptr() % ALIGNMENT:
+                raise SAMLError(
+                    f"{launch.name}: argument {position} lies at an address that is no multiple "
+                    f"of {ALIGNMENT}; pass a copy (tensor.clone()) to kernels built ahead of time"
+                )
+        elif isinstance(value, float):
+            types.append("fp32")
+        else:
+            types.append("i32")
+            if not isinstance(value, Varying) and value % ALIGNMENT == 0:
+                aligned.append(position)
+    return types, aligned
+
+
+def key_of(launch: Launch) -> str:
+    """What tells one compiled kernel from another: name, types, alignment, constants, warps."""
+    constants = sorted(launch.constants.items())
+    parts = [launch.name, *signature(launch), constants, launch.warps, launch.stages]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
