@@ -7,7 +7,7 @@
 2. Forward and backward at Whisper's widths, 4 experts of rank 16: every route of the backend beside
    dense float16 cuBLAS without experts, and the roofline floor. Device events, medians; weights
    rotate past the L2 cache; the result of the last timed call is compared with float64.
-3. --tune: tiles for each shape, written as a tuning table.
+3. --tune: as `saml bench --tune`, with a copy of the table among the results.
 
 Results so far are on disk whenever it stops.
 """
@@ -20,12 +20,11 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,12 @@ import triton
 from torch import Tensor
 
 from saml_kernels import saml_linear
-from saml_kernels import triton as backend
-from saml_kernels.quant import QuantizedTensor, quantize
-from saml_kernels.reference import saml_linear_reference
 from saml_kernels.triton import configs
+from saml_kernels.triton.tuning import CACHE_BYTES, Problem, timed, tune
 
 SHAPES = ((384, 384), (512, 2048), (768, 3072), (1280, 1280), (1280, 5120), (5120, 1280))  # K, N
 TOKENS = (1, 4, 8, 16, 64, 256, 1500, 12000)
-EXPERTS, RANK, SCALING = 4, 16, 1.0
-L2_BYTES = 128 << 20  # more than any card's; weights in rotation exceed it
+EXPERTS, RANK = 4, 16
 TOLERANCE = 2e-3
 # Dense float16 TFLOP/s and TB/s by name, from the vendors' data sheets.
 ROOFS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.04), "4090": (165, 1.01)}
@@ -85,15 +81,15 @@ def small_case() -> None:
     torch.manual_seed(0)
     call = Call(40, 128, 192, 1)
     for route in configs.ROUTES:
-        call.forward(route)()
-        call.backward(route)()
+        call.forward(route)
+        call.backward(route)
     torch.cuda.synchronize()
 
 
 def check_graph() -> None:
     """Captured and replayed on new input, the operator gives what it gives eagerly."""
     call = Call(5, 512, 512, 1)
-    arguments = (call.weights[0], call.a, call.b, call.gates, call.bias, SCALING, "triton")
+    arguments = (call.weights[0], call.a, call.b, call.gates, call.bias, 1.0, "triton")
     with torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):  # compiles outside the capture
@@ -107,48 +103,13 @@ def check_graph() -> None:
         torch.testing.assert_close(y, saml_linear(call.x, *arguments), rtol=0, atol=0)
 
 
-class Call:
-    """One shape: random arguments, with enough copies of the weight to run past the L2 cache."""
+class Call(Problem):
+    """A shape with its peer and its floor."""
 
     def __init__(self, m: int, n: int, k: int, copies: int | None = None) -> None:
-        d: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
-        self.m, self.n, self.k = m, n, k
-        packed = n * k // 2
-        copies = copies or max(1, min(64, math.ceil(L2_BYTES / packed)))
-        dense = torch.randn(n, k, device="cuda") / math.sqrt(k)
-        one = quantize(dense)
-        self.weights: list[QuantizedTensor] = [one]
-        for _ in range(copies - 1):
-            self.weights.append(
-                QuantizedTensor.from_parts(
-                    one.codes.clone(), one.absmax.clone(), one.nested_absmax, one.offset,
-                    list(one.shape), one.format, one.block_size,
-                )
-            )  # fmt: skip
-        self.dense = [dense.half() for _ in range(min(copies, math.ceil(L2_BYTES / (n * k * 2))))]
-        self.x, self.dy = torch.randn(m, k, **d), torch.randn(m, n, **d)
-        self.a = torch.randn(EXPERTS, RANK, k, **d) / math.sqrt(k)
-        self.b = torch.randn(EXPERTS, n, RANK, **d) / math.sqrt(RANK)
-        self.gates, self.bias = torch.rand(m, EXPERTS, **d), torch.randn(n, **d)
-        self.turn = 0
-
-    def weight(self) -> QuantizedTensor:
-        self.turn += 1
-        return self.weights[self.turn % len(self.weights)]
-
-    def forward(self, route: str | None) -> Callable[[], Tensor]:
-        rest = (self.a, self.b, self.gates, self.bias, SCALING, None, None, route)
-        return lambda: backend.forward(self.x, self.weight(), *rest)
-
-    def backward(self, route: str | None) -> Callable[[], Tensor]:
-        rest = (self.a, self.b, self.gates, SCALING, (True,) * 4, None, None, route)
-
-        def run() -> Tensor:
-            dx = backend.backward(self.dy, self.x, self.weight(), *rest)[0]
-            assert dx is not None
-            return dx
-
-        return run
+        super().__init__(m, n, k, experts=EXPERTS, rank=RANK, copies=copies)
+        dense = min(len(self.weights), math.ceil(CACHE_BYTES / (n * k * 2)))
+        self.dense = [self.source.half() for _ in range(dense)]
 
     def cublas(self) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -156,12 +117,6 @@ class Call:
             return F.linear(self.x, self.dense[self.turn % len(self.dense)], self.bias)
 
         return run
-
-    def truth(self) -> Tensor:
-        wide = [t.double() for t in (self.x, self.a, self.b, self.gates, self.bias)]
-        x, a, b, g, bias = wide
-        weight = self.weights[0].dequantize(torch.float64)
-        return saml_linear_reference(x, weight, a, b, g, bias, SCALING)
 
     def floor(self) -> float | None:
         """Microseconds below which this device cannot run the forward."""
@@ -175,70 +130,19 @@ class Call:
         return max(flop / roof[0] / 1e6, size / roof[1] / 1e6)
 
 
-def timed(run: Callable[[], Tensor], rounds: int = 30) -> dict[str, float]:
-    """Median and quartiles in microseconds, by device events around a train of calls."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    train = max(1, min(50, int(2.0 / max(1e-3, begin.elapsed_time(end)))))
-    times = []
-    for _ in range(rounds):
-        begin.record()
-        for _ in range(train):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / train)
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median_us": round(middle, 2), "low_us": round(low, 2), "high_us": round(high, 2)}
-
-
 def measure(call: Call) -> dict[str, Any]:
     """A row of the table: every route, cuBLAS, the floor."""
-    expected = call.truth()
+    expected = call.truth()["forward"]
     row: dict[str, Any] = {"m": call.m, "k": call.k, "n": call.n, "floor_us": call.floor()}
     row["cublas"] = timed(call.cublas())
     for route in (None, *configs.ROUTES):
-        run = call.forward(route)
-        row[f"forward {route or 'chosen'}"] = timed(run)
-        error = (run().double() - expected).norm() / expected.norm()
-        assert error < TOLERANCE, f"{row}: {route} is off by {error:.1e} after timing"
-        row[f"backward {route or 'chosen'}"] = timed(call.backward(route), rounds=10)
-    return row
-
-
-def tune(call: Call, deadline: float) -> dict[str, Any]:
-    """The fastest forward configuration of this shape, as an entry of a tuning table."""
-    sizes = ((16,), (32,), (64,), (128,))
-    rows = [b for (b,) in sizes if b <= max(16, 2 * call.m)]
-    best: tuple[float, configs.Config] | None = None
-    tried = itertools.product(rows, (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 4, 8))
-    original = configs.choose
-    for block_m, block_o, warps, stages, split in tried:
-        if time.monotonic() > deadline:
-            break
-        route = "split" if split > 1 else "fused"
-        config = configs.Config(route, block_m, block_o, 64, split, warps, stages)
-        try:
-            backend.choose = lambda *_, c=config: c  # type: ignore[assignment]
-            found = timed(call.forward(None), rounds=5)["median_us"]
-        except triton.runtime.errors.OutOfResources:
+        if route == "decode" and call.m > 64:
             continue
-        finally:
-            backend.choose = original
-        if best is None or found < best[0]:
-            best = (found, config)
-    scratch = timed(call.forward("scratch"), rounds=5)["median_us"]
-    if best is None or scratch < best[0]:
-        best = (scratch, replace(configs.Config(), route="scratch", split=1))
-    return {
-        "m": call.m, "n": call.n, "k": call.k, **asdict(best[1]), "microseconds": best[0]
-    }  # fmt: skip
+        row[f"forward {route or 'chosen'}"] = timed(partial(call.forward, route))
+        error = (call.forward(route).double() - expected).norm() / expected.norm()
+        assert error < TOLERANCE, f"{row}: {route} is off by {error:.1e} after timing"
+        row[f"backward {route or 'chosen'}"] = timed(partial(call.backward, route), rounds=10)
+    return row
 
 
 def main() -> int:
@@ -271,18 +175,12 @@ def main() -> int:
     path.write_text(json.dumps(result, indent=1))
     print(f"results: {path}")
     if o.tune:
-        capability, _ = configs.device_traits(torch.device("cuda", 0))
-        default = json.loads(
-            Path(configs.__file__).with_name("tables").joinpath("default.json").read_text()
-        )
-        table: dict[str, Any] = {"about": about, "forward": [], "backward": default["backward"]}
-        for (k, n), m in itertools.product(SHAPES, TOKENS):
-            if time.monotonic() > deadline:
-                break
-            table["forward"].append(tune(Call(m, n, k), deadline))
-        target = o.out / f"{capability}.json"
-        target.write_text(json.dumps(table, indent=1))
-        print(f"tuning table: {target}; copy it to {configs.user_table(capability)}")
+        left = (deadline - time.monotonic()) / 60
+        shapes = [(n, k) for k, n in SHAPES]
+        table, rows = tune(shapes, minutes=left)
+        copy = o.out / f"{configs.device_traits(torch.device('cuda', 0))[0]}.json"
+        copy.write_text(table.read_text())
+        print(f"tuning table: {table}, {rows} rows; a copy to ship: {copy}")
     return 0
 
 

@@ -434,6 +434,7 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-from saml_models.protocol import add_commands  # noqa: E402 - registers on the finished app
+from saml_models import benchmark, protocol  # noqa: E402 - they register on the finished app
 
-add_commands(app)
+protocol.add_commands(app)
+benchmark.add_commands(app)

@@ -280,3 +280,20 @@ def test_help_does_not_wait_for_the_heavy_libraries():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_bench_times_and_writes(tmp_path):
+    out = tmp_path / "bench.json"
+    result = saml(
+        "bench", "--width", 64, "--tokens", "1,7", "--rounds", 1, "--device", "cpu", "--json", out
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["m"], r["n"], r["k"]) for r in rows[:2]] == [(1, 64, 64), (7, 64, 64)]
+    assert len(rows) == 6
+    assert all(r[f"{name}_us"] > 0 for r in rows for name in ("dense", "base", "experts"))
+
+
+def test_bench_refuses():
+    assert_refused(saml("bench", "--tokens", "1,x"), "--tokens 1,x", "expected positive integers")
+    assert_refused(saml("bench", "--tune", "--device", "cpu"), "bench --tune")

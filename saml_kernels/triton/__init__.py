@@ -76,14 +76,14 @@ def forward(
     scaling: float,
     speakers: Tensor | None = None,
     routing: Routing | None = None,
-    route: str | None = None,
+    route: str | Config | None = None,
 ) -> Tensor:
     """y [M, N]; arguments as in `reference.forward`.
 
     With `routing`, (top k or None, temperature), `gates` is the router's weight [E, K] ([S, E, K]
     with speakers). Experts may be int8 `QuantizedTensor`s, read as they lie. A row whose speaker
     is out of range comes back as NaN: asking first would synchronise. `route` overrides the
-    tuning table's choice (one of `configs.ROUTES`).
+    tuning table's choice (one of `configs.ROUTES`, or a `Config` as it is).
     """
     from saml_kernels.triton.launch import decode, product, skinny
 
@@ -126,7 +126,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
     speakers: Tensor | None = None,
     routing: Routing | None = None,
-    route: str | None = None,
+    route: str | Config | None = None,
 ) -> Gradients:
     """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
 
@@ -196,11 +196,19 @@ def backward(
 
 
 def _config(
-    direction: str, x: Tensor, weight: QuantizedTensor, speakers: Tensor | None, route: str | None
+    direction: str,
+    x: Tensor,
+    weight: QuantizedTensor,
+    speakers: Tensor | None,
+    route: str | Config | None,
 ) -> Config:
     n, k = weight.shape
-    config = choose(direction, x.shape[0], n, k, *device_traits(x.device))
-    if route is not None:
+    config = (
+        route
+        if isinstance(route, Config)
+        else choose(direction, x.shape[0], n, k, *device_traits(x.device))
+    )
+    if isinstance(route, str):
         split = config.split if route in ("decode", "split") else 1
         config = replace(config, route=route, split=split)
     if speakers is not None and config.route == "scratch":

@@ -1,12 +1,13 @@
 """Which tiles and which route a shape takes: tuning tables as data, and the rule for the rest.
 
-`tables/default.json` goes by the number of tokens alone. A table of measured entries for one
-compute capability (`tables/sm_90.json`, or the user's own in the cache folder) goes by the nearest
-measured shape.
+`tables/default.json` goes by the number of tokens alone. A table of measured entries (one for a
+compute capability, `tables/sm_90.json`, or the user's own, which `saml bench --tune` writes) goes
+by the nearest measured shape.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,22 @@ import torch
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["ROUTES", "Config", "choose", "device_traits", "pretending", "read_table", "user_table"]
+__all__ = [
+    "ROUTES",
+    "Config",
+    "choose",
+    "device_traits",
+    "forget_tables",
+    "pretending",
+    "read_table",
+    "user_table",
+]
 
 # decode: two launches for a few tokens; split: the reduction is shared out among programs; fused:
 # one program for a tile of the result; scratch: the weight dequantised to scratch, then one cuBLAS
 # product over [X | H] and [W | B].
 ROUTES = ("decode", "split", "fused", "scratch")
+Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16
 
@@ -61,7 +73,7 @@ class Config:
             raise SAMLError(f"tuning table: {self} is not a configuration")
 
 
-def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], Config]]]:
+def read_table(text: str, source: str) -> Rules:
     """Rules of a table by direction; each is (where it applies, configuration).
 
     Raises:
@@ -69,7 +81,7 @@ def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], C
     """
     try:
         values = json.loads(text)
-        rules: dict[str, list[tuple[dict[str, Any], Config]]] = {}
+        rules: Rules = {}
         for direction in ("forward", "backward"):
             rules[direction] = []
             for entry in values[direction]:
@@ -81,17 +93,33 @@ def read_table(text: str, source: str) -> dict[str, list[tuple[dict[str, Any], C
         raise SAMLError(f"{source}: not a tuning table ({error!r}); remove it") from error
 
 
-def user_table(capability: str) -> Path:
-    """The user's own table, in `$SAML_CACHE` or `~/.cache/saml-kernels`; see bench/gpu_check.py."""
+def user_table(capability: str, device: str) -> Path:
+    """The user's own table, in $SAML_CACHE or ~/.cache/saml-kernels; `saml bench --tune` writes it.
+
+    Its name carries a hash of the device's name, the versions and the kernels' source: what was
+    measured with others is not found.
+    """
     folder = os.environ.get("SAML_CACHE") or "~/.cache/saml-kernels"
-    return Path(folder).expanduser() / f"{capability}.json"
+    return Path(folder).expanduser() / f"{capability}-{_fingerprint(device)}.json"
 
 
 @cache
-def _tables(capability: str) -> tuple[dict[str, list[tuple[dict[str, Any], Config]]], ...]:
+def _fingerprint(device: str) -> str:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    digest = hashlib.sha256(f"{device}/{triton}/{torch.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _tables(capability: str, device: str) -> tuple[Rules, ...]:
     """The user's, the shipped one of this capability, the default: as far as they exist."""
     found = []
-    own = user_table(capability)
+    own = user_table(capability, device)
     if own.is_file():
         found.append(read_table(own.read_text(), str(own)))
     shipped = files("saml_kernels.triton") / "tables"
@@ -101,18 +129,27 @@ def _tables(capability: str) -> tuple[dict[str, list[tuple[dict[str, Any], Confi
     return tuple(found)
 
 
+def forget_tables() -> None:
+    """Read the tables anew at the next call."""
+    _tables.cache_clear()
+    choose.cache_clear()
+
+
 @lru_cache(maxsize=4096)
-def choose(direction: str, m: int, n: int, k: int, capability: str, processors: int) -> Config:
+def choose(
+    direction: str, m: int, n: int, k: int, capability: str, processors: int, device: str = ""
+) -> Config:
     """The configuration of a product of `m` tokens with a weight [n, k].
 
     Args:
         direction: "forward" (x W^T) or "backward" (dy W).
         m, n, k: shape.
         capability: "sm_90" and the like; "" for none.
+        device: its name, for the user's own table.
         processors: of the device, which `decode` and `split` try to fill.
     """
     config = Config()
-    for table in _tables(capability):
+    for table in _tables(capability, device):
         found = _lookup(table[direction], m, n, k)
         if found is not None:
             config = found
@@ -155,14 +192,14 @@ def pretending(capability: str, processors: int) -> Iterator[None]:
         _pretended = before
 
 
-def device_traits(device: torch.device) -> tuple[str, int]:
-    """(capability, processors) of a device; a nominal size for the interpreter on a CPU."""
+def device_traits(device: torch.device) -> tuple[str, int, str]:
+    """(capability, processors, name) of a device; a nominal size for the interpreter on a CPU."""
     if device.type != "cuda":
-        return _pretended
+        return (*_pretended, "")
     return _cuda_traits(device.index or 0)
 
 
 @cache
-def _cuda_traits(index: int) -> tuple[str, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+def _cuda_traits(index: int) -> tuple[str, int, str]:
+    found = torch.cuda.get_device_properties(index)
+    return f"sm_{found.major}{found.minor}", found.multi_processor_count, found.name

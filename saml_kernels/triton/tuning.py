@@ -1,0 +1,224 @@
+"""Measures configurations on the present device and writes the user's own tuning table.
+
+`saml bench --tune` calls this. Every candidate is checked against the float64 equation before it is
+timed, on random numbers, with weights in rotation so that none is read from the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels.errors import SAMLError
+from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.reference import saml_linear_reference
+from saml_kernels.triton import backward, forward
+from saml_kernels.triton.configs import Config, device_traits, forget_tables, user_table
+
+__all__ = ["TOKENS", "Problem", "candidates", "timed", "tune"]
+
+TOKENS = (1, 4, 16, 64, 256, 1500, 6000)
+CACHE_BYTES = 128 << 20  # more than any card's L2: weights in rotation exceed it
+ROUNDS = 5
+TOLERANCE = 5e-3  # of float16, relative to the norm
+
+Clock = Callable[[Callable[[], Any], int], dict[str, float]]
+
+
+class Problem:
+    """One shape: random arguments in float16, with enough copies of the weight for a rotation."""
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        *,
+        experts: int = 4,
+        rank: int = 4,
+        copies: int | None = None,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.m, self.n, self.k = m, n, k
+        copies = copies or max(1, min(64, math.ceil(CACHE_BYTES / (n * k // 2))))
+        self.source = torch.randn(n, k, device=device) / math.sqrt(k)
+        one = quantize(self.source)
+        self.weights: list[QuantizedTensor] = [one]
+        for _ in range(copies - 1):
+            self.weights.append(
+                QuantizedTensor.from_parts(
+                    one.codes.clone(), one.absmax.clone(), one.nested_absmax, one.offset,
+                    list(one.shape), one.format, one.block_size,
+                )
+            )  # fmt: skip
+        self.x, self.dy = torch.randn(m, k, **kind), torch.randn(m, n, **kind)
+        self.a = torch.randn(experts, rank, k, **kind) / math.sqrt(k)
+        self.b = torch.randn(experts, n, rank, **kind) / math.sqrt(rank)
+        self.gates = torch.rand(m, experts, **kind)
+        self.bias = torch.randn(n, **kind)
+        self.turn = 0
+
+    def weight(self) -> QuantizedTensor:
+        """The next in the rotation."""
+        self.turn += 1
+        return self.weights[self.turn % len(self.weights)]
+
+    def forward(self, route: str | Config | None = None) -> Tensor:
+        """y [M, N]."""
+        rest = (self.a, self.b, self.gates, self.bias, 1.0)
+        return forward(self.x, self.weight(), *rest, route=route)
+
+    def backward(self, route: str | Config | None = None) -> Tensor:
+        """dX [M, K], with every other gradient made beside it."""
+        rest = (self.a, self.b, self.gates, 1.0, (True,) * 4)
+        dx = backward(self.dy, self.x, self.weight(), *rest, route=route)[0]
+        assert dx is not None
+        return dx
+
+    def truth(self) -> dict[str, Tensor]:
+        """ "forward" and "backward" in float64."""
+        x = self.x.double().requires_grad_()
+        a, b, gates, bias = (t.double() for t in (self.a, self.b, self.gates, self.bias))
+        dense = self.weights[0].dequantize(torch.float64)
+        y = saml_linear_reference(x, dense, a, b, gates, bias)
+        y.backward(self.dy.double())
+        assert x.grad is not None
+        return {"forward": y.detach(), "backward": x.grad}
+
+
+def timed(run: Callable[[], Any], rounds: int = 30) -> dict[str, float]:
+    """Median and quartiles in microseconds, by device events around a train of calls."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    train = max(1, min(50, int(2.0 / max(1e-3, begin.elapsed_time(end)))))
+    times = []
+    for _ in range(rounds):
+        begin.record()
+        for _ in range(train):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / train)
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"median_us": round(middle, 2), "low_us": round(low, 2), "high_us": round(high, 2)}
+
+
+def candidates(direction: str, m: int) -> Iterator[Config]:
+    """What is tried for `m` tokens."""
+    rows = [b for b in (16, 32, 64, 128) if b <= max(16, 2 * m)][-2:]
+    for block_m in rows:
+        for block_o in (32, 64, 128):
+            for block_d in (64,) if direction == "forward" else (32, 64):
+                for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
+                    for split in (1, 2, 4, 8) if m <= 256 else (1,):
+                        route = "fused" if split == 1 else "split"
+                        if direction == "forward" and m <= 16:
+                            route = "decode"
+                        yield Config(route, block_m, block_o, block_d, split, warps, stages)
+    yield replace(Config(), route="scratch", split=1)
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int] = TOKENS,
+    *,
+    device: str | torch.device = "cuda",
+    minutes: float = 9.0,
+    on_row: Callable[[int, int, dict[str, Any]], None] | None = None,
+    clock: Clock = timed,
+    tried: Callable[[str, int], Iterator[Config]] = candidates,
+) -> tuple[Path, int]:
+    """Write the fastest configurations of this device to the user's table.
+
+    The table is written after each row, so that an interrupted run leaves what it found; rows of an
+    earlier run that this one does not repeat are kept.
+
+    Args:
+        shapes: weights (out-features, in-features).
+        tokens: numbers of rows.
+        device: to measure on.
+        minutes: no row is started later than this.
+        on_row: called with (rows done, rows in all, the row).
+        clock: as `timed`.
+        tried: as `candidates`.
+
+    Returns:
+        The table's path, and how many rows were measured.
+
+    Raises:
+        SAMLError: a configuration gives a wrong result.
+    """
+    capability, _, name = device_traits(torch.device(device))
+    path = user_table(capability, name)
+    table: dict[str, Any] = {"forward": [], "backward": []}
+    if path.is_file():
+        table = json.loads(path.read_text())
+    table["about"] = {"device": name, "torch": torch.__version__, "date": time.strftime("%F")}
+    plan = [(m, n, k, d) for n, k in shapes for m in tokens for d in ("forward", "backward")]
+    started, done = time.monotonic(), 0
+    for m, n, k, direction in plan:
+        if time.monotonic() - started > 60 * minutes:
+            break
+        problem = Problem(m, n, k, device=device)
+        row = {"m": m, "n": n, "k": k, **_fastest(problem, direction, clock, tried)}
+        kept = [r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)]
+        table[direction] = [row, *kept]
+        _write(path, table)
+        done += 1
+        if on_row:
+            on_row(done, len(plan), {"direction": direction, **row})
+    forget_tables()
+    return path, done
+
+
+def _fastest(
+    problem: Problem,
+    direction: str,
+    clock: Clock,
+    tried: Callable[[str, int], Iterator[Config]],
+) -> dict[str, Any]:
+    expected = problem.truth()[direction]
+    run = problem.forward if direction == "forward" else problem.backward
+    best: tuple[float, Config] | None = None
+    for config in tried(direction, problem.m):
+        try:
+            found = run(config).double()
+        except RuntimeError as error:
+            if "resource" in str(error).lower() or "out of memory" in str(error).lower():
+                continue  # more shared memory or registers than this device has
+            raise
+        off = float((found - expected).norm() / expected.norm())
+        if not off < TOLERANCE:
+            raise SAMLError(f"{direction} of {problem.m} tokens: {config} is off by {off:.1e}")
+        microseconds = clock(partial(run, config), ROUNDS)["median_us"]
+        if best is None or microseconds < best[0]:
+            best = (microseconds, config)
+    if best is None:
+        raise SAMLError(f"{direction} of {problem.m} tokens: no configuration runs on this device")
+    return {**asdict(best[1]), "microseconds": best[0]}
+
+
+def _write(path: Path, table: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(table, indent=1))
+    temporary.replace(path)

@@ -1,0 +1,102 @@
+"""Tuning with a clock of the test's own: what is measured is written, found and used."""
+
+import json
+
+import pytest
+import torch
+
+from saml_kernels import SAMLError
+from saml_kernels.triton import configs, tuning
+from saml_kernels.triton.configs import Config
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAML_CACHE", str(tmp_path))
+    configs.forget_tables()
+    yield tmp_path
+    configs.forget_tables()
+
+
+def few(direction, m):
+    yield Config("fused", 16, 32, 32, 1)
+    yield Config("split", 16, 16, 64, 2)
+    yield Config("scratch", 32, 32, 32, 1)
+
+
+class Clock:
+    """The n-th candidate takes times[n] microseconds."""
+
+    def __init__(self, *times):
+        self.times, self.asked = times, 0
+
+    def __call__(self, run, rounds):
+        run()
+        self.asked += 1
+        return {"median_us": self.times[(self.asked - 1) % len(self.times)]}
+
+
+def test_the_fastest_is_written_and_used(cache, device):
+    clock, rows = Clock(5.0, 3.0, 4.0), []
+    shapes = [(64, 128)]
+    path, done = tuning.tune(
+        shapes, (2, 40), device=device, clock=clock, tried=few, on_row=lambda *row: rows.append(row)
+    )
+    assert done == 4 and clock.asked == 12 and path.parent == cache
+    assert [(n, total) for n, total, _ in rows] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    traits = configs.device_traits(torch.device(device))
+    for direction in ("forward", "backward"):
+        for m in (2, 3, 40):  # 3 is near 2
+            chosen = configs.choose(direction, m, 64, 128, *traits)
+            assert (chosen.route, chosen.block_o, chosen.block_d) == ("split", 16, 64)
+    # Far from anything measured the default goes on.
+    assert configs.choose("forward", 5000, 4096, 4096, *traits).route == "scratch"
+
+
+def test_a_second_run_replaces_what_it_repeats_and_keeps_the_rest(cache, device):
+    tuning.tune([(64, 128)], (2, 40), device=device, clock=Clock(5.0, 3.0, 4.0), tried=few)
+    path, _ = tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 3.0, 4.0), tried=few)
+    found = {r["m"]: r["route"] for r in json.loads(path.read_text())["forward"]}
+    assert found == {2: "fused", 40: "split"}
+
+
+def test_no_time_left_measures_nothing(cache, device):
+    _, done = tuning.tune([(64, 128)], (2,), device=device, minutes=-1.0, clock=Clock(1.0))
+    assert done == 0
+
+
+def test_what_does_not_fit_the_device_is_left_out(cache, device, monkeypatch):
+    real = tuning.Problem.forward
+
+    def forward(self, route=None):
+        if isinstance(route, Config) and route.route == "fused":
+            raise RuntimeError("out of resource: shared memory")
+        return real(self, route)
+
+    monkeypatch.setattr(tuning.Problem, "forward", forward)
+    path, _ = tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 2.0), tried=few)
+    assert json.loads(path.read_text())["forward"][0]["route"] == "split"
+
+
+def test_a_wrong_result_is_not_timed(cache, device, monkeypatch):
+    real = tuning.Problem.forward
+    monkeypatch.setattr(tuning.Problem, "forward", lambda self, route=None: real(self, route) * 1.1)
+    with pytest.raises(SAMLError, match=r"forward of 2 tokens: .* is off by"):
+        tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 1500])
+def test_candidates_are_legal_and_many(m):
+    for direction in ("forward", "backward"):
+        found = list(tuning.candidates(direction, m))
+        assert 10 < len(found) < 200 and len(set(found)) == len(found)
+        assert found[-1].route == "scratch"
+
+
+def test_a_table_of_other_kernels_is_not_found(cache, monkeypatch):
+    before = configs.user_table("sm_90", "a")
+    assert before != configs.user_table("sm_90", "b")
+    monkeypatch.setattr(torch, "__version__", "0.0.0")
+    configs._fingerprint.cache_clear()
+    assert before != configs.user_table("sm_90", "a")
+    configs._fingerprint.cache_clear()
