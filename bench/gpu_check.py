@@ -33,7 +33,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from saml_kernels import saml_linear
+from saml_kernels import saml_linear, saml_linear_routed
 from saml_kernels.triton import configs
 from saml_kernels.triton.tuning import CACHE_BYTES, Problem, timed, tune
 
@@ -80,9 +80,13 @@ def small_case() -> None:
     """Every kernel once, for the sanitizers."""
     torch.manual_seed(0)
     call = Call(40, 128, 192, 1)
+    router = torch.randn(EXPERTS, 192, device="cuda", dtype=torch.float16, requires_grad=True)
     for route in configs.ROUTES:
         call.forward(route)
         call.backward(route)
+        saml_linear_routed(
+            call.x, call.weights[0], call.a, call.b, router, backend="triton"
+        ).sum().backward()
     torch.cuda.synchronize()
 
 

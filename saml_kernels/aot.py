@@ -93,6 +93,7 @@ def build(
     rank: int = 4,
     expert_format: str = "float",
     router: str = "token",
+    speakers: bool = False,
     train: bool = False,
 ) -> Iterator[Built]:
     """Compile the kernels of a Whisper's layers, one after the other; the manifest comes last.
@@ -105,6 +106,7 @@ def build(
         experts, rank: E and r.
         expert_format: "float" (the activations' type) or "int8", which cannot be trained.
         router: "token" (the kernels make the gates) or "given" (they are an argument).
+        speakers: rows of many speakers in a call.
         train: the backward kernels too.
 
     Raises:
@@ -130,7 +132,9 @@ def build(
         raise SAMLError("--train: int8 experts have no backward; leave one of the two out")
     shape = (WIDTHS[model], experts, rank)
     formats = (format, expert_format)
-    for launch in _launches(arch, shape, DTYPES[dtype], formats, router == "token", train):
+    for launch in _launches(
+        arch, shape, DTYPES[dtype], formats, router == "token", speakers, train
+    ):
         key = key_of(launch)
         if key not in done:
             done[key] = _compile(launch, key, arch, out)
@@ -146,7 +150,7 @@ def build(
 
 def _launches(
     arch: str, shape: tuple[int, int, int], dtype: torch.dtype, formats: tuple[str, str],
-    routed: bool, train: bool,
+    routed: bool, many: bool, train: bool,
 ) -> Iterator[Any]:  # fmt: skip
     """What the backend would launch for each layer of (width, E, r) and number of tokens."""
     width, experts, rank = shape
@@ -154,8 +158,9 @@ def _launches(
 
     for k, n in ((width, width), (width, 4 * width), (4 * width, width)):
         weight: QuantizedTensor = quantize(torch.ones(n, k), formats[0])
-        lora_a: Tensor | QuantizedTensor = torch.zeros(experts, rank, k, dtype=dtype)
-        lora_b: Tensor | QuantizedTensor = torch.zeros(experts, n, rank, dtype=dtype)
+        lead = (2,) if many else ()
+        lora_a: Tensor | QuantizedTensor = torch.zeros(*lead, experts, rank, k, dtype=dtype)
+        lora_b: Tensor | QuantizedTensor = torch.zeros(*lead, experts, n, rank, dtype=dtype)
         if formats[1] == "int8":
             lora_a, lora_b = (
                 QuantizedTensor.empty(t.shape, "int8", 128, False) for t in (lora_a, lora_b)
@@ -163,9 +168,11 @@ def _launches(
         bias = torch.zeros(n, dtype=dtype)
         for m, route in (*((m, _route(m)) for m in TOKENS), (SCRATCH_TOKENS, "scratch")):
             x = torch.zeros(m, k, dtype=dtype)
-            gates = torch.zeros(experts, k) if routed else torch.zeros(m, experts)
+            gates = torch.zeros(*lead, experts, k) if routed else torch.zeros(m, experts)
+            index = torch.zeros(m, dtype=torch.int32) if many else None
             common: tuple[Any, ...] = (weight, lora_a, lora_b, gates.to(dtype))
-            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None, "route": route}
+            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None}
+            how |= {"speakers": index, "route": route}
             for b in (bias, None):  # Whisper's k_proj has none
                 with pretending(arch, ARCHITECTURES[arch]), recording() as found:
                     backend.forward(x, *common, b, 1.0, **how)
@@ -240,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--expert-format", default="float", help=", ".join(EXPERT_FORMATS))
     parser.add_argument("--router", default="token", help=", ".join(ROUTERS))
+    parser.add_argument("--speakers", action="store_true", help="many in one call")
     parser.add_argument("--train", action="store_true", help="the backward kernels too")
     o = parser.parse_args(arguments)
     print(f"{'kernel':8} {'tile':>14} {'warps':>5} {'registers':>9} {'spilled':>7} "
@@ -248,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for k in build(
             o.arch, o.model, o.out, dtype=o.dtype, format=o.format, experts=o.experts,
-            rank=o.rank, expert_format=o.expert_format, router=o.router, train=o.train,
+            rank=o.rank, expert_format=o.expert_format, router=o.router, speakers=o.speakers,
+            train=o.train,
         ):  # fmt: skip
             tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
             print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "

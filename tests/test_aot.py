@@ -45,8 +45,9 @@ def test_builds_without_spills(arch, dtype, tmp_path):
     assert names == set(KERNELS)
 
 
-def test_eight_bit_experts(tmp_path):
-    names = check_build(tmp_path, "--arch", "sm_87", "--expert-format", "int8")
+@pytest.mark.parametrize("option", [("--expert-format", "int8"), ("--speakers",)], ids=str)
+def test_ways_to_serve(option, tmp_path):
+    names = check_build(tmp_path, "--arch", "sm_87", *option)
     assert names >= {"partial", "finish", "skinny", "product", "scratch"}
 
 

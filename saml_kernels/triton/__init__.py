@@ -1,9 +1,10 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Four routes, chosen by shape from tuning tables (configs.py): `decode` takes a few tokens in two
+Five routes, chosen by shape from tuning tables (configs.py): `decode` takes a few tokens in two
 launches (decode.py); `split` and `fused` decode the weight in the loop of one kernel (product.py)
-after a pass of skinny.py; `scratch` dequantises one layer to scratch of PyTorch's caching
-allocator, given back when the call ends, and leaves one product over [X | H] and [W | B] to cuBLAS.
+after a pass of skinny.py; `dense` and `scratch` dequantise one layer to scratch of PyTorch's
+caching allocator, given back when the call ends, and go on with the same kernel (which knows many
+speakers) or leave one product over [X | H] and [W | B] to cuBLAS.
 The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
 operator's own arguments: P is projected again, as X is read there anyway.
 
@@ -112,7 +113,8 @@ def forward(
     if a:
         hidden = x.new_empty(m, r)
         skinny(x, a, gates, scaling, router=router, gated=hidden)
-    return product(x, weight, config, transposed=False, hidden=hidden, experts=b, bias=bias)
+    base = _base(weight, config, x.dtype)
+    return product(x, base, config, transposed=False, hidden=hidden, experts=b, bias=bias)
 
 
 def backward(
@@ -148,7 +150,8 @@ def backward(
             if config.route == "scratch":
                 dx = dy @ _scratch(weight, dy.dtype, 0)
             else:
-                dx = product(dy.contiguous(), weight, config, transposed=True)
+                base = _base(weight, config, dy.dtype)
+                dx = product(dy.contiguous(), base, config, transposed=True)
         return dx, da, db, dg
     dy, x = dy.contiguous(), x.contiguous()
     router, gates = _router(x, gates, speakers, routing)
@@ -182,7 +185,8 @@ def backward(
             scratch[n:].copy_(down.tensor.reshape(columns, k))
             dx = wide @ scratch
         elif need_x:
-            dx = product(dy, weight, config, transposed=True, hidden=small, experts=down)
+            base = _base(weight, config, dy.dtype)
+            dx = product(dy, base, config, transposed=True, hidden=small, experts=down)
         found = small.contiguous()
     da = db = None
     if found is not None and (need_a or (router is not None and need_gates)):
@@ -213,7 +217,7 @@ def _config(
         config = replace(config, route=route, split=split)
     if speakers is not None and config.route == "scratch":
         # [W | B] has room for one speaker's experts.
-        config = replace(config, route="fused")
+        config = replace(config, route="dense")
     return config
 
 
@@ -258,6 +262,11 @@ def _stacked(a: Experts, router: Router) -> Experts:
     speakers, k = len(a.tensor), a.tensor.shape[-1]
     rows = torch.cat((a.tensor.reshape(speakers, -1, k), router.weight), 1)
     return Experts(rows.unsqueeze(2), True, a.speakers)
+
+
+def _base(weight: QuantizedTensor, config: Config, dtype: torch.dtype) -> QuantizedTensor | Tensor:
+    """What the product reads: the weight as it lies, or dequantised to scratch."""
+    return _scratch(weight, dtype, 0) if config.route == "dense" else weight
 
 
 def _scratch(weight: QuantizedTensor, dtype: torch.dtype, extra: int) -> Tensor:

@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 # decode: two launches for a few tokens; split: the reduction is shared out among programs; fused:
-# one program for a tile of the result; scratch: the weight dequantised to scratch, then one cuBLAS
-# product over [X | H] and [W | B].
-ROUTES = ("decode", "split", "fused", "scratch")
+# one program for a tile of the result; dense: as fused, on the weight dequantised to scratch;
+# scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
+ROUTES = ("decode", "split", "fused", "dense", "scratch")
 Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16

@@ -113,8 +113,6 @@ def finish_kernel(
     size = M.to(tl.int64)
     ok = row_ok[:, None] & out_ok[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-    for split in range(SPLIT):
-        acc += tl.load(base + (split * size + rows[:, None]) * O + outs[None, :], ok, 0.0)
     if ROUTER:
         number = tl.arange(0, BLOCK_E)
         exists = row_ok[:, None] & (number < E)[None, :]
@@ -141,6 +139,8 @@ def finish_kernel(
             column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
             EBLOCK, SPEAKERS, PRECISION, dtype,
         )  # fmt: skip
+    for split in range(SPLIT):
+        acc += tl.load(base + (split * size + rows[:, None]) * O + outs[None, :], ok, 0.0)
     if SPEAKERS:
         acc = tl.where(((speaker >= 0) & (speaker < S))[:, None], acc, float("nan"))
     if BIAS:

@@ -28,6 +28,7 @@ __all__ = [
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
 FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
+MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
 OUTER_TOKENS = 1024  # a share of the reduction over tokens, in dA and dB
 
 
@@ -96,9 +97,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _quantised(
-    weight: QuantizedTensor, dtype: torch.dtype, *blocks: int
+    weight: QuantizedTensor | Tensor, dtype: torch.dtype, *blocks: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pointers and compile-time facts of a weight, for tiles of the given sizes along its rows."""
+    if isinstance(weight, Tensor):
+        facts = {"BITS": 16, "QBLOCK": 0, "NESTED": False, "ALIGNED": False, "PTX": ""}
+        return (weight,) * 6, facts
     nested = weight.nested_absmax is not None
     pointers = (
         weight.codes,
@@ -123,7 +127,7 @@ def _quantised(
 
 def product(
     x: Tensor,
-    weight: QuantizedTensor,
+    weight: QuantizedTensor | Tensor,
     config: Config,
     *,
     transposed: bool,
@@ -135,7 +139,7 @@ def product(
 
     Args:
         x: [M, K], contiguous ([M, N] transposed).
-        weight: quantised [N, K].
+        weight: [N, K], quantised, or contiguous in the dtype of `x`.
         config: tiles, and `split`.
         transposed: dY W instead of X W^T.
         hidden: [M, R] in the dtype of `x`; experts: B (A when transposed).
@@ -148,7 +152,15 @@ def product(
     exact = x.dtype == torch.float32
     if exact:
         block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
-    along = min(block_o if transposed else block_d, weight.block_size)
+    warps = config.warps
+    if experts is not None and experts.speakers is not None:
+        if block_m > MIXED_ROWS:
+            block_m, warps = MIXED_ROWS, 4
+        if exact:
+            block_m = 16
+    along = block_o if transposed else block_d
+    if isinstance(weight, QuantizedTensor):
+        along = min(along, weight.block_size)
     block_o, block_d = (along, block_d) if transposed else (block_o, along)
     pointers, facts = _quantised(weight, x.dtype, along)
     split = config.split
@@ -173,7 +185,7 @@ def product(
         BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
         BLOCK_R=min(16 if exact else 64, max(16, _power_of_2(max(1, r)))),
         GROUP=config.group,
-        warps=config.warps, stages=config.stages,
+        warps=warps, stages=config.stages,
     )  # fmt: skip
     if split > 1:
         launch(
@@ -216,7 +228,7 @@ def skinny(
     block_r = max(16, _power_of_2(together * rank))
     block_m = 16 if m <= 16 or block_r > 128 else 64
     block_d = 128 if block_r <= 64 and block_m == 16 else 64
-    if x.dtype == torch.float32 and router is not None:  # two exact products at once
+    if x.dtype == torch.float32 and (router is not None or experts.speakers is not None):
         block_m, block_d = min(block_m, FLOAT32_TILE), FLOAT32_TILE
     launch(
         "skinny", (_tiles(m, block_m), _tiles(count, together)),
@@ -318,7 +330,7 @@ def decode(
         **common, **(_NO_ROUTER if router is None else router.constants()),
         EBLOCK=b.block, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_O=block_o,
         BLOCK_R=min(64, max(16, _power_of_2(r))),
-        warps=config.warps, stages=2,
+        warps=config.warps if speakers is None else 2, stages=1,
     )  # fmt: skip
     return y
 

@@ -134,6 +134,9 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
                         if direction == "forward" and m <= 16:
                             route = "decode"
                         yield Config(route, block_m, block_o, block_d, split, warps, stages)
+    if m > 256:
+        for block_m, block_o, warps in ((64, 128, 4), (128, 128, 8), (128, 64, 4)):
+            yield Config("dense", block_m, block_o, 64, 1, warps, 3)
     yield replace(Config(), route="scratch", split=1)
 
 
