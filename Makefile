@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fuzz lint format clean
+.PHONY: demo test fuzz sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
@@ -18,6 +18,10 @@ test: $(VENV)/.test
 N ?= 1000
 fuzz: $(VENV)/.test
 	FUZZ=$(N) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k random_shapes
+
+# The native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs gcc.
+sanitize: $(VENV)/.test
+	tests/sanitize.sh $(CURDIR)/$(BIN)/python
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

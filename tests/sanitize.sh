@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The native CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc).
+#   tests/sanitize.sh [PYTHON]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r saml_kernels tests pyproject.toml "$copy"
+rm -f "$copy"/saml_kernels/cpu/_native*
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+# -O1 keeps the checks; the flags that decide bits are those of setup.py.
+gcc -shared -fPIC -g -O1 -std=gnu11 -ffp-contract=off -fno-omit-frame-pointer \
+    -fsanitize=address,undefined -fno-sanitize-recover=undefined -I"$include" \
+    saml_kernels/cpu/native.c -o "$copy/saml_kernels/cpu/_native$suffix"
+cd "$copy"
+# Python's own allocations are not ours to judge: leaks are not looked for.
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy"
+"$python" - <<'CHECK'
+import saml_kernels
+from saml_kernels.cpu import native_status
+import os
+assert saml_kernels.__file__.startswith(os.environ["PYTHONPATH"]), saml_kernels.__file__
+print(native_status())
+CHECK
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_backend.py
