@@ -108,7 +108,7 @@ def transcribe(
     from saml_models.audio import load_audio
     from saml_models.loading import load_adaptable, load_model, profile_config
     from saml_models.speakers import SpeakerProfile
-    from saml_models.transcription import transcribe as transcribe_one
+    from saml_models.transcription import transcribe_many
     from saml_models.writers import write_transcript
 
     if output_format not in FORMATS:
@@ -130,23 +130,30 @@ def transcribe(
         config = profile_config(profile)
         network, processor = load_adaptable(model, config, speaker, _device(device))
     timed = word_timestamps or (writes and output_format != "txt")
-    for file in files:
-        with _progress(file.name) as show:
-            found = transcribe_one(
-                network,
-                processor,
-                file,
-                profile,
-                language=language,
-                task=task,
-                beam_size=beam_size,
-                word_timestamps=word_timestamps,
-                timestamps=timed,
-                on_progress=show,
-            )
-        typer.echo(found.text if len(files) == 1 else f"{file}\t{found.text}")
-        if writes:
-            write_transcript(found, output_dir, file.stem, output_format)
+    with _progress("transcribing") as show:
+
+        def on_progress(number: int, done: float, seconds: float) -> None:
+            if len(files) == 1:
+                show(done, seconds)
+            else:
+                show(number + done / max(seconds, 1e-9), len(files), files[number].name)
+
+        found = transcribe_many(
+            network,
+            processor,
+            files,
+            profile,
+            language=language,
+            task=task,
+            beam_size=beam_size,
+            word_timestamps=word_timestamps,
+            timestamps=timed,
+            on_progress=on_progress,
+        )
+        for file, heard in zip(files, found, strict=True):
+            typer.echo(heard.text if len(files) == 1 else f"{file}\t{heard.text}")
+            if writes:
+                write_transcript(heard, output_dir, file.stem, output_format)
 
 
 @app.command()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ from saml_models.window import (
     window_frames,
 )
 
-__all__ = ["Segment", "Transcript", "Word", "transcribe"]
+__all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
+
+Audio = str | os.PathLike[str] | npt.NDArray[np.floating]
 
 WINDOW_SAMPLES = FULL_WINDOW * SAMPLE_RATE // FRAMES_PER_SECOND
 # openai-whisper's rules for a window that went wrong: try again at the next temperature.
@@ -40,6 +43,7 @@ FALLBACK: dict[str, Any] = {
     "logprob_threshold": -1.0,
     "no_speech_threshold": 0.6,
 }
+GATHERED = 2  # batches that wait for each other, to be sorted by length
 _UNSPACED = {"zh", "ja", "th", "lo", "my", "yue"}  # written without spaces between words
 
 
@@ -85,7 +89,7 @@ class Transcript:
 def transcribe(
     model: WhisperForConditionalGeneration,
     processor: WhisperProcessor,
-    audio: str | os.PathLike[str] | npt.NDArray[np.floating],
+    audio: Audio,
     speaker: SpeakerProfile | str | os.PathLike[str] | None = None,
     *,
     language: str | None = None,
@@ -114,18 +118,75 @@ def transcribe(
         SAMLError: audio that cannot be read, a language or task that the model does not know, or
             a profile of another model.
     """
-    if isinstance(audio, np.ndarray):
-        check_audio(audio, "audio")
-        clip = audio.astype(np.float32, copy=False)
-    else:
-        clip = load_audio(audio)
+    found = transcribe_many(
+        model,
+        processor,
+        [audio],
+        speaker,
+        language=language,
+        task=task,
+        beam_size=beam_size,
+        word_timestamps=word_timestamps,
+        timestamps=timestamps,
+        on_progress=on_progress and (lambda _, done, seconds: on_progress(done, seconds)),
+    )
+    return next(found)
+
+
+def transcribe_many(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    recordings: Iterable[Audio],
+    speaker: SpeakerProfile | str | os.PathLike[str] | None = None,
+    *,
+    language: str | None = None,
+    task: str = "transcribe",
+    beam_size: int = 1,
+    word_timestamps: bool = False,
+    timestamps: bool = True,
+    batch_size: int = 8,
+    on_progress: Callable[[int, float, float], None] | None = None,
+) -> Iterator[Transcript]:
+    """Transcribe recordings, in their order.
+
+    Those of up to 30 s are decoded together where no times are asked for.
+
+    Args:
+        model, processor, speaker: as in `transcribe`, and so is all that is not named here.
+        recordings: files or samples, read as they are needed.
+        batch_size: clips decoded together.
+        on_progress: called with (number of the recording, seconds done, seconds of it).
+
+    Raises:
+        SAMLError: as `transcribe`.
+    """
     if beam_size < 1:
         raise SAMLError(f"beam_size: {beam_size}; expected 1 or more")
-    code = _language_code(model, language, task)
+    known = _language_code(model, language, task)
     profile = speaker
     if profile is not None and not isinstance(profile, SpeakerProfile):
         profile = SpeakerProfile.load(profile)
-    seconds = len(clip) / SAMPLE_RATE
+    speaker_hash = profile.hash if profile else None
+    plain = not timestamps and not word_timestamps and task == "transcribe"
+    waiting: list[tuple[int, npt.NDArray[np.float32], str]] = []
+
+    def show(number: int, done: float, seconds: float) -> None:
+        if on_progress:
+            on_progress(number, done, seconds)
+
+    def heard() -> Iterator[Transcript]:
+        """What waits, decoded together: one language at a time."""
+        clips, code = [clip for _, clip, _ in waiting], waiting[0][2]
+        texts = decode_clips(
+            model, processor, clips, beam_size=beam_size, language=code, batch_size=batch_size
+        )
+        for (number, clip, _), text in zip(waiting, texts, strict=True):
+            seconds = len(clip) / SAMPLE_RATE
+            show(number, seconds, seconds)
+            segments = [Segment(0, 0.0, seconds, text)] if text else []
+            yield Transcript(text, code, round(seconds, 3), segments, speaker_hash)
+        waiting.clear()
+
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
@@ -133,21 +194,41 @@ def transcribe(
         if profile is not None:
             stack.enter_context(profile.applied(model))
         model.eval()
-        code = code or _detect_language(model, processor, clip)
-        plain = not timestamps and not word_timestamps and task == "transcribe"
-        if plain and len(clip) <= WINDOW_SAMPLES:
-            texts = decode_clips(model, processor, [clip], beam_size=beam_size, language=code)
-            segments = [Segment(0, 0.0, seconds, texts[0])] if texts[0] else []
-            text = texts[0]
-        else:
+        for number, recording in enumerate(recordings):
+            clip = _samples(recording)
+            code = known or _detect_language(model, processor, clip)
+            short = plain and len(clip) <= WINDOW_SAMPLES
+            if waiting and (
+                not short or waiting[0][2] != code or len(waiting) >= GATHERED * batch_size
+            ):
+                yield from heard()
+            if short:
+                waiting.append((number, clip, code))
+                continue
+            seconds = len(clip) / SAMPLE_RATE
             found = _generate(
-                model, processor, clip, code, task, beam_size, word_timestamps, on_progress
+                model,
+                processor,
+                clip,
+                code,
+                task,
+                beam_size,
+                word_timestamps,
+                partial(show, number),
             )
             text, segments = _segments(found, processor.tokenizer, seconds, code)
-    if on_progress:
-        on_progress(seconds, seconds)
-    speaker_hash = profile.hash if profile else None
-    return Transcript(text, code, round(seconds, 3), segments, speaker_hash)
+            show(number, seconds, seconds)
+            yield Transcript(text, code, round(seconds, 3), segments, speaker_hash)
+        if waiting:
+            yield from heard()
+
+
+def _samples(recording: Audio) -> npt.NDArray[np.float32]:
+    """float32 at 16 kHz."""
+    if isinstance(recording, np.ndarray):
+        check_audio(recording, "audio")
+        return recording.astype(np.float32, copy=False)
+    return load_audio(recording)
 
 
 def _is_multilingual(model: WhisperForConditionalGeneration) -> bool:
@@ -200,7 +281,7 @@ def _generate(
     task: str,
     beam_size: int,
     words: bool,
-    on_progress: Callable[[float, float], None] | None,
+    on_progress: Callable[[float, float], None],
 ) -> list[dict[str, Any]]:
     """Segments as transformers gives them; a recording beyond 30 s is decoded window by window."""
     routing = getattr(model, "saml_routing", None)
@@ -225,13 +306,12 @@ def _generate(
         features = log_mel(processor, [clip], frames)
         if routing is not None:
             routing.mask = audio_mask([len(clip)], frames, model.device)
-    if on_progress:
-        seconds = len(clip) / SAMPLE_RATE
+    seconds = len(clip) / SAMPLE_RATE
 
-        def monitor(position: Tensor) -> None:  # [1, 2]: frames done and in all
-            on_progress(min(seconds, float(position[0, 0]) / FRAMES_PER_SECOND), seconds)
+    def monitor(position: Tensor) -> None:  # [1, 2]: frames done and in all
+        on_progress(min(seconds, float(position[0, 0]) / FRAMES_PER_SECOND), seconds)
 
-        options["monitor_progress"] = monitor
+    options["monitor_progress"] = monitor
     attention = model.config._attn_implementation
     accelerators = [model.device] if model.device.type == "cuda" else []
     try:

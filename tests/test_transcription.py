@@ -14,7 +14,7 @@ from saml_models.offline import find_model
 from saml_models.scoring import pooled, word_errors
 from saml_models.speakers import SpeakerProfile
 from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.transcription import transcribe
+from saml_models.transcription import transcribe, transcribe_many
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,44 @@ def test_silence_and_bad_arrays(tiny_en):
         transcribe(*tiny_en, bad)
     with pytest.raises(SAMLError, match="int16"):
         transcribe(*tiny_en, np.zeros(16000, np.int16))
+
+
+def test_many_are_heard_as_one_by_one_and_in_order(small_saml, utterances):
+    """Short clips in batches; a recording of more than a window, in between, by itself."""
+    clips = [u.load() for u in utterances[:5]]
+    long = np.concatenate([*clips, *clips, *clips])
+    long = np.tile(long, 1 + 31 * 16000 // len(long))
+    recordings = [clips[0], clips[1], long, clips[2], clips[3], clips[4]]
+    seen = []
+    found = list(
+        transcribe_many(
+            *small_saml, recordings, timestamps=False, batch_size=2,
+            on_progress=lambda number, done, seconds: seen.append((number, done == seconds)),
+        )
+    )  # fmt: skip
+    assert [f.duration for f in found] == [round(len(r) / 16000, 3) for r in recordings]
+    for one, recording in zip(found, recordings, strict=True):
+        alone = transcribe(*small_saml, recording, timestamps=False)
+        assert one.segments[-1:] and one.text.split()[:2] == alone.text.split()[:2]
+    assert {n for n, whole in seen if whole} == set(range(6))
+
+
+def test_a_consumer_that_stops_leaves_the_model_as_it_was(small_saml, utterances):
+    model, processor = small_saml
+    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    with torch.no_grad():
+        for parameter in expert_parameters(model).values():
+            parameter.add_(1.0)
+    profile = SpeakerProfile.of(model, speaker="loud")
+    with torch.no_grad():
+        for name, parameter in expert_parameters(model).items():
+            parameter.copy_(before[name])
+    found = transcribe_many(
+        model, processor, [u.load() for u in utterances[:5]], profile, timestamps=False,
+        batch_size=1,
+    )  # fmt: skip
+    next(found)
+    assert not all(torch.equal(before[n], p) for n, p in expert_parameters(model).items())
+    found.close()
+    after = expert_parameters(model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
