@@ -5,7 +5,7 @@
 
 Contenders, each in a process of its own, in turn within each round (A B C A B C ...):
 
-* saml: the quantised model with experts, as `saml transcribe --speaker`, greedy;
+* saml: the quantised model with experts from a folder that `saml quantize` made, greedy;
 * faster-whisper int8: CTranslate2 on the same weights, greedy (beam_size=1), and its default, 5;
 * openai-whisper: float32, greedy, where it is installed and has the weights;
 * transformers float32: `generate`, greedy, one clip after the other.
@@ -38,30 +38,30 @@ from saml_models.scoring import pooled, word_errors
 Texts = Callable[[list[np.ndarray]], list[str]]
 
 
-def saml(model: str, threads: int) -> Texts:
+def quantise(model: str, folder: Path) -> None:
+    """What an edge device is given: the quantised model with its experts, in one folder."""
+    from saml_models.loading import load_adaptable
+    from saml_models.storage import save_saml
+
+    network, processor = load_adaptable(model)
+    network.saml_short_windows = True  # as after any training of experts
+    save_saml(network, processor, folder)
+
+
+def saml(model: str, threads: int, folder: Path) -> Texts:
     import torch
 
-    from saml_kernels import SAMLConfig
     from saml_models.loading import load_model
-    from saml_models.speakers import SpeakerProfile
-    from saml_models.surgery import apply_saml
     from saml_models.transcription import transcribe_many
 
     torch.set_num_threads(threads)
-    network, processor = load_model(model)
-    apply_saml(network, SAMLConfig())
-    # Experts as large as adapted ones: those that ship, where there are some for this model.
-    shipped = Path(__file__).parents[1] / "saml_models" / "experts" / f"{model}.safetensors"
-    if shipped.exists():
-        SpeakerProfile.load(shipped).apply(network)
-    else:
-        network.saml_short_windows = True
+    network, processor = load_model(folder)
     return lambda clips: [
         t.text for t in transcribe_many(network, processor, clips, timestamps=False)
     ]
 
 
-def transformers(model: str, threads: int) -> Texts:
+def transformers(model: str, threads: int, folder: Path) -> Texts:
     import torch
 
     from saml_models.loading import load_model
@@ -94,7 +94,8 @@ def faster_whisper(model: str, threads: int, beam_size: int) -> Texts:
         for part in installed.weights:
             joined.write(part.read_bytes())
     (folder / "config.json").write_bytes(installed.config.read_bytes())
-    (folder / "tokenizer.json").write_bytes(installed.tokenizer.read_bytes())
+    for file in (installed.tokenizer, *installed.tokenizer.parent.glob("vocabulary.*")):
+        (folder / file.name).write_bytes(file.read_bytes())
     network = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=threads)
 
     def run(clips: list[np.ndarray]) -> list[str]:
@@ -110,7 +111,7 @@ def faster_whisper(model: str, threads: int, beam_size: int) -> Texts:
     return run
 
 
-def openai_whisper(model: str, threads: int) -> Texts:
+def openai_whisper(model: str, threads: int, folder: Path) -> Texts:
     import torch
     import whisper
 
@@ -120,10 +121,10 @@ def openai_whisper(model: str, threads: int) -> Texts:
     return lambda clips: [network.transcribe(c, **options)["text"].strip() for c in clips]
 
 
-CONTENDERS: dict[str, Callable[[str, int], Texts]] = {
+CONTENDERS: dict[str, Callable[[str, int, Path], Texts]] = {
     "saml": saml,
-    "faster-whisper int8": lambda m, t: faster_whisper(m, t, 1),
-    "faster-whisper int8, beam 5": lambda m, t: faster_whisper(m, t, 5),
+    "faster-whisper int8": lambda m, t, _: faster_whisper(m, t, 1),
+    "faster-whisper int8, beam 5": lambda m, t, _: faster_whisper(m, t, 5),
     "openai-whisper": openai_whisper,
     "transformers float32": transformers,
 }
@@ -133,7 +134,7 @@ def worker(name: str, model: str, clips: Path, threads: int) -> None:
     """Load, warm up on two clips, time all of them; one line of JSON."""
     with np.load(clips) as stored:
         audio = [stored[str(i)] for i in range(len(stored))]
-    run = CONTENDERS[name](model, threads)
+    run = CONTENDERS[name](model, threads, clips.with_name("quantised"))
     run(audio[:2])
     started = time.perf_counter()
     texts = run(audio)
@@ -164,6 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips.npz"
         np.savez(clips, **{str(i): u.load() for i, u in enumerate(utterances)})
+        quantise(o.model, clips.with_name("quantised"))
         for turn in range(o.rounds):
             for name in CONTENDERS:
                 if name in skipped:
