@@ -309,7 +309,8 @@ def quantize(
     """Quantise a weight of any shape.
 
     Args:
-        weight: float16, bfloat16, float32 or float64.
+        weight: float16, bfloat16, float32 or float64; one on the meta device gives empty buffers
+            of the right sizes there.
         format: one of `FORMATS`.
         block_size: a power of two from 32 to 4096.
         double_quant: store the scales in 8 bits.
@@ -325,6 +326,8 @@ def quantize(
             f"{name}: {weight.dtype} {tuple(weight.shape)}; expected a floating-point tensor "
             "with at least one element"
         )
+    if weight.is_meta:
+        return QuantizedTensor.empty(weight.shape, format, block_size, double_quant, "meta")
     flat = weight.detach().reshape(-1).to(torch.float32)
     if not torch.isfinite(flat).all():
         raise SAMLError(

@@ -220,7 +220,9 @@ def load_saml(
         model_config = WhisperConfig.from_dict(description["model"])
         generation = GenerationConfig.from_dict(description["generation"])
         _check_size(model_config, config, stored, source)
-        model: Any = WhisperForConditionalGeneration(model_config)
+        with torch.device("meta"):  # no memory and no random numbers: every tensor is in the file
+            model: Any = WhisperForConditionalGeneration(model_config)
+        model.tie_weights()
     except SAMLError:
         raise
     except Exception as error:  # whatever transformers makes of values it does not expect
@@ -229,6 +231,7 @@ def load_saml(
     model.eval()
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
     apply_saml(model, replace(config, expert_init="lora"))
+    model.to_empty(device="cpu")
     model.saml_config = config
     model.saml_short_windows = description.get("short_windows") is True
     model.generation_config = generation

@@ -54,7 +54,8 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
     of kernel 1 `SAMLPointwiseConv1d`, other ungrouped 1-D convolutions `QuantizedConv1d`, token
     embeddings `SAMLEmbedding` with the output head tied to it. Depthwise convolutions, norms,
-    biases and positions stay. Frozen floating parameters are rounded to float16, as they are
+    biases and positions stay. A model on the meta device gets empty layers there, to be filled from
+    a file. Frozen floating parameters are rounded to float16, as they are
     stored, so that a saved model gives the same logits bit for bit.
 
     Raises:
@@ -65,13 +66,13 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
         raise SAMLError(f"{type(model).__name__}: already has SAML layers; load a fresh model")
     if config.router == "shared" and not hasattr(model, "get_encoder"):
         raise SAMLError("router='shared': needs an encoder and a decoder, as in Whisper")
-    unique = {p.data_ptr(): p for p in model.parameters()}
+    unique = {_storage(p): p for p in model.parameters()}
     report = SurgeryReport(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter.detach().to(torch.float16)).all():
+        if not parameter.is_meta and not torch.isfinite(parameter.detach().to(torch.float16)).all():
             raise SAMLError(f"{name}: holds NaN, infinity or values beyond float16 (65504)")
     model.requires_grad_(False)
     for parameter in unique.values():
@@ -93,13 +94,13 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
             if new is None:
                 continue
             if isinstance(new, SAMLEmbedding):
-                tied[child.weight.data_ptr()] = new  # type: ignore[union-attr, operator]
+                tied[_storage(child.weight)] = new  # type: ignore[arg-type]
             new.train(child.training)
             setattr(parent, name, new)
             kind = type(new).__name__
             report.replaced[kind] = report.replaced.get(kind, 0) + 1
     for parent, name, child in heads:
-        embedding = tied.get(child.weight.data_ptr())
+        embedding = tied.get(_storage(child.weight))
         if embedding is not None:
             setattr(parent, name, TiedHead(embedding))
         else:
@@ -112,9 +113,14 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     for parameter in expert_parameters(model).values():
         parameter.requires_grad_(True)
     report.trainable = sum(p.numel() for p in expert_parameters(model).values())
-    tensors = {t.data_ptr(): t for t in model.state_dict().values() if t.numel()}
+    tensors = {_storage(t): t for t in model.state_dict().values() if t.numel()}
     report.memory_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     return report
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same number for tensors that share their memory; on the meta device, for the same one."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def _replacement(

@@ -259,3 +259,13 @@ def test_dequantize_compiles_to_one_graph(format: str) -> None:
     rows = torch.compile(lambda i: tensor.rows(i), fullgraph=True, backend="eager")
     assert torch.equal(dense(), tensor.dequantize())
     assert torch.equal(rows(index), tensor.rows(index))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_on_the_meta_device_sizes_are_those_of_a_real_weight(format, double_quant) -> None:
+    real = quantize(torch.randn(24, 100), format, 64, double_quant)
+    empty = quantize(torch.empty(24, 100, device="meta"), format, 64, double_quant)
+    described = [(n, b.shape, b.dtype) for n, b in empty.named_buffers()]
+    assert described == [(n, b.shape, b.dtype) for n, b in real.named_buffers()]
+    assert all(b.is_meta for b in empty.buffers())
