@@ -1,4 +1,7 @@
-"""Clips of up to 30 s -> text, in batches of like length, through transformers' `generate`."""
+"""Clips of up to 30 s -> text, in batches of like length, through transformers' `generate`.
+
+A clip's text does not depend on its company: each has its own window and its own limit of tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from torch import Tensor
+from transformers import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 from saml_models.audio import SAMPLE_RATE
-from saml_models.window import FULL_WINDOW, audio_mask, audio_window, log_mel, window_frames
+from saml_models.window import (
+    FULL_WINDOW,
+    audio_mask,
+    audio_window,
+    log_mel,
+    own_windows,
+    window_frames,
+)
 
 __all__ = ["decode_clips"]
 
 # English speech stays under 5 tokens a second; more is the model repeating itself.
 TOKENS_PER_SECOND, SPARE_TOKENS = 8, 12
 MAX_TOKENS = 440
+
+
+class _OwnLimits(StoppingCriteria):
+    """Each clip ends at its own limit of new tokens, all its beams with it."""
+
+    def __init__(self, limits: Sequence[int]) -> None:
+        self.limits, self.prompt = torch.tensor(limits), 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        rows, length = input_ids.shape
+        self.prompt = self.prompt or length - 1  # asked first after one new token
+        limits = self.limits.repeat_interleave(rows // len(self.limits))
+        return (limits <= length - self.prompt).to(input_ids.device)
+
+
+def token_limit(samples: int) -> int:
+    """New tokens at most for a clip of `samples` at 16 kHz."""
+    return min(MAX_TOKENS, int(samples / SAMPLE_RATE * TOKENS_PER_SECOND) + SPARE_TOKENS)
 
 
 @torch.inference_mode()
@@ -54,16 +88,20 @@ def decode_clips(
     for start in range(0, len(order), size):
         index = order[start : start + size]
         batch = [clips[i] for i in index]
-        longest = max(map(len, batch))
-        frames = window_frames(longest) if short else FULL_WINDOW
+        windows = [window_frames(len(c)) if short else FULL_WINDOW for c in batch]
+        limits = [token_limit(len(c)) for c in batch]
+        frames = max(windows)
         features = log_mel(processor, batch, frames).to(model.device, model.dtype)
         if routing is not None:
             routing.mask = audio_mask([len(c) for c in batch], frames, model.device)
-        limit = min(MAX_TOKENS, int(longest / SAMPLE_RATE * TOKENS_PER_SECOND) + SPARE_TOKENS)
         try:
-            with audio_window(model, frames):
+            with audio_window(model, frames), own_windows(model, features, windows):
                 tokens = model.generate(
-                    features, num_beams=beam_size, max_new_tokens=limit, **options
+                    features,
+                    num_beams=beam_size,
+                    max_new_tokens=max(limits),
+                    stopping_criteria=StoppingCriteriaList([_OwnLimits(limits)]),
+                    **options,
                 )
         finally:
             if routing is not None:

@@ -8,8 +8,10 @@ the original weights answer short windows with repeated words; experts trained w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from saml_models.audio import SAMPLE_RATE
 
-__all__ = ["FRAMES_PER_SECOND", "audio_window", "log_mel", "window_frames"]
+__all__ = ["FRAMES_PER_SECOND", "audio_window", "log_mel", "own_windows", "window_frames"]
 
 FRAMES_PER_SECOND = 100
 FULL_WINDOW = 3000
@@ -71,6 +73,54 @@ def audio_window(model: WhisperForConditionalGeneration, frames: int) -> Iterato
         for c in shared:
             c.max_source_positions = full
         encoder.embed_positions = table
+
+
+@contextmanager
+def own_windows(
+    model: WhisperForConditionalGeneration, features: Tensor, frames: Sequence[int]
+) -> Iterator[None]:
+    """Within the block each row of a batch hears its own window, as if it were alone.
+
+    Nothing beyond a row's window reaches it: not the convolutions (which see the zeros that they
+    pad with), nor the attention of encoder or decoder. Where beams multiply a row, they follow it.
+
+    Args:
+        model: in `audio_window` of the longest.
+        features: [B, mel bins, max(frames)]; zeroed in place beyond each row's window.
+        frames: mel frames of each row's window, even numbers.
+    """
+    longest = features.shape[-1]
+    if min(frames) == longest:
+        yield
+        return
+    encoder: Any = model.model.encoder
+    stride = encoder.conv2.stride[0]
+    inside = torch.arange(longest) < torch.tensor(frames).unsqueeze(1)
+    inside = inside.to(features.device)
+    features.mul_(inside.unsqueeze(1))
+    keys = torch.zeros(len(frames), 1, 1, longest // stride, device=features.device)
+    keys = keys.masked_fill(~inside[:, None, None, ::stride], torch.finfo(torch.float16).min)
+
+    @cache
+    def mask(rows: int, dtype: torch.dtype) -> Tensor:
+        return keys.repeat_interleave(rows // len(frames), dim=0).to(dtype)
+
+    def convolve(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] * inside.unsqueeze(1),)
+
+    def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return args, kwargs | {"attention_mask": mask(hidden.shape[0], hidden.dtype)}
+
+    attentions = [layer.self_attn for layer in encoder.layers]
+    attentions += [layer.encoder_attn for layer in model.model.decoder.layers]
+    hooks = [encoder.conv2.register_forward_pre_hook(convolve)]
+    hooks += [m.register_forward_pre_hook(attend, with_kwargs=True) for m in attentions]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def audio_mask(lengths: list[int], frames: int, device: torch.device | str = "cpu") -> Tensor:

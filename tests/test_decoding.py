@@ -1,0 +1,48 @@
+"""A clip's text does not depend on the clips that it is decoded with."""
+
+import pytest
+import torch
+
+from saml_models.corpora import load_corpus
+from saml_models.decoding import decode_clips
+from saml_models.loading import load_adaptable
+from saml_models.window import audio_window, log_mel, own_windows, window_frames
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """tiny.en with its pretrained experts, which hear short windows."""
+    return load_adaptable("tiny.en")
+
+
+@pytest.fixture(scope="module")
+def clips(speech_root):
+    """One short, one middling, one twice as long, one cut off within a word."""
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688", "1998"])
+    found = sorted((u.load() for u in found), key=len)
+    return [found[-6], found[0], found[8], found[4][:24000]]
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_as_alone(experts, clips, beam_size):
+    alone = [decode_clips(*experts, [c], beam_size=beam_size)[0] for c in clips]
+    assert len({window_frames(len(c)) for c in clips}) == 4 and all(alone)
+    assert decode_clips(*experts, clips, beam_size=beam_size) == alone
+
+
+def test_nothing_beyond_its_own_window_reaches_a_row(experts, clips):
+    model, processor = experts
+    windows = [window_frames(len(c)) for c in clips]
+
+    @torch.inference_mode()
+    def encode(features, own):
+        with audio_window(model, features.shape[-1]), own_windows(model, features, own):
+            return model.model.encoder(features).last_hidden_state
+
+    together = log_mel(processor, clips, max(windows))
+    together[1, :, windows[1] :] = 100.0  # would be heard, if anything there were
+    batch = encode(together, windows)
+    for row, (clip, frames) in enumerate(zip(clips, windows, strict=True)):
+        alone = encode(log_mel(processor, [clip], frames), [frames])
+        torch.testing.assert_close(batch[row, : frames // 2], alone[0], rtol=1e-3, atol=1e-3)
+    assert not model.model.encoder.conv2._forward_pre_hooks
