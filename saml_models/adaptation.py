@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
@@ -27,8 +26,8 @@ MAX_SECONDS = 30.0  # what Whisper hears at once
 
 
 def training_samples(
-    model: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
+    model: Any,
+    processor: Any,
     utterances: Sequence[Utterance],
     keep_audio: bool = True,
     skip_long: bool = False,
@@ -70,8 +69,8 @@ def training_samples(
 
 
 def adapt(
-    model: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
+    model: Any,
+    processor: Any,
     utterances: Sequence[Utterance],
     options: TrainingOptions | None = None,
     *,

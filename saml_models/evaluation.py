@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from saml_kernels.errors import SAMLError
 from saml_models.adaptation import adapt
@@ -150,9 +149,9 @@ def make_folds(
 
 
 def evaluate(
-    full: tuple[WhisperForConditionalGeneration, WhisperProcessor],
-    quantised: WhisperForConditionalGeneration,
-    saml: WhisperForConditionalGeneration,
+    full: tuple[Any, Any],
+    quantised: Any,
+    saml: Any,
     folds: Sequence[Fold],
     options: TrainingOptions | None = None,
     *,

@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
@@ -22,7 +22,7 @@ __all__ = ["load_adaptable", "load_model", "make_adaptable", "profile_config", "
 
 def load_model(
     name_or_path: str | os.PathLike[str], device: str | torch.device | None = None
-) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+) -> tuple[Any, Any]:
     """A folder that `save_saml` wrote, or whatever `load_whisper` knows; None is the CPU.
 
     Raises:
@@ -46,7 +46,7 @@ def load_adaptable(
     config: SAMLConfig | None = None,
     experts: str | os.PathLike[str] | None = None,
     device: str | torch.device | None = None,
-) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+) -> tuple[Any, Any]:
     """A model with SAML layers, starting from pretrained experts where there are some.
 
     Args:
@@ -69,7 +69,7 @@ def load_adaptable(
 
 
 def make_adaptable(
-    model: WhisperForConditionalGeneration,
+    model: Any,
     name: str,
     config: SAMLConfig | None = None,
     experts: str | os.PathLike[str] | None = None,
@@ -95,7 +95,7 @@ def make_adaptable(
         wanted = config or profile_config(profile)
         # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
         report = apply_saml(model, replace(wanted, expert_init="lora"))
-        model.saml_config = wanted  # type: ignore[assignment]
+        model.saml_config = wanted
         _apply(profile, model, experts or f"experts of {name}")
     return report
 
@@ -126,9 +126,7 @@ def profile_config(profile: SpeakerProfile) -> SAMLConfig:
     return config
 
 
-def _apply(
-    profile: SpeakerProfile, model: WhisperForConditionalGeneration, source: str | os.PathLike[str]
-) -> None:
+def _apply(profile: SpeakerProfile, model: Any, source: str | os.PathLike[str]) -> None:
     try:
         profile.apply(model)
     except SAMLError as error:

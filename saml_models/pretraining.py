@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.adaptation import training_samples
@@ -21,15 +20,15 @@ PRETRAINING = TrainingOptions(learning_rate=1e-3, epochs=1)
 
 
 def pretrain(
-    model: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
+    model: Any,
+    processor: Any,
     utterances: Sequence[Utterance],
     options: TrainingOptions | None = None,
     *,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int], None] | None = None,
-    teacher: WhisperForConditionalGeneration | None = None,
+    teacher: Any | None = None,
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
 

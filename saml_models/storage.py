@@ -1,8 +1,8 @@
 """A quantised model with experts on disk: one safetensors file and a JSON description.
 
 `model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
-as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). Whisper's encoder
-positions are sinusoids and are computed again instead of stored. `saml.json` holds the
+as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What the family can
+compute (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
 configurations. Tokeniser and feature extractor are saved beside them by transformers.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-)
+from transformers import GenerationConfig
 
 from saml_kernels import SAMLConfig, quantize
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
+from saml_models.families import Family, family_named, family_of
 from saml_models.files import atomic_path
 from saml_models.surgery import (
     ATTENTION_PROJECTIONS,
@@ -46,7 +41,6 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "saml.json"
 EXPERT_BLOCK = 128
 # Parts of an int8 tensor in a file: `<name>` + suffix.
 _CODES, _SCALES = ".int8", ".scale"
-_POSITIONS = "encoder.embed_positions.weight"
 
 
 def pack_experts(
@@ -149,9 +143,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise SAMLError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
 
 
-def save_saml(
-    model: WhisperForConditionalGeneration, processor: WhisperProcessor, folder: str | Path
-) -> int:
+def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     """Save a model that `apply_saml` treated; experts are rounded in place to their stored form.
 
     Returns:
@@ -162,7 +154,7 @@ def save_saml(
     """
     target = Path(folder)
     round_experts(model)
-    tensors = _stored_form(model)
+    tensors = _stored_form(model, family_of(model))
     description = {
         "saml_version": VERSION,
         "saml": config_of(model).to_dict(),
@@ -178,7 +170,7 @@ def save_saml(
     return sum((target / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
 
 
-def _stored_form(model: nn.Module) -> dict[str, Tensor]:
+def _stored_form(model: nn.Module, family: Family) -> dict[str, Tensor]:
     experts = expert_parameters(model)
     tensors = pack_experts(experts, config_of(model).expert_format)
     inside_weight = tuple(f"{name}." for name in quantised_tensors(model))
@@ -187,26 +179,19 @@ def _stored_form(model: nn.Module) -> dict[str, Tensor]:
             continue
         if name.startswith(inside_weight) or not value.is_floating_point():
             tensors[name] = value
-        elif not _is_sinusoid(name, value):
+        elif not _is_computed(family, name, value):
             tensors[name] = value.to(torch.float16)
     return tensors
 
 
-def _is_sinusoid(name: str, value: Tensor) -> bool:
-    return name.endswith(_POSITIONS) and torch.equal(value.float().cpu(), _sinusoids(value.shape))
+def _is_computed(family: Family, name: str, value: Tensor) -> bool:
+    """Whether these are the values that loading will compute."""
+    return family.is_computed(name) and torch.equal(
+        value.float().cpu(), family.compute(value.shape)
+    )
 
 
-def _sinusoids(shape: torch.Size) -> Tensor:
-    """Whisper's encoder positions, bit for bit: computed in float64, released as float16."""
-    length, channels = shape
-    rates = torch.exp(-math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2).double())
-    angles = torch.arange(length).double().unsqueeze(1) * rates
-    return torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float16).float()
-
-
-def load_saml(
-    folder: str | Path, device: Any = None
-) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     """Load what `save_saml` wrote; the logits are those of the saved model, bit for bit.
 
     Raises:
@@ -217,11 +202,12 @@ def load_saml(
     try:
         description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
         config = _configuration(description["saml"], source)
-        model_config = WhisperConfig.from_dict(description["model"])
+        family = family_named(description["model"]["model_type"])
+        model_config = family.config_class.from_dict(description["model"])
         generation = GenerationConfig.from_dict(description["generation"])
-        _check_size(model_config, config, stored, source)
+        _check_size(family, model_config, config, stored, source)
         with torch.device("meta"):  # no memory and no random numbers: every tensor is in the file
-            model: Any = WhisperForConditionalGeneration(model_config)
+            model: Any = family.model_class(model_config)
         model.tie_weights()
     except SAMLError:
         raise
@@ -235,11 +221,11 @@ def load_saml(
     model.saml_config = config
     model.saml_short_windows = description.get("short_windows") is True
     model.generation_config = generation
-    _fill(model, stored, source)
+    _fill(model, family, stored, source)
     if weight_hash(model) != description.get("weight_hash"):
         raise SAMLError(f"{source / WEIGHTS}: does not match its description; copy it again")
     try:
-        processor = WhisperProcessor.from_pretrained(source, local_files_only=True)
+        processor = family.load_processor(source)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds
         raise SAMLError(f"{source}: the tokeniser's files are damaged; copy them again") from error
     return (model.to(device) if device else model), processor
@@ -253,25 +239,24 @@ def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:
 
 
 def _check_size(
-    config: WhisperConfig, saml: SAMLConfig, stored: dict[str, Tensor], source: Path
+    family: Family, config: Any, saml: SAMLConfig, stored: dict[str, Tensor], source: Path
 ) -> None:
     """A description that asks for more than the file holds is refused before memory is taken."""
     held = sum(t.numel() for t in stored.values())
-    fits = config.encoder_layers + config.decoder_layers <= len(stored)
+    layers, positions = family.extent(config)
+    fits = layers <= len(stored) and positions <= 2**16
     if fits:
         with torch.device("meta"):
-            skeleton = WhisperForConditionalGeneration(config)
-        asked = sum(
-            p.numel() for n, p in skeleton.named_parameters() if "encoder.embed_positions" not in n
-        )
+            skeleton = family.model_class(config)
+        asked = sum(p.numel() for n, p in skeleton.named_parameters() if not family.is_computed(n))
         widths = sum(
             m.in_features + m.out_features
             for n, m in skeleton.named_modules()
             if isinstance(m, nn.Linear) and n.endswith(ATTENTION_PROJECTIONS)
         )
         experts = saml.num_experts * saml.rank * widths
-        # Two 4-bit codes are one stored element; the encoder's positions are not stored.
-        fits = asked <= 2 * held and experts <= held and config.max_source_positions <= 2**16
+        # Two 4-bit codes are one stored element.
+        fits = asked <= 2 * held and experts <= held
     if not fits:
         raise SAMLError(
             f"{source / DESCRIPTION}: asks for more weights than {WEIGHTS} holds; copy both again"
@@ -279,7 +264,7 @@ def _check_size(
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, stored: dict[str, Tensor], source: Path) -> None:
+def _fill(model: nn.Module, family: Family, stored: dict[str, Tensor], source: Path) -> None:
     experts = expert_parameters(model)
     try:
         for name, parameter in experts.items():
@@ -290,8 +275,8 @@ def _fill(model: nn.Module, stored: dict[str, Tensor], source: Path) -> None:
     for name, value in state.items():
         if name in stored:
             found = stored[name]
-        elif name.endswith(_POSITIONS):
-            found = _sinusoids(value.shape)
+        elif family.is_computed(name):
+            found = family.compute(value.shape)
         else:
             raise SAMLError(f"{source / WEIGHTS}: {name} is missing")
         if found.shape != value.shape:

@@ -1,4 +1,4 @@
-"""One training loop for both stages: experts and routers learn, the base stays frozen.
+"""One training loop for every stage: what has gradients learns, the rest stays frozen.
 
 Everything random in step i follows from (seed, i) alone, so a run that was killed and resumed ends
 with the same weights as one that was not.
@@ -9,41 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soxr
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import SAMPLE_RATE
+from saml_models.batches import IGNORED, BatchMaker, Sample, ahead, plan_batches
+from saml_models.families import Family, Outputs, family_of
 from saml_models.memory import keep_freed_memory
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
-from saml_models.surgery import config_of, expert_parameters, routing_of
-from saml_models.window import audio_mask, audio_window, log_mel, window_frames
 
 __all__ = ["Sample", "TrainingOptions", "TrainingReport", "fit", "mixed_precision"]
-
-IGNORED = -100  # cross_entropy's own mark for positions without a target
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training clip: a function that loads it (float32, 16 kHz), its length and its text."""
-
-    load: Callable[[], np.ndarray]
-    seconds: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -63,9 +48,13 @@ class TrainingOptions:
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) over mel bins.
         time_masks, time_share: SpecAugment over time, each mask at most this share of the clip.
         average: the weights are averaged over this last share of the steps.
-        anchor: weight of the squared distance to the starting experts.
+        anchor: weight of the squared distance to the starting weights.
         distil: share of the loss that is the divergence from a full-precision teacher's word
             probabilities (arXiv 1503.02531), which keeps many epochs from forgetting what it knows.
+        ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
+            has a CTC head.
+        smoothing: label smoothing of the decoder's cross entropy.
+        keep_prepared: hold each clip's features at each speed in memory after the first use.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, where a folder is given.
     """
@@ -86,6 +75,9 @@ class TrainingOptions:
     average: float = 0.0
     anchor: float = 0.0
     distil: float = 0.0
+    ctc: float = 0.3
+    smoothing: float = 0.0
+    keep_prepared: bool = False
     seed: int = 0
     checkpoint_every: int = 25
 
@@ -113,16 +105,14 @@ class _Objective(nn.Module):
     """The loss as one module, so that accelerate can wrap it for several processes."""
 
     def __init__(
-        self,
-        model: WhisperForConditionalGeneration,
-        options: TrainingOptions,
-        teacher: WhisperForConditionalGeneration | None,
+        self, model: nn.Module, family: Family, options: TrainingOptions, teacher: nn.Module | None
     ) -> None:
         super().__init__()
-        self.model, self.anchor, self.distil = model, options.anchor, options.distil
+        self.model, self.family, self.options = model, family, options
         # In a tuple: a teacher is nobody's submodule, so that nothing of it is trained or saved.
         self.teacher = (teacher,)
-        self.start = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+        self.parameters_trained = trained_parameters(model)
+        self.start = {n: p.detach().clone() for n, p in self.parameters_trained.items()}
 
     def forward(
         self, features: Tensor, clean: Tensor, mask: Tensor, inputs: Tensor, targets: Tensor
@@ -130,57 +120,87 @@ class _Objective(nn.Module):
         """The loss of one batch (scalar).
 
         Args:
-            features: [B, mel, T], augmented.
+            features: of the model's family, augmented.
             clean: the same without SpecAugment, for the teacher.
-            mask: [B, T / 2] bool.
+            mask: [B, frames] bool, True where there is audio.
             inputs: token ids [B, L].
             targets: token ids [B, L], `IGNORED` where there is none.
         """
-        routing = routing_of(self.model)
-        routing.mask = mask
+        o, model, family = self.options, self.model, self.family
+        routing: Any = getattr(model, "saml_routing", None)
+        if routing is not None:
+            routing.mask = family.routing_mask(model, mask)
         kept = targets != IGNORED
-        logits = _logits(self.model, features, inputs, kept)
-        loss = F.cross_entropy(logits, targets[kept])
+        found = family.outputs(model, features, mask, inputs, kept)
+        loss = F.cross_entropy(found.logits, targets[kept], label_smoothing=o.smoothing)
         (teacher,) = self.teacher
-        if teacher is not None and self.distil > 0:
+        if teacher is not None and o.distil > 0:
             with torch.no_grad():
-                wanted = _logits(teacher, clean, inputs, kept).softmax(-1)
-            apart = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean")
-            loss = (1 - self.distil) * loss + self.distil * apart
-        balance = routing.balance_loss()
-        routing.mask = None
-        if balance is not None:
-            loss = loss + config_of(self.model).balance * balance
-        if self.anchor:
-            for name, parameter in expert_parameters(self.model).items():
-                loss = loss + self.anchor * (parameter - self.start[name]).square().sum()
+                wanted = family.outputs(teacher, clean, mask, inputs, kept).logits.softmax(-1)
+            apart = F.kl_div(found.logits.log_softmax(-1), wanted, reduction="batchmean")
+            loss = (1 - o.distil) * loss + o.distil * apart
+        if found.ctc is not None and o.ctc > 0:
+            loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(found, targets, kept)
+        if routing is not None:
+            balance = routing.balance_loss()
+            routing.mask = None
+            if balance is not None:
+                loss = loss + model.saml_config.balance * balance  # type: ignore[union-attr]
+        if o.anchor:
+            for name, parameter in self.parameters_trained.items():
+                loss = loss + o.anchor * (parameter - self.start[name]).square().sum()
         return loss
 
 
-def _logits(
-    model: WhisperForConditionalGeneration, features: Tensor, inputs: Tensor, kept: Tensor
-) -> Tensor:
-    """float32 logits [n, V] at the kept positions only: the head is half of a small model."""
-    with audio_window(model, features.shape[-1]):
-        hidden = model.model(
-            input_features=features, decoder_input_ids=inputs, use_cache=False
-        ).last_hidden_state
-    return model.proj_out(hidden[kept]).float()
+def _ctc_loss(found: Outputs, targets: Tensor, kept: Tensor) -> Tensor:
+    """Per token of the text, as the cross entropy is; the end token is none of CTC's."""
+    assert found.ctc is not None and found.ctc_lengths is not None
+    lengths = kept.sum(1) - 1
+    last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
+    words = targets[kept & ~last]
+    total = F.ctc_loss(
+        found.ctc.transpose(0, 1), words, found.ctc_lengths, lengths, found.blank,
+        reduction="sum", zero_infinity=True,
+    )  # fmt: skip
+    return total / lengths.sum().clamp(min=1)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what `fit` changes: experts and routers, or all of a model without them."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+
+
+def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def _training_mode(model: nn.Module) -> dict[str, Tensor]:
+    """Dropout on; batch statistics move only where their layer is trained: those, by name."""
+    model.train()
+    moving: dict[str, Tensor] = {}
+    for name, norm in _batch_norms(model).items():
+        if norm.weight is None or not norm.weight.requires_grad:
+            norm.eval()
+            continue
+        moving |= {f"{name}.{key}": value for key, value in norm.named_buffers()}
+    return moving
 
 
 def fit(
-    model: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
+    model: nn.Module,
+    processor: Any,
     samples: Sequence[Sample],
     options: TrainingOptions,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
-    teacher: WhisperForConditionalGeneration | None = None,
+    teacher: nn.Module | None = None,
 ) -> TrainingReport:
-    """Train the model's experts and routers in place, then round them to their stored form.
+    """Train in place what has gradients: after `apply_saml`, the experts and routers.
+
+    Experts and routers are rounded to their stored form in the end.
 
     Args:
-        model: treated by `apply_saml`.
+        model: of a known family.
         processor: of that model.
         samples: at least one.
         options: see `TrainingOptions`.
@@ -201,29 +221,31 @@ def fit(
         keep_freed_memory()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision(device))
     torch.manual_seed(options.seed)
-    objective = _Objective(model, options, teacher)
-    parameters = expert_parameters(model)
+    family = family_of(model)
+    objective = _Objective(model, family, options, teacher)
+    parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
         parameters.values(),
         lr=options.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=options.weight_decay,
     )
+    moving = _training_mode(model)
     wrapped, prepared = accelerator.prepare(objective, optimiser)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     batches = plan_batches([s.seconds for s in samples], options)
     steps = math.ceil(len(batches) / ranks)
     average: dict[str, Tensor] = {}
     run = _fingerprint(model, samples, options)
-    state = _State(checkpoint, parameters, objective.start, optimiser, average, run)
+    changing = {**parameters, **moving}
+    state = _State(checkpoint, changing, objective.start, optimiser, average, run)
     done = state.resume()
-    make = _BatchMaker(processor, samples, options)
+    make = BatchMaker(family, processor, samples, options)
     losses: list[float] = []
     started = time.monotonic()
-    model.train()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
     try:
-        for i, batch in _ahead(make, todo):
+        for i, batch in ahead(make, todo):
             rate = _learning_rate(i, steps, options)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -237,19 +259,22 @@ def fit(
             accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
             prepared.step()
             losses.append(loss.item())
-            _update_average(average, parameters, i, steps, options)
+            _update_average(average, changing, i, steps, options)
             if (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process:
                 state.save(i + 1)
             if on_step:
                 on_step(i + 1, steps, losses[-1])
     finally:
         model.eval()
-        routing_of(model).mask = None
+        routing: Any = getattr(model, "saml_routing", None)
+        if routing is not None:
+            routing.mask = None
     with torch.no_grad():
         for name, value in average.items():
             if name != "count":
-                parameters[name].copy_(value)
-    round_experts(model)
+                changing[name].copy_(value)
+    if routing is not None:
+        round_experts(model)
     state.remove()
     tenth = max(1, len(losses) // 10)
     return TrainingReport(
@@ -258,27 +283,6 @@ def fit(
         float(np.mean(losses[:tenth])) if losses else math.nan,
         float(np.mean(losses[-tenth:])) if losses else math.nan,
     )
-
-
-def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[list[int]]:
-    """Batches of clips of like length for all epochs, a pure function of its arguments."""
-    rng = random.Random(options.seed)
-    batches: list[list[int]] = []
-    for _ in range(options.epochs):
-        order = sorted(range(len(seconds)), key=lambda i: seconds[i] + rng.random())
-        epoch: list[list[int]] = []
-        current: list[int] = []
-        for i in order:
-            longest = max(seconds[j] for j in [*current, i]) + 1.0
-            full = longest * (len(current) + 1) > options.batch_seconds
-            if current and (full or len(current) >= options.max_batch):
-                epoch.append(current)
-                current = []
-            current.append(i)
-        epoch.append(current)
-        rng.shuffle(epoch)
-        batches += epoch
-    return batches
 
 
 def _learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
@@ -290,7 +294,7 @@ def _learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
 @torch.no_grad()
 def _update_average(
     average: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
+    changing: dict[str, Tensor],
     step: int,
     steps: int,
     options: TrainingOptions,
@@ -300,112 +304,44 @@ def _update_average(
         return
     count = average.setdefault("count", torch.zeros(()))
     count += 1
-    for name, parameter in parameters.items():
-        mean = average.setdefault(name, torch.zeros_like(parameter))
-        mean += (parameter.detach() - mean) / count.to(mean.device)
-
-
-class _BatchMaker:
-    """Audio and text of a batch -> tensors; step i always makes the same ones."""
-
-    def __init__(
-        self, processor: WhisperProcessor, samples: Sequence[Sample], options: TrainingOptions
-    ) -> None:
-        self.processor, self.samples, self.options = processor, samples, options
-        tokenizer = processor.tokenizer
-        prefix, end = list(tokenizer.prefix_tokens), tokenizer.eos_token_id
-        self.prefix, self.end = len(prefix), end
-        self.ids = [
-            [*prefix, *tokenizer(" " + s.text.strip(), add_special_tokens=False).input_ids, end]
-            for s in samples
-        ]
-
-    def __call__(self, step: int, index: list[int]) -> tuple[Tensor, ...]:
-        o = self.options
-        rng = random.Random(f"{o.seed}/{step}")
-        clips = [_at_speed(self.samples[i].load(), rng.choice(o.speeds)) for i in index]
-        frames = window_frames(max(map(len, clips)), rng.choice(o.margins))
-        clean = log_mel(self.processor, clips, frames)
-        features = clean.clone()
-        _spec_augment(features, [len(c) for c in clips], rng, o)
-        texts = [self.ids[i][:448] for i in index]
-        longest = max(map(len, texts))
-        inputs = torch.full((len(index), longest - 1), self.end)
-        targets = torch.full((len(index), longest - 1), IGNORED)
-        for row, ids in enumerate(texts):
-            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            targets[row, self.prefix - 1 : len(ids) - 1] = torch.tensor(ids[self.prefix :])
-        return features, clean, audio_mask([len(c) for c in clips], frames), inputs, targets
-
-
-def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
-    if speed == 1.0:
-        return clip
-    return soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
-
-
-def _spec_augment(
-    features: Tensor, lengths: list[int], rng: random.Random, options: TrainingOptions
-) -> None:
-    """Mask bands of mel bins and stretches of time by each clip's mean, in place."""
-    bins = features.shape[1]
-    for row, samples in enumerate(lengths):
-        clip = features[row, :, : max(1, samples * 100 // SAMPLE_RATE)]
-        mean, frames = clip.mean(), clip.shape[1]
-        for _ in range(options.freq_masks):
-            width = rng.randint(0, options.freq_width)
-            start = rng.randint(0, bins - width)
-            clip[start : start + width] = mean
-        for _ in range(options.time_masks):
-            width = rng.randint(0, int(min(100, frames * options.time_share)))
-            start = rng.randint(0, frames - width)
-            clip[:, start : start + width] = mean
-
-
-def _ahead(
-    make: _BatchMaker, todo: list[tuple[int, list[int]]]
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Make the next batch in a thread while the current one is trained on."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(make, *todo[0])] if todo else []
-        for position, (step, _) in enumerate(todo):
-            ready = pending.pop()
-            if position + 1 < len(todo):
-                pending.append(pool.submit(make, *todo[position + 1]))
-            yield step, ready.result()
+    for name, value in changing.items():
+        if value.is_floating_point():  # batch norms also count their batches
+            mean = average.setdefault(name, torch.zeros_like(value))
+            mean += (value.detach() - mean) / count.to(mean.device)
 
 
 def _fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOptions) -> str:
     """What must be equal for a checkpoint to be resumed."""
     clips = [(round(s.seconds, 3), s.text) for s in samples]
     settings = asdict(replace(options, checkpoint_every=0))
-    made_for = [weight_hash(model), config_of(model).to_dict()]
-    return json.dumps([settings, clips, made_for], sort_keys=True)
+    saml, config = getattr(model, "saml_config", None), getattr(model, "config", None)
+    made_for = [weight_hash(model), saml.to_dict() if saml else config.to_dict()]  # type: ignore
+    return json.dumps([settings, clips, made_for], sort_keys=True, default=str)
 
 
 class _State:
-    """Parameters, where they started, AdamW's moments and the running average in one file."""
+    """What changes, where it started, AdamW's moments and the running average in one file."""
 
     def __init__(
         self,
         path: Path | None,
-        parameters: dict[str, nn.Parameter],
+        changing: dict[str, Tensor],
         start: dict[str, Tensor],
         optimiser: torch.optim.Optimizer,
         average: dict[str, Tensor],
         fingerprint: str,
     ) -> None:
-        self.path, self.parameters, self.start = path, parameters, start
+        self.path, self.changing, self.start = path, changing, start
         self.optimiser, self.average, self.fingerprint = optimiser, average, fingerprint
 
     def save(self, step: int) -> None:
         if self.path is None:
             return
-        tensors = {f"parameter/{n}": p.detach() for n, p in self.parameters.items()}
+        tensors = {f"parameter/{n}": t.detach() for n, t in self.changing.items()}
         tensors |= {f"start/{n}": t for n, t in self.start.items()}
         tensors |= {f"average/{n}": t for n, t in self.average.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state[parameter].items():
+        for name in self.start:
+            for key, value in self.optimiser.state[self.changing[name]].items():
                 tensors[f"optimiser/{key}/{name}"] = value
         write_tensors(self.path, tensors, {"step": str(step), "run": self.fingerprint})
 
@@ -421,9 +357,11 @@ class _State:
                 "remove the file to start anew"
             )
         try:
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"parameter/{name}"])
-                self.start[name].copy_(tensors[f"start/{name}"])
+            for name, value in self.changing.items():
+                value.copy_(tensors[f"parameter/{name}"])
+            for name, start in self.start.items():
+                start.copy_(tensors[f"start/{name}"])
+                parameter = self.changing[name]
                 self.optimiser.state[parameter] = {
                     key: self._like(tensors[f"optimiser/{key}/{name}"], parameter)
                     for key in ("step", "exp_avg", "exp_avg_sq")
@@ -436,7 +374,7 @@ class _State:
             raise SAMLError(f"{self.path}: damaged checkpoint ({error}); remove it") from error
 
     @staticmethod
-    def _like(value: Tensor, parameter: nn.Parameter) -> Any:
+    def _like(value: Tensor, parameter: Tensor) -> Any:
         return value.clone() if value.dim() == 0 else value.to(parameter.device).clone()
 
     def remove(self) -> None:

@@ -13,12 +13,13 @@ import torch
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models import training
+from saml_models import batches, training
 from saml_models.adaptation import adapt
 from saml_models.corpora import Utterance, load_corpus
+from saml_models.families import family_of
 from saml_models.storage import round_experts
 from saml_models.surgery import apply_saml, expert_parameters, routing_of
-from saml_models.training import Sample, TrainingOptions, fit, plan_batches
+from saml_models.training import Sample, TrainingOptions, fit
 
 OPTIONS = TrainingOptions(
     learning_rate=3e-3,
@@ -192,13 +193,13 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_en: Any, samples: list[Sampl
 def test_batches_hold_every_clip_once_an_epoch() -> None:
     seconds = [float(s) for s in np.random.default_rng(0).uniform(1, 20, 40)]
     options = TrainingOptions(epochs=2, batch_seconds=60.0, max_batch=5)
-    batches = plan_batches(seconds, options)
-    assert sorted(i for b in batches for i in b) == sorted([*range(40)] * 2)
-    for batch in batches:
+    planned = batches.plan_batches(seconds, options)
+    assert sorted(i for b in planned for i in b) == sorted([*range(40)] * 2)
+    for batch in planned:
         assert len(batch) <= 5
         assert (max(seconds[i] for i in batch) + 1.0) * len(batch) <= 60.0
-    assert plan_batches(seconds, options) == batches
-    assert plan_batches(seconds, replace(options, seed=1)) != batches
+    assert batches.plan_batches(seconds, options) == planned
+    assert batches.plan_batches(seconds, replace(options, seed=1)) != planned
 
 
 def test_schedule_warms_up_and_falls() -> None:
@@ -212,10 +213,11 @@ def test_schedule_warms_up_and_falls() -> None:
 
 def test_targets_leave_out_the_prompt_and_the_padding(tiny_en: Any, samples: list[Sample]) -> None:
     tokenizer = tiny_en[1].tokenizer
-    make_batch = training._BatchMaker(tiny_en[1], samples, OPTIONS)
+    family = family_of(tiny_en[0])
+    make_batch = batches.BatchMaker(family, tiny_en[1], samples, OPTIONS)
     *_, inputs, targets = make_batch(0, [0, 1])
     for row, sample in enumerate(samples):
-        kept = targets[row] != training.IGNORED
+        kept = targets[row] != batches.IGNORED
         text = tokenizer.decode(targets[row][kept])
         assert text == " " + sample.text + tokenizer.eos_token
         start = tokenizer.decode(inputs[row, : len(tokenizer.prefix_tokens)])

@@ -1,0 +1,136 @@
+"""Clips with their text -> the batches of training, each a pure function of its number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from saml_models.audio import SAMPLE_RATE
+from saml_models.families import Family
+
+if TYPE_CHECKING:
+    from saml_models.training import TrainingOptions
+
+__all__ = ["IGNORED", "BatchMaker", "Sample", "ahead", "plan_batches"]
+
+IGNORED = -100  # cross_entropy's own mark for positions without a target
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training clip: a function that loads it (float32, 16 kHz), its length and its text."""
+
+    load: Callable[[], np.ndarray]
+    seconds: float
+    text: str
+
+
+def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[list[int]]:
+    """Batches of clips of like length for all epochs, a pure function of its arguments."""
+    rng = random.Random(options.seed)
+    batches: list[list[int]] = []
+    for _ in range(options.epochs):
+        order = sorted(range(len(seconds)), key=lambda i: seconds[i] + rng.random())
+        epoch: list[list[int]] = []
+        current: list[int] = []
+        for i in order:
+            longest = max(seconds[j] for j in [*current, i]) + 1.0
+            full = longest * (len(current) + 1) > options.batch_seconds
+            if current and (full or len(current) >= options.max_batch):
+                epoch.append(current)
+                current = []
+            current.append(i)
+        epoch.append(current)
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches
+
+
+class BatchMaker:
+    """Audio and text of a batch -> tensors; step i always makes the same ones."""
+
+    def __init__(
+        self, family: Family, processor: Any, samples: Sequence[Sample], options: TrainingOptions
+    ) -> None:
+        self.family, self.processor = family, processor
+        self.samples, self.options = samples, options
+        self.texts = [family.token_ids(processor, s.text) for s in samples]
+        self.kept: dict[tuple[int, float], Tensor] = {}
+
+    def __call__(self, step: int, index: list[int]) -> tuple[Tensor, ...]:
+        """Features, the same without SpecAugment, mask, inputs and targets for `fit`."""
+        o, family = self.options, self.family
+        rng = random.Random(f"{o.seed}/{step}")
+        clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
+        clean, mask = family.collate(self.processor, clips, rng.choice(o.margins))
+        features = clean.clone()
+        _spec_augment(family.bands(features), [family.frames(c) for c in clips], rng, o)
+        texts = [self.texts[i] for i in index]
+        longest = max(len(ids) for ids, _ in texts)
+        inputs = torch.full((len(index), longest - 1), texts[0][0][-1])
+        targets = torch.full((len(index), longest - 1), IGNORED)
+        for row, (ids, prompt) in enumerate(texts):
+            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
+        return features, clean, mask, inputs, targets
+
+    def _prepared(self, i: int, speed: float) -> Tensor:
+        found = self.kept.get((i, speed))
+        if found is None:
+            clip = _at_speed(self.samples[i].load(), speed)
+            found = self.family.prepare(self.processor, clip)
+            if self.options.keep_prepared:
+                self.kept[i, speed] = found
+        return found
+
+
+def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
+    if speed == 1.0:
+        return clip
+    return soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
+
+
+def _spec_augment(
+    bands: Tensor, frames: list[int], rng: random.Random, options: TrainingOptions
+) -> None:
+    """Mask bands of mel bins and stretches of time by each clip's mean, in place.
+
+    Args:
+        bands: [B, mel bins, T].
+        frames: of each clip that hold audio.
+        rng: draws the masks.
+        options: says how many, and how wide.
+    """
+    bins = bands.shape[1]
+    for row, length in enumerate(frames):
+        clip = bands[row, :, :length]
+        mean, heard = clip.mean(), clip.shape[1]
+        for _ in range(options.freq_masks):
+            width = rng.randint(0, options.freq_width)
+            start = rng.randint(0, bins - width)
+            clip[start : start + width] = mean
+        for _ in range(options.time_masks):
+            width = rng.randint(0, int(min(100, heard * options.time_share)))
+            start = rng.randint(0, heard - width)
+            clip[:, start : start + width] = mean
+
+
+def ahead(
+    make: BatchMaker, todo: list[tuple[int, list[int]]]
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Make the next batch in a thread while the current one is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(make, *todo[0])] if todo else []
+        for position, (step, _) in enumerate(todo):
+            ready = pending.pop()
+            if position + 1 < len(todo):
+                pending.append(pool.submit(make, *todo[position + 1]))
+            yield step, ready.result()

@@ -1,0 +1,155 @@
+"""Kinds of models: what features, tokens, decoding and files ask of one.
+
+Whisper and the Conformer differ in what `Family` lists and in nothing else: surgery, training,
+adaptation, evaluation and the command line are the same code for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from saml_kernels.errors import SAMLError
+from saml_models.segments import Segment
+
+__all__ = ["Family", "Outputs", "family_named", "family_of"]
+
+Clip = npt.NDArray[np.float32]  # [samples] at 16 kHz
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says in training: `logits` [n, V] float32 at the positions asked for.
+
+    Where it has a CTC head, also `ctc` [B, T', V] float32 log-probabilities of the encoder's frames
+    (token `blank` is none of the text's), `ctc_lengths` [B] of them holding audio.
+    """
+
+    logits: Tensor
+    ctc: Tensor | None = None
+    ctc_lengths: Tensor | None = None
+    blank: int = 0
+
+
+class Family(Protocol):
+    """One kind of model. `model_type` is transformers' name for it, and the disk's."""
+
+    model_type: str
+    model_class: Any
+    config_class: Any
+
+    def prepare(self, processor: Any, clip: Clip) -> Tensor:
+        """What can be made of one clip alone, before it joins a batch."""
+
+    def frames(self, prepared: Tensor) -> int:
+        """Spectrogram frames that hold a prepared clip's audio."""
+
+    def collate(
+        self, processor: Any, prepared: Sequence[Tensor], margin: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a batch and a bool mask [B, frames], True where there is audio.
+
+        Args:
+            processor: of the model.
+            prepared: by `prepare`.
+            margin: seconds of silence after the longest clip, for models that hear padding; None
+                is the model's whole window.
+        """
+
+    def bands(self, features: Tensor) -> Tensor:
+        """A view of features as [B, mel bins, frames]."""
+
+    def token_ids(self, processor: Any, text: str) -> tuple[list[int], int]:
+        """The decoder's whole sequence for a text, and how many tokens of it are the prompt."""
+
+    def outputs(
+        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
+    ) -> Outputs:
+        """A training pass.
+
+        Args:
+            model: plain, or with SAML layers.
+            features, mask: as from `collate`.
+            inputs: token ids [B, L].
+            kept: bool [B, L], the positions whose logits are wanted.
+        """
+
+    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+        """The mask of `collate` at the encoder's frame rate: [B, T'] bool."""
+
+    def hear(
+        self,
+        model: Any,
+        processor: Any,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+    ) -> list[str]:
+        """The text of clips that fit the model's window, decoded together."""
+
+    def language_code(self, model: Any, language: str | None, task: str) -> str | None:
+        """The code of a language that `model` knows; None has to be detected.
+
+        Raises:
+            SAMLError: the model does not know the language or the task.
+        """
+
+    def detect_language(self, model: Any, processor: Any, clip: Clip) -> str:
+        """The code of the language a clip is in."""
+
+    def segments(
+        self,
+        model: Any,
+        processor: Any,
+        clip: Clip,
+        language: str,
+        *,
+        task: str,
+        beam_size: int,
+        words: bool,
+        on_progress: Callable[[float, float], None],
+    ) -> tuple[str, list[Segment]]:
+        """Text and segments of a recording of any length."""
+
+    def is_computed(self, name: str) -> bool:
+        """Whether a parameter may be left out of a file because `compute` gives its values."""
+
+    def compute(self, shape: torch.Size) -> Tensor:
+        """The values of a parameter that `is_computed`."""
+
+    def extent(self, config: Any) -> tuple[int, int]:
+        """Number of layers, and the largest table made without a file's bytes, that config asks."""
+
+    def load_processor(self, folder: Path) -> Any:
+        """The processor that was saved beside a model."""
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, by its configuration.
+
+    Raises:
+        SAMLError: it is of no family known here.
+    """
+    return family_named(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def family_named(model_type: Any) -> Family:
+    """The family of transformers' `model_type`.
+
+    Raises:
+        SAMLError: it is none of those known here.
+    """
+    # The implementations import transformers' models, which nothing else here has to wait for.
+    from saml_models.whisper_family import WhisperFamily
+
+    families: dict[Any, Callable[[], Family]] = {WhisperFamily.model_type: WhisperFamily}
+    if model_type not in families:
+        raise SAMLError(f"model type {model_type!r}: expected one of {', '.join(families)}")
+    return families[model_type]()

@@ -1,0 +1,173 @@
+"""Whisper, as `families.Family` asks: log-mel windows, prompt tokens, greedy and beam decoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    StoppingCriteriaList,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
+
+from saml_models.audio import SAMPLE_RATE
+from saml_models.families import Clip, Outputs
+from saml_models.limits import OwnLimits, token_limit
+from saml_models.segments import Segment
+from saml_models.whisper_longform import (
+    detect_language,
+    generate_segments,
+    is_multilingual,
+    language_code,
+    read_segments,
+)
+from saml_models.window import (
+    FRAMES_PER_SECOND,
+    FULL_WINDOW,
+    audio_mask,
+    audio_window,
+    log_mel,
+    own_windows,
+    window_frames,
+)
+
+__all__ = ["WhisperFamily"]
+
+MAX_SEQUENCE = 448  # positions of the decoder
+
+
+class WhisperFamily:
+    """See `Family`. A model whose experts were trained on short windows is given short ones."""
+
+    model_type = "whisper"
+    model_class: Any = WhisperForConditionalGeneration
+    config_class: Any = WhisperConfig
+
+    def prepare(self, processor: WhisperProcessor, clip: Clip) -> Tensor:
+        """The samples themselves: log-mel values depend on the window."""
+        return torch.from_numpy(clip)
+
+    def frames(self, prepared: Tensor) -> int:
+        """100 in a second."""
+        return max(1, len(prepared) * FRAMES_PER_SECOND // SAMPLE_RATE)
+
+    def collate(
+        self, processor: WhisperProcessor, prepared: Sequence[Tensor], margin: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-mel features [B, mel, T] and the mask of encoder frames [B, T / 2]."""
+        lengths = [len(clip) for clip in prepared]
+        frames = FULL_WINDOW if margin is None else window_frames(max(lengths), margin)
+        features = log_mel(processor, [clip.numpy() for clip in prepared], frames)
+        return features, audio_mask(lengths, frames)
+
+    def bands(self, features: Tensor) -> Tensor:
+        """As they are."""
+        return features
+
+    def token_ids(self, processor: WhisperProcessor, text: str) -> tuple[list[int], int]:
+        """Prompt, text and <|endoftext|>."""
+        tokenizer = processor.tokenizer
+        prompt = list(tokenizer.prefix_tokens)
+        words = tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
+        return [*prompt, *words, tokenizer.eos_token_id][:MAX_SEQUENCE], len(prompt)
+
+    def outputs(
+        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
+    ) -> Outputs:
+        """Logits at the kept positions only: the head is half of a small model."""
+        with audio_window(model, features.shape[-1]):
+            hidden = model.model(
+                input_features=features, decoder_input_ids=inputs, use_cache=False
+            ).last_hidden_state
+        return Outputs(model.proj_out(hidden[kept]).float())
+
+    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+        """The mask is of encoder frames already."""
+        return mask
+
+    def hear(
+        self,
+        model: Any,
+        processor: WhisperProcessor,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+    ) -> list[str]:
+        """Clips of up to 30 s, without timestamps."""
+        short = bool(getattr(model, "saml_short_windows", False))
+        routing = getattr(model, "saml_routing", None)
+        options: dict[str, Any] = {}
+        if is_multilingual(model):
+            options = {"language": language, "task": "transcribe"}
+        windows = [window_frames(len(c)) if short else FULL_WINDOW for c in clips]
+        limits = [token_limit(len(c)) for c in clips]
+        frames = max(windows)
+        features = log_mel(processor, list(clips), frames).to(model.device, model.dtype)
+        if routing is not None:
+            routing.mask = audio_mask([len(c) for c in clips], frames, model.device)
+        try:
+            with audio_window(model, frames), own_windows(model, features, windows):
+                tokens = model.generate(
+                    features,
+                    num_beams=beam_size,
+                    max_new_tokens=max(limits),
+                    stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+                    **options,
+                )
+        finally:
+            if routing is not None:
+                routing.mask = None
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def language_code(self, model: Any, language: str | None, task: str) -> str | None:
+        """Of a code or a name; English-only models know one."""
+        return language_code(model, language, task)
+
+    def detect_language(self, model: Any, processor: WhisperProcessor, clip: Clip) -> str:
+        """By the model's own first token."""
+        return detect_language(model, processor, clip)
+
+    def segments(
+        self,
+        model: Any,
+        processor: WhisperProcessor,
+        clip: Clip,
+        language: str,
+        *,
+        task: str,
+        beam_size: int,
+        words: bool,
+        on_progress: Callable[[float, float], None],
+    ) -> tuple[str, list[Segment]]:
+        """With timestamps, and openai-whisper's fallbacks."""
+        found = generate_segments(
+            model, processor, clip, language, task, beam_size, words, on_progress
+        )
+        return read_segments(found, processor.tokenizer, len(clip) / SAMPLE_RATE, language)
+
+    def is_computed(self, name: str) -> bool:
+        """The encoder's positions are sinusoids."""
+        return name.endswith("encoder.embed_positions.weight")
+
+    def compute(self, shape: torch.Size) -> Tensor:
+        """The encoder's positions, bit for bit: computed in float64, released as float16."""
+        length, channels = shape
+        rates = torch.exp(
+            -math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2).double()
+        )
+        angles = torch.arange(length).double().unsqueeze(1) * rates
+        return torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float16).float()
+
+    def extent(self, config: WhisperConfig) -> tuple[int, int]:
+        """Layers of both sides, and the encoder's positions."""
+        return config.encoder_layers + config.decoder_layers, config.max_source_positions
+
+    def load_processor(self, folder: Path) -> WhisperProcessor:
+        """Feature extractor and tokeniser."""
+        return WhisperProcessor.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,199 @@
+"""Whisper's languages, and recordings of any length with times, by transformers' generation."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+from saml_kernels.errors import SAMLError
+from saml_models.audio import SAMPLE_RATE
+from saml_models.segments import Segment, Word
+from saml_models.window import (
+    FRAMES_PER_SECOND,
+    FULL_WINDOW,
+    audio_mask,
+    audio_window,
+    log_mel,
+    window_frames,
+)
+
+__all__ = [
+    "detect_language",
+    "generate_segments",
+    "is_multilingual",
+    "language_code",
+    "read_segments",
+]
+
+WINDOW_SAMPLES = FULL_WINDOW * SAMPLE_RATE // FRAMES_PER_SECOND
+# openai-whisper's rules for a window that went wrong: try again at the next temperature.
+FALLBACK: dict[str, Any] = {
+    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    "compression_ratio_threshold": 1.35,  # of token ids, as transformers counts; 2.4 of the text
+    "logprob_threshold": -1.0,
+    "no_speech_threshold": 0.6,
+}
+_UNSPACED = {"zh", "ja", "th", "lo", "my", "yue"}  # written without spaces between words
+
+
+def is_multilingual(model: WhisperForConditionalGeneration) -> bool:
+    """Whether the model has to be told a language."""
+    return bool(getattr(model.generation_config, "is_multilingual", False))
+
+
+def _languages(model: WhisperForConditionalGeneration) -> dict[str, int]:
+    """Codes of the languages a multilingual model knows, and their tokens."""
+    tokens: dict[str, int] = getattr(model.generation_config, "lang_to_id", {})
+    return {name.strip("<|>"): number for name, number in tokens.items()}
+
+
+def language_code(
+    model: WhisperForConditionalGeneration, language: str | None, task: str
+) -> str | None:
+    """The code of a language that `model` knows; None has to be detected."""
+    if task not in ("transcribe", "translate"):
+        raise SAMLError(f"task: {task!r}; expected 'transcribe' or 'translate'")
+    code = None
+    if language is not None:
+        name = language.strip().lower()
+        code = name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name)
+        if code is None:
+            raise SAMLError(f"language: {language!r} is unknown; expected a code such as en or de")
+    if is_multilingual(model):
+        if code is not None and code not in _languages(model):
+            raise SAMLError(f"language: this model does not know {code!r}; use a larger Whisper")
+        return code
+    if code not in (None, "en") or task == "translate":
+        asked = "translation" if task == "translate" else f"{LANGUAGES[str(code)]} ({code})"
+        raise SAMLError(f"language: {asked} asked of an English-only model; use a multilingual one")
+    return "en"
+
+
+@torch.inference_mode()
+def detect_language(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, clip: npt.NDArray[Any]
+) -> str:
+    """The code of the language that a clip (float32 [samples], 16 kHz) begins in."""
+    features = log_mel(processor, [clip[:WINDOW_SAMPLES]], FULL_WINDOW)
+    token = int(model.detect_language(features.to(model.device, model.dtype))[0])
+    return {number: code for code, number in _languages(model).items()}[token]
+
+
+@torch.inference_mode()
+def generate_segments(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    clip: npt.NDArray[np.float32],
+    language: str,
+    task: str,
+    beam_size: int,
+    words: bool,
+    on_progress: Callable[[float, float], None],
+) -> list[dict[str, Any]]:
+    """Segments as transformers gives them; a recording beyond 30 s is decoded window by window."""
+    routing = getattr(model, "saml_routing", None)
+    options: dict[str, Any] = dict(FALLBACK)
+    if is_multilingual(model):
+        options |= {"language": language, "task": task}
+    frames = FULL_WINDOW
+    if len(clip) > WINDOW_SAMPLES:
+        found = processor.feature_extractor(
+            clip,
+            sampling_rate=SAMPLE_RATE,
+            return_tensors="pt",
+            padding="longest",
+            truncation=False,
+            return_attention_mask=True,
+        )
+        features: Tensor = found.input_features
+        options["attention_mask"] = found.attention_mask.to(model.device)
+    else:
+        if getattr(model, "saml_short_windows", False):
+            frames = window_frames(len(clip))
+        features = log_mel(processor, [clip], frames)
+        if routing is not None:
+            routing.mask = audio_mask([len(clip)], frames, model.device)
+    seconds = len(clip) / SAMPLE_RATE
+
+    def monitor(position: Tensor) -> None:  # [1, 2]: frames done and in all
+        on_progress(min(seconds, float(position[0, 0]) / FRAMES_PER_SECOND), seconds)
+
+    options["monitor_progress"] = monitor
+    attention = model.config._attn_implementation
+    accelerators = [model.device] if model.device.type == "cuda" else []
+    try:
+        with audio_window(model, frames), torch.random.fork_rng(accelerators):
+            torch.manual_seed(0)  # the fallback samples; the same speech gives the same text
+            result = model.generate(
+                features.to(model.device, model.dtype),
+                num_beams=beam_size,
+                return_timestamps=True,
+                return_segments=True,
+                return_token_timestamps=words or None,
+                condition_on_prev_tokens=True,
+                **options,
+            )
+    finally:
+        # Word times make transformers switch to eager attention for good.
+        model.config._attn_implementation = attention
+        if routing is not None:
+            routing.mask = None
+    return list(result["segments"][0])
+
+
+def read_segments(
+    found: list[dict[str, Any]], tokenizer: Any, seconds: float, language: str
+) -> tuple[str, list[Segment]]:
+    """The whole text, and segments within the recording; what was heard in padding is dropped."""
+    segments: list[Segment] = []
+    texts = []
+    for part in found:
+        tokens = part["tokens"].tolist()
+        # Text tokens come before <|endoftext|> in Whisper's vocabularies, all others after it.
+        text = tokenizer.decode([t for t in tokens if t < tokenizer.eos_token_id])
+        start, end = (min(round(float(part[key]), 3), seconds) for key in ("start", "end"))
+        if not text.strip() or start >= seconds:
+            continue
+        words = None
+        if "token_timestamps" in part:
+            times = [min(float(t), seconds) for t in part["token_timestamps"]]
+            words = _words(tokens, times, start, tokenizer, language)
+            start, end = words[0].start, words[-1].end
+        segments.append(Segment(len(segments), start, max(start, end), text.strip(), words))
+        texts.append(text)
+    return "".join(texts).strip(), segments
+
+
+def _words(
+    tokens: list[int], ends: list[float], start: float, tokenizer: Any, language: str
+) -> list[Word]:
+    """Group a segment's text tokens into words; `ends` says when each token ends."""
+    words: list[Word] = []
+    pending: list[int] = []
+    begin = start
+    for token, end in zip(tokens, ends, strict=False):
+        if token >= tokenizer.eos_token_id:
+            continue
+        pending.append(token)
+        piece = tokenizer.decode(pending)
+        if "\ufffd" in piece:  # a character whose bytes are spread over several tokens
+            continue
+        pending = []
+        end = max(round(end, 3), begin)
+        mark = all(unicodedata.category(c)[0] == "P" for c in piece)
+        if words and mark:
+            words[-1] = Word(words[-1].start, words[-1].end, words[-1].word + piece)
+        elif words and not piece.startswith(" ") and language not in _UNSPACED:
+            words[-1] = Word(words[-1].start, end, words[-1].word + piece)
+        else:
+            words.append(Word(begin, end, piece))
+        begin = end
+    return words or [Word(start, start, tokenizer.decode(pending))]
