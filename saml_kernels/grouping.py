@@ -6,13 +6,68 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gradients, experts_backward, experts_forward
+from saml_kernels.reference import Gradients, experts_backward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "logits"]
+
+
+FEW_ROWS = 256  # up to here a copy of each row's experts costs less than a product for each group
+
+
+class Runs:
+    """Rows in stretches of one speaker each: the products of a stretch are one matrix product."""
+
+    def __init__(self, speakers: Tensor, count: int) -> None:
+        """The stretches of `speakers` (int32 [M]), of whom there are `count`.
+
+        Raises:
+            SAMLError: a speaker index is out of range.
+        """
+        self.rows, self.order = len(speakers), None
+        self.found, lengths = speakers.unique_consecutive(return_counts=True)
+        self.lengths: list[int] = lengths.tolist()
+        self.names: list[int] = self.found.tolist()
+        wrong = [s for s in self.names if not 0 <= s < count]
+        if wrong:
+            raise SAMLError(
+                f"speakers: holds {wrong[0]}; expected 0..{count - 1} for these experts"
+            )
+        self.even = len(set(self.lengths)) <= 1
+        if not self.even and self.rows <= FEW_ROWS:
+            self.found, self.names, self.even = speakers, speakers.tolist(), True
+        elif not self.even and len(self.names) > count:
+            self.order = speakers.argsort(stable=True)
+            self.lengths = speakers.bincount(minlength=count).tolist()
+            self.names = list(range(count))
+        self.everyone_once = self.names == list(range(count))
+
+    def product(self, x: Tensor, stacks: Tensor) -> Tensor:
+        """Each row by the transpose of its speaker's matrix: [M, K] and [S, n, K] -> [M, n]."""
+        if not self.rows:
+            return x.new_empty(0, stacks.shape[1])
+        if self.even:
+            own = stacks if self.everyone_once else stacks[self.found]
+            return (x.unflatten(0, (len(own), -1)) @ own.transpose(1, 2)).flatten(0, 1)
+        sorted_x = x if self.order is None else x[self.order]
+        pairs = zip(sorted_x.split(self.lengths), self.names, strict=True)
+        y = torch.cat([F.linear(part, stacks[s]) for part, s in pairs])
+        return y if self.order is None else y[self.order.argsort()]
+
+
+def logits(x: Tensor, router: Tensor, speakers: Tensor) -> Tensor:
+    """x V_s^T, s the speaker of a row: x [..., K], router [S, E, K], speakers [...] -> [..., E].
+
+    Raises:
+        SAMLError: a speaker index is out of range.
+    """
+    index = speakers.expand(x.shape[:-1]).reshape(-1)
+    found = Runs(index, len(router)).product(x.reshape(-1, x.shape[-1]), router)
+    return found.view(*x.shape[:-1], router.shape[1])
 
 
 def forward(
@@ -31,10 +86,15 @@ def forward(
     Raises:
         SAMLError: a speaker index is out of range.
     """
+    runs = Runs(speakers, len(lora_a))
+    if len(set(runs.names)) == 1:
+        s = runs.names[0]
+        return backend.forward(x, weight, lora_a[s], lora_b[s], gates, bias, scaling)
     y = backend.forward(x, weight, *_none(lora_a, lora_b, gates), bias, scaling)
-    for s, rows in _groups(speakers, len(lora_a)):
-        y[rows] += scaling * experts_forward(x[rows], lora_a[s], lora_b[s], gates[rows])
-    return y
+    hidden = runs.product(x, lora_a.flatten(1, 2))
+    hidden = hidden * (scaling * gates).repeat_interleave(lora_a.shape[2], dim=-1)
+    # [S, N, E * r]: no copy where the memory is laid out as [S, N, E, r].
+    return y + runs.product(hidden, lora_b.transpose(1, 2).flatten(2))
 
 
 def backward(

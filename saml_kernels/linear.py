@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saml_kernels import grouping, reference
 from saml_kernels.config import SAMLConfig
+from saml_kernels.errors import SAMLError
 from saml_kernels.ops import autocast_dtype, saml_linear, saml_linear_routed
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.routing import Routing, SpeakerRouter, TokenRouter, UtteranceRouter
 
-__all__ = ["BlockGates", "SAMLLinear", "SAMLPointwiseConv1d"]
+__all__ = ["BlockGates", "SAMLLinear", "SAMLPointwiseConv1d", "Voices"]
 
 
 @dataclass
@@ -22,6 +24,24 @@ class BlockGates:
     """Gates [B, 1, E] that one attention block's layers share (router="shared")."""
 
     gates: Tensor | None = None
+
+
+@dataclass
+class Voices:
+    """The experts of S speakers, used by one layer in place of its own; frozen.
+
+    Attributes:
+        lora_a: [S, E, r, K].
+        lora_b: [S, E, N, r]; on the CPU best laid out in memory as [S, N, E, r].
+        router: [S, E, K], [S, E, d] or [S, E]: the weights of a token, utterance or speaker router.
+        offset: [S, E], added to the router's logits, -inf for an expert that a speaker has not; or
+            None.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    router: Tensor
+    offset: Tensor | None = None
 
 
 class SAMLLinear(nn.Module):
@@ -32,7 +52,10 @@ class SAMLLinear(nn.Module):
         bias: frozen [N] or None.
         lora_a: parameter [E, r, K]; lora_b: parameter [E, N, r].
         router: from x to the gates, or None when the gates come from `block`.
+        voices: many speakers' experts; which of them a clip uses, `routing.speakers` says.
     """
+
+    voices: Voices | None = None
 
     def __init__(
         self,
@@ -142,16 +165,21 @@ class SAMLLinear(nn.Module):
         """x [..., K] -> [..., N]."""
         x = x.to(autocast_dtype(x) or x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.voices is not None:
+            rows = x if x.dim() > 2 else x.unsqueeze(-2)
+            y = self._of_many(rows, bias, self.voices)
+            return y.view(*x.shape[:-1], self.out_features)
         lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
         if len(lora_a) == 0:
             return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
         c, scaling = self.config, self.config.scaling
         dropping = self.training and c.dropout > 0
         balancing = self.training and c.balance > 0  # needs the router's own probabilities
-        if isinstance(self.router, TokenRouter) and not dropping and not balancing:
-            router = self.router.weight.to(x.dtype)
+        router = self.router if isinstance(self.router, TokenRouter) else None
+        if router is not None and router.offset is None and not dropping and not balancing:
+            weight = router.weight.to(x.dtype)
             return saml_linear_routed(
-                x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature
+                x, self.weight, lora_a, lora_b, weight, bias, scaling, c.top_k, c.temperature
             )
         gates = self.gates(x).to(x.dtype)
         if self.config.mix == "sum" and not dropping:
@@ -162,6 +190,31 @@ class SAMLLinear(nn.Module):
         seen = F.dropout(x, self.config.dropout, self.training)
         experts = _merged if self.config.mix == "merged" else _summed
         return base + scaling * experts(seen, lora_a, lora_b, gates)
+
+    def _of_many(self, x: Tensor, bias: Tensor | None, voices: Voices) -> Tensor:
+        """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
+        c, scaling, index = self.config, self.config.scaling, self.routing.speakers_of(x)
+        lora_a, lora_b = voices.lora_a.to(x.dtype), voices.lora_b.to(x.dtype)
+        router = voices.router.to(x.dtype)
+        if isinstance(self.router, TokenRouter) and voices.offset is None:
+            return saml_linear_routed(
+                x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,
+                speakers=index,
+            )  # fmt: skip
+        if isinstance(self.router, TokenRouter | UtteranceRouter):
+            logits = grouping.logits(self.router.seen(x), router, index)
+        elif self.router is not None:
+            logits = router[index]
+        else:
+            raise SAMLError("voices: a shared router cannot be another one for each row")
+        if voices.offset is not None:
+            logits = logits + voices.offset[index].to(logits)
+        gates = reference.gates_from_logits(logits, c.top_k, c.temperature).to(x.dtype)
+        if c.mix == "sum":
+            return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)
+        base = saml_linear(x, self.weight, lora_a[0, :0], lora_b[0, :0], x.new_empty(0), bias)
+        own = index.flatten()
+        return base + scaling * _merged(x, lora_a[own], lora_b[own], gates)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -180,10 +233,14 @@ def _summed(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
 
 
 def _merged(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
-    """(sum_e g_e B_e)(sum_e g_e A_e) x: x [B, T, K], gates [B or 1, 1, E] -> [B, T, N]."""
+    """(sum_e g_e B_e)(sum_e g_e A_e) x: x [B, T, K], gates [B or 1, 1, E] -> [B, T, N].
+
+    The experts are [E, ...], or [B, E, ...] where each clip has its own.
+    """
     rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
     clip = gates.reshape(-1, gates.shape[-1])
-    a, b = torch.einsum("be,erk->brk", clip, lora_a), torch.einsum("be,enr->bnr", clip, lora_b)
+    own = (t if t.dim() == 4 else t.unsqueeze(0) for t in (lora_a, lora_b))
+    a, b = (torch.einsum("be,beij->bij", clip, t) for t in own)
     return (rows @ a.transpose(1, 2) @ b.transpose(1, 2)).reshape(*x.shape[:-1], b.shape[1])
 
 

@@ -190,7 +190,12 @@ def saml_linear_routed(
         )
     name = choose_backend(x, weight, backend)
     if not getattr(BACKENDS[name], "ROUTING", False) or experts == 0:
-        gates = reference.route(x, router, top_k, temperature, speakers)
+        # Grouping looks at the index, which a compiler cannot trace.
+        if speakers is None or experts == 0 or torch.compiler.is_compiling():
+            gates = reference.route(x, router, top_k, temperature, speakers)
+        else:
+            logits = grouping.logits(x, router, speakers)
+            gates = reference.gates_from_logits(logits, top_k, temperature).to(x.dtype)
         return saml_linear(x, weight, lora_a, lora_b, gates, bias, scaling, backend, speakers)
     _check(x, weight, lora_a, lora_b, x.new_empty(experts), bias, speakers)
     lead = x.shape[:-1]

@@ -27,11 +27,20 @@ class Routing:
         mask: [B, T] bool, True where an encoder frame holds audio; None means everywhere.
         clip: [B, d], the mean of the encoder's output over the audio, for the decoder's routers.
         balance: load-balancing terms of this pass (scalars), one per routed layer.
+        speakers: [B] int32, which of a layer's `Voices` each clip uses.
     """
 
     mask: Tensor | None = None
     clip: Tensor | None = None
     balance: list[Tensor] = field(default_factory=list)
+    speakers: Tensor | None = None
+
+    def speakers_of(self, x: Tensor) -> Tensor:
+        """Whose each row of x [rows, T, K] is, as [rows, 1]; beams of a clip lie side by side."""
+        if self.speakers is None or x.shape[0] % len(self.speakers):
+            have = "none" if self.speakers is None else len(self.speakers)
+            raise SAMLError(f"speakers: {have} for {x.shape[0]} rows; expected one for each clip")
+        return self.speakers.repeat_interleave(x.shape[0] // len(self.speakers)).unsqueeze(1)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask for audio x [B, T, d], repeated for beams (those of a clip lie side by side).
@@ -80,23 +89,47 @@ def gates_from_logits(
     return reference.gates_from_logits(logits, config.top_k, config.temperature).to(logits.dtype)
 
 
-class TokenRouter(nn.Module):
+class Router(nn.Module):
+    """What the routers of single layers have in common.
+
+    Attributes:
+        weight: parameter; its last dimension is what the router looks at.
+        offset: [E] added to the logits, or None; no part of the state, so that a saved model keeps
+            its router as it was trained. A speaker's profile of kind "gates" is made of these.
+    """
+
+    weight: nn.Parameter
+    offset: Tensor | None = None
+
+    def __init__(self, config: SAMLConfig, routing: Routing) -> None:
+        super().__init__()
+        self.config, self.routing = config, routing
+
+    def gates(self, logits: Tensor) -> Tensor:
+        """[..., E] -> [..., E]."""
+        if self.offset is not None:
+            logits = logits + self.offset.to(logits)
+        return gates_from_logits(logits, self.config, self.routing, self.training)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the router's linear map is applied to, for x [..., K]."""
+        return x
+
+
+class TokenRouter(Router):
     """Gates of each token from a linear map of it: x [..., K] -> [..., E]."""
 
     def __init__(self, in_features: int, config: SAMLConfig, routing: Routing) -> None:
-        super().__init__()
-        self.config, self.routing = config, routing
+        super().__init__(config, routing)
         # Zero start: every expert begins with the same share, and the gradient breaks the tie.
         self.weight = nn.Parameter(torch.zeros(config.num_experts, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> gates [..., E]."""
-        return gates_from_logits(
-            F.linear(x, self.weight.to(x.dtype)), self.config, self.routing, self.training
-        )
+        return self.gates(F.linear(x, self.weight.to(x.dtype)))
 
 
-class UtteranceRouter(nn.Module):
+class UtteranceRouter(Router):
     """One gate vector per clip: x [B, T, K] -> [B, 1, E].
 
     An encoder layer pools its own input over the clip. A decoder layer cannot (cached decoding
@@ -111,33 +144,34 @@ class UtteranceRouter(nn.Module):
         clip_width: int | None = None,
     ) -> None:
         """A router for x of width `in_features`, or for encoded clips of width `clip_width`."""
-        super().__init__()
-        self.config, self.routing, self.from_clip = config, routing, clip_width is not None
+        super().__init__(config, routing)
+        self.from_clip = clip_width is not None
         self.weight = nn.Parameter(torch.zeros(config.num_experts, clip_width or in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, K] -> gates [B, 1, E]."""
-        batched = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-        if self.from_clip:
-            pooled = self.routing.for_rows(batched.shape[0])
-        else:
-            pooled = self.routing.pooled(batched)
-        logits = F.linear(pooled, self.weight.to(pooled.dtype)).unsqueeze(1)
-        gates = gates_from_logits(logits, self.config, self.routing, self.training).to(x.dtype)
+        pooled = self.seen(x)
+        gates = self.gates(F.linear(pooled, self.weight.to(pooled.dtype))).to(x.dtype)
         return gates if x.dim() == 3 else gates.reshape(*[1] * (x.dim() - 1), -1)
 
+    def seen(self, x: Tensor) -> Tensor:
+        """x [B, T, K] -> the clips' vectors [B, 1, K or d]."""
+        batched = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        if self.from_clip:
+            return self.routing.for_rows(batched.shape[0]).unsqueeze(1)
+        return self.routing.pooled(batched).unsqueeze(1)
 
-class SpeakerRouter(nn.Module):
+
+class SpeakerRouter(Router):
     """A fixed learnt vector: the gates of one speaker, whatever is said."""
 
     def __init__(self, config: SAMLConfig, routing: Routing) -> None:
-        super().__init__()
-        self.config, self.routing = config, routing
+        super().__init__(config, routing)
         self.weight = nn.Parameter(torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> gates [1, ..., E], to be broadcast."""
-        gates = gates_from_logits(self.weight, self.config, self.routing, self.training)
+        gates = self.gates(self.weight)
         return gates.to(x.dtype).reshape(*[1] * (x.dim() - 1), -1)
 
 
