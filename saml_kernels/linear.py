@@ -14,7 +14,7 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.ops import autocast_dtype, saml_linear, saml_linear_routed
 from saml_kernels.quant import QuantizedTensor, quantize
-from saml_kernels.routing import Routing, SpeakerRouter, TokenRouter, UtteranceRouter
+from saml_kernels.routing import Router, Routing, SpeakerRouter, TokenRouter, UtteranceRouter
 
 __all__ = ["BlockGates", "SAMLLinear", "SAMLPointwiseConv1d", "Voices"]
 
@@ -89,7 +89,7 @@ class SAMLLinear(nn.Module):
         nn.init.normal_(self.lora_a, std=1 / math.sqrt(self.in_features))
         self.router = self._make_router(clip_width) if experts else None
 
-    def _make_router(self, clip_width: int | None) -> nn.Module | None:
+    def _make_router(self, clip_width: int | None) -> Router | None:
         if self.config.router == "token":
             return TokenRouter(self.in_features, self.config, self.routing)
         if self.config.router == "speaker":

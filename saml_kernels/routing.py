@@ -16,7 +16,7 @@ from saml_kernels import reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
 
-__all__ = ["Routing", "SharedRouter", "SpeakerRouter", "TokenRouter", "UtteranceRouter"]
+__all__ = ["Router", "Routing", "SharedRouter", "SpeakerRouter", "TokenRouter", "UtteranceRouter"]
 
 
 @dataclass

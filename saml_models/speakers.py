@@ -1,8 +1,11 @@
 """`SpeakerProfile`: what one speaker's adaptation learnt, in one small safetensors file.
 
-The tensors are the experts and routers as `storage.pack_experts` stores them. The header names the
-base model by the hash of its frozen weights, says how and when the profile was made (counts and
-seconds, not the words), and carries a checksum of the tensors.
+There are two kinds. `experts` holds the speaker's own experts and routers, as
+`storage.pack_experts` stores them; pruned, those that the speaker uses. `gates` holds nothing but
+an offset [E] to each router's logits, a few hundred bytes, beside the experts of the model.
+
+The header names the base model by the hash of its frozen weights, says how and when the profile was
+made (counts and seconds, not the words), and carries a checksum of all of it.
 """
 
 from __future__ import annotations
@@ -10,54 +13,100 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from saml_kernels.errors import SAMLError
 from saml_models.storage import (
+    experts_hash,
     pack_experts,
     read_tensors,
+    tensors_hash,
     unpack_expert,
     weight_hash,
     write_tensors,
 )
-from saml_models.surgery import config_of, expert_parameters
+from saml_models.surgery import config_of, expert_parameters, routed_layers, routers_of
 
-__all__ = ["SpeakerProfile"]
+__all__ = ["SpeakerProfile", "kept_experts"]
 
-KIND = "saml-speaker-profile"
-VERSION = 1
+FILE = "saml-speaker-profile"
+VERSION = 2
+KINDS = ("experts", "gates")
+GATES = "gates"  # the tensor of a profile of that kind
+EMBEDDING = "embedding"  # in the file, beside the tensors
 
 
 @dataclass(frozen=True)
 class SpeakerProfile:
-    """Experts and routers of one speaker (or, as `pretrained`, of many) for one base model.
+    """What one speaker (or, as `pretrained`, many) taught a base model.
 
     Attributes:
-        tensors: as stored; names are those of `surgery.expert_parameters`.
+        tensors: of kind "experts" as stored, by the names of `surgery.expert_parameters`; of kind
+            "gates" one, float16 [layers, E], in the order of `surgery.routed_layers`.
         weight_hash: SHA-256 of the base model's frozen weights.
         config: `SAMLConfig.to_dict()` of the model it fits.
-        about: free facts for people: speaker, date, utterances, seconds, losses.
+        about: facts for people: speaker, date, method, utterances, seconds, losses, WER.
+        kind: "experts" or "gates".
+        beside: of kind "gates": the hash of the experts whose gates these are.
+        kept: of a pruned profile: the experts that are left, by layer; a layer that is not named
+            has them all.
+        embedding: float16 [layers, d], how the speaker sounds (`identification.embed`), or None.
     """
 
     tensors: dict[str, Tensor]
     weight_hash: str
     config: dict[str, Any]
     about: dict[str, Any] = field(default_factory=dict)
+    kind: Literal["experts", "gates"] = "experts"
+    beside: str = ""
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    embedding: Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, /, **about: Any) -> SpeakerProfile:
-        """The experts that are in `model` now."""
+        """The experts that are in `model` now.
+
+        Raises:
+            SAMLError: the model speaks with a pruned profile.
+        """
         config = config_of(model)
+        if any(len(x.lora_a) != config.num_experts for x in routed_layers(model).values()):
+            raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
         tensors = pack_experts(expert_parameters(model), config.expert_format)
         about.setdefault("short_windows", bool(getattr(model, "saml_short_windows", False)))
         return cls(tensors, weight_hash(model), config.to_dict(), about)
+
+    @classmethod
+    def of_gates(cls, model: nn.Module, /, **about: Any) -> SpeakerProfile:
+        """The offsets that are in the routers of `model` now; those that are not there count as 0.
+
+        Raises:
+            SAMLError: the layers have no routers of their own.
+        """
+        config, routers = config_of(model), routers_of(model)
+        if not routers:
+            raise SAMLError("gates: the layers have no router of their own; learn experts instead")
+        rows = [
+            torch.zeros(config.num_experts) if offset is None else offset.detach().float().cpu()
+            for offset in (router.offset for router in routers.values())
+        ]
+        about.setdefault("short_windows", bool(getattr(model, "saml_short_windows", False)))
+        return cls(
+            {GATES: torch.stack(rows).to(torch.float16)},
+            weight_hash(model),
+            config.to_dict(),
+            about,
+            kind="gates",
+            beside=experts_hash(model),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -67,11 +116,12 @@ class SpeakerProfile:
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of the tensors: recorded with every transcript made with them."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_hash(self.tensors)
+
+    @property
+    def name(self) -> str:
+        """Of the speaker."""
+        return str(self.about.get("speaker", "?"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically.
@@ -80,14 +130,20 @@ class SpeakerProfile:
             SAMLError: the file cannot be written.
         """
         header = {
-            "kind": KIND,
+            "kind": FILE,
             "version": VERSION,
+            "profile": self.kind,
             "weight_hash": self.weight_hash,
             "config": self.config,
             "about": self.about,
-            "checksum": self.hash,
+            "beside": self.beside,
+            "kept": self.kept,
         }
-        write_tensors(Path(path), self.tensors, {"saml": json.dumps(header)})
+        stored = dict(self.tensors)
+        if self.embedding is not None:
+            stored[EMBEDDING] = self.embedding
+        header["checksum"] = _checksum(stored, header)
+        write_tensors(Path(path), stored, {"saml": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SpeakerProfile:
@@ -99,18 +155,30 @@ class SpeakerProfile:
         tensors, metadata = read_tensors(path)
         try:
             header = json.loads(metadata.get("saml", "null"))
-            if not isinstance(header, dict) or header.get("kind") != KIND:
+            if not isinstance(header, dict) or header.get("kind") != FILE:
                 raise SAMLError(f"{path}: is no speaker profile; `saml adapt` makes one")
-            if header["version"] != VERSION:
+            if header["version"] not in (1, VERSION):
                 raise SAMLError(f"{path}: profile version {header['version']}; expected {VERSION}")
-            config, about = header["config"], header["about"]
-            profile = cls(tensors, str(header["weight_hash"]), dict(config), dict(about))
-            checksum = header["checksum"]
-        except (ValueError, KeyError, TypeError) as error:
+            checksum, kind = header.pop("checksum"), header.get("profile", "experts")
+            # Version 1 knew experts only, and its checksum left the notes out.
+            notes = header if header["version"] == VERSION else None
+            whole = checksum == _checksum(tensors, notes) and kind in KINDS
+            kept = {str(k): [int(e) for e in v] for k, v in header.get("kept", {}).items()}
+            profile = cls(
+                {name: t for name, t in tensors.items() if name != EMBEDDING},
+                str(header["weight_hash"]),
+                dict(header["config"]),
+                dict(header["about"]),
+                kind,
+                str(header.get("beside", "")),
+                kept,
+                tensors.get(EMBEDDING),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, SAMLError):
                 raise
             raise SAMLError(f"{path}: the profile's header is damaged ({error})") from error
-        if profile.hash != checksum:
+        if not whole:
             raise SAMLError(f"{path}: checksum does not match; the file was altered or damaged")
         return profile
 
@@ -133,19 +201,57 @@ class SpeakerProfile:
                 "profile: made for another model (its base weights have another hash); load the "
                 f"model it names: {self.about.get('model', 'unknown')}"
             )
+        if self.kind == "gates" and self.beside != experts_hash(model):
+            raise SAMLError(
+                "profile: its gates belong to other experts than the model's; start from those "
+                "that it was made with"
+            )
+
+    def experts(self, model: nn.Module) -> dict[str, Tensor]:
+        """Float32 experts and routers by parameter name, of the shapes of those that are kept.
+
+        Raises:
+            SAMLError: they do not fit the model, or are damaged.
+        """
+        count, found = config_of(model).num_experts, {}
+        for name, parameter in expert_parameters(model).items():
+            shape, layer = parameter.shape, _layer(name)
+            if layer != name:  # not the routers that layers share
+                kept = self.kept.get(layer, range(count))
+                if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(count)):
+                    raise SAMLError(f"{layer}: cannot keep the experts {kept} out of {count}")
+                shape = torch.Size([len(kept), *shape[1:]])
+            found[name] = unpack_expert(self.tensors, name, shape)
+        return found
+
+    def offsets(self, model: nn.Module) -> dict[str, Tensor]:
+        """Float32 offset [E] of each routed layer, by its name.
+
+        Raises:
+            SAMLError: they do not fit the model, or are damaged.
+        """
+        layers = routed_layers(model)
+        shape = torch.Size([len(layers), config_of(model).num_experts])
+        return dict(zip(layers, unpack_expert(self.tensors, GATES, shape), strict=True))
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Put these experts into `model` in place of its own; the base weights are not touched.
+        """Let `model` speak with this profile; the base weights are not touched.
 
         Raises:
             SAMLError: the profile was made for another model.
         """
         self.check(model)
-        parameters = expert_parameters(model)
-        values = {n: unpack_expert(self.tensors, n, p.shape) for n, p in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+        if self.kind == "gates":
+            offsets = self.offsets(model)
+            for name, router in routers_of(model).items():
+                router.offset = offsets[name].to(router.weight.device)
+        else:
+            values = self.experts(model)
+            for name, parameter in expert_parameters(model).items():
+                _put(parameter, values[name])
+            for router in routers_of(model).values():
+                router.offset = None
         model.saml_short_windows = bool(self.about.get("short_windows"))  # type: ignore[assignment]
 
     @contextmanager
@@ -159,14 +265,37 @@ class SpeakerProfile:
 
 @contextmanager
 def kept_experts(model: nn.Module) -> Iterator[None]:
-    """Whatever the block does to the experts, they are as before when it ends."""
-    parameters = expert_parameters(model)
-    before = {n: p.detach().clone() for n, p in parameters.items()}
+    """Whatever the block does to experts and gates, they are as before when it ends."""
+    before = [(p, p.detach().clone()) for p in expert_parameters(model).values()]
+    offsets = [(router, router.offset) for router in routers_of(model).values()]
     short = getattr(model, "saml_short_windows", False)
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name])
+            for parameter, value in before:
+                _put(parameter, value)
+        for router, offset in offsets:
+            router.offset = offset
         model.saml_short_windows = short  # type: ignore[assignment]
+
+
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a value into a parameter, of which pruning may leave fewer experts."""
+    if parameter.shape == value.shape:
+        parameter.copy_(value)
+    else:
+        parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def _layer(parameter: str) -> str:
+    """The layer that a parameter of `expert_parameters` belongs to."""
+    return re.sub(r"\.(lora_[ab]|router\.weight)$", "", parameter)
+
+
+def _checksum(tensors: dict[str, Tensor], notes: dict[str, Any] | None) -> str:
+    """SHA-256 (hex) of the tensors and of what is said about them."""
+    if notes is None:
+        return tensors_hash(tensors)
+    text = json.dumps(notes, sort_keys=True)
+    return hashlib.sha256(f"{tensors_hash(tensors)} {text}".encode()).hexdigest()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,16 @@ from saml_models.surgery import (
     quantised_tensors,
 )
 
-__all__ = ["load_saml", "pack_experts", "read_tensors", "round_experts", "save_saml", "weight_hash"]
+__all__ = [
+    "experts_hash",
+    "load_saml",
+    "pack_experts",
+    "read_tensors",
+    "round_experts",
+    "save_saml",
+    "tensors_hash",
+    "weight_hash",
+]
 
 VERSION = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "saml.json"
@@ -110,13 +121,58 @@ def round_experts(model: nn.Module) -> None:
 
 
 def weight_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the frozen low-bit weights: the identity of a base model."""
+    """SHA-256 (hex) of the frozen low-bit weights: the identity of a base model.
+
+    Computed once and again after a weight has changed or moved.
+    """
+    weights = sorted(quantised_tensors(model).items())
+    parts = [part for _, tensor in weights for part in (tensor.codes, tensor.absmax)]
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for name, tensor in weights:
+            digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())
+            for part in (tensor.codes, tensor.absmax):
+                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    return _remembered(model, "saml_weight_hash", parts, compute)
+
+
+def experts_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the experts and routers that are in `model` now, as they are stored."""
+    experts, config = expert_parameters(model), config_of(model)
+
+    def compute() -> str:
+        return tensors_hash(pack_experts(experts, config.expert_format))
+
+    return _remembered(model, "saml_experts_hash", list(experts.values()), compute)
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of tensors and their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(quantised_tensors(model).items()):
-        digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())
-        for part in (tensor.codes, tensor.absmax):
-            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _remembered(
+    model: nn.Module, name: str, tensors: list[Tensor], compute: Callable[[], str]
+) -> str:
+    """What `compute` found for these very tensors, unless one was replaced or written to since."""
+    if any(t.is_inference() for t in tensors):
+        return compute()  # nobody counts what is written to those
+    state = [(t.data_ptr(), t._version) for t in tensors]
+    before, references, found = getattr(model, name, (None, [], ""))
+    alive = [reference() for reference in references]
+    if before == state and all(a is t for a, t in zip(alive, tensors, strict=True)):
+        return found
+    found = compute()
+    # A plain attribute: no part of the module's state. Weak, so that old weights can be freed.
+    object.__setattr__(model, name, (state, [weakref.ref(t) for t in tensors], found))
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

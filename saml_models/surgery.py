@@ -14,9 +14,17 @@ from saml_kernels.embedding import QuantizedConv1d, TiedHead
 from saml_kernels.errors import SAMLError
 from saml_kernels.linear import BlockGates, SAMLPointwiseConv1d
 from saml_kernels.quant import QuantizedTensor
-from saml_kernels.routing import Routing, SharedRouter
+from saml_kernels.routing import Router, Routing, SharedRouter
 
-__all__ = ["SurgeryReport", "apply_saml", "config_of", "expert_parameters", "routing_of"]
+__all__ = [
+    "SurgeryReport",
+    "apply_saml",
+    "config_of",
+    "expert_parameters",
+    "routed_layers",
+    "routers_of",
+    "routing_of",
+]
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -251,6 +259,21 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if (of_router or layer in ("lora_a", "lora_b")) and parameter.numel():
             found[name] = parameter
     return found
+
+
+def routed_layers(model: nn.Module) -> dict[str, SAMLLinear]:
+    """The layers that have a router of their own, by name, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SAMLLinear) and module.router is not None
+    }
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """The routers of `routed_layers`, by the layers' names."""
+    found = {name: layer.router for name, layer in routed_layers(model).items()}
+    return {name: router for name, router in found.items() if router is not None}
 
 
 def config_of(model: nn.Module) -> SAMLConfig:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ from safetensors.torch import save_file
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.speakers import SpeakerProfile
-from saml_models.surgery import apply_saml, expert_parameters
+from saml_models.speakers import SpeakerProfile, kept_experts
+from saml_models.storage import experts_hash, read_tensors, weight_hash
+from saml_models.surgery import apply_saml, expert_parameters, routers_of
 
 CONFIG = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
 
@@ -101,22 +106,14 @@ def test_a_flipped_byte_never_changes_what_is_heard(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     profile.save(path)
     whole = path.read_bytes()
-    refused = 0
     positions = [*range(0, 4000, 37), *range(4000, len(whole), 2003), len(whole) - 1]
     for position in positions:
         broken = bytearray(whole)
         broken[position] ^= 0x04
         path.write_bytes(broken)
-        try:
-            found = SpeakerProfile.load(path)
-            found.check(model)
-        except SAMLError as error:
-            assert "\n" not in str(error)
-            refused += 1
-        else:  # the byte was in the notes for people
-            assert found.hash == profile.hash
-            assert found.about != profile.about or found.config != profile.config
-    assert refused > len(positions) * 0.6
+        with pytest.raises(SAMLError) as caught:
+            SpeakerProfile.load(path).check(model)
+        assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_no_profile(tmp_path: Path) -> None:
@@ -129,7 +126,7 @@ def test_files_that_are_no_profile(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(1)}
     for header in (
         None, "", "[]", "{", '{"kind": "other"}', '{"kind": "saml-speaker-profile"}',
-        '{"kind": "saml-speaker-profile", "version": 2}',
+        '{"kind": "saml-speaker-profile", "version": 3}',
         '{"kind": "saml-speaker-profile", "version": 1, "config": 3, "about": {}, '
         '"weight_hash": "", "checksum": ""}',
     ):  # fmt: skip
@@ -139,6 +136,29 @@ def test_files_that_are_no_profile(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+    """The checksum of version 1 covered the tensors alone."""
+    profile = SpeakerProfile.of(make(voice=1), speaker="x")
+    header = {
+        "kind": "saml-speaker-profile", "version": 1, "weight_hash": profile.weight_hash,
+        "config": profile.config, "about": profile.about, "checksum": profile.hash,
+    }  # fmt: skip
+    path = tmp_path / "p.safetensors"
+    save_file(profile.tensors, path, {"saml": json.dumps(header)})
+    assert SpeakerProfile.load(path).hash == profile.hash
+    save_file(profile.tensors, path, {"saml": json.dumps(header | {"checksum": "0"})})
+    with pytest.raises(SAMLError, match="checksum"):
+        SpeakerProfile.load(path)
+
+
+def test_altered_notes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    SpeakerProfile.of(make(voice=1), speaker="ann").save(path)
+    path.write_bytes(path.read_bytes().replace(b"ann", b"bob"))
+    with pytest.raises(SAMLError, match="checksum"):
+        SpeakerProfile.load(path)
+
+
 def test_altered_tensors_of_the_right_size_are_refused(tmp_path: Path) -> None:
     profile = SpeakerProfile.of(make(voice=1))
     name = next(iter(profile.tensors))
@@ -146,8 +166,11 @@ def test_altered_tensors_of_the_right_size_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     forged.save(path)
     SpeakerProfile.load(path)  # whole in itself: signed by its own checksum
+    checksum = json.loads(read_tensors(path)[1]["saml"])["checksum"]
+    profile.save(path)
     data = path.read_bytes()
-    path.write_bytes(data.replace(forged.hash.encode(), profile.hash.encode()))
+    other = json.loads(read_tensors(path)[1]["saml"])["checksum"]
+    path.write_bytes(data.replace(other.encode(), checksum.encode()))
     with pytest.raises(SAMLError, match="checksum"):
         SpeakerProfile.load(path)
 
@@ -180,3 +203,99 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         SpeakerProfile.of(make(voice=2)).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+SAVE_AND_KILL = """
+import os, random, select, signal, sys, time
+sys.path.insert(0, os.path.join(os.getcwd(), "tests"))
+from test_speakers import SpeakerProfile, make
+path = sys.argv[1]
+profiles = [SpeakerProfile.of(make(voice=v), speaker=str(v)) for v in (1, 2)]
+random.seed(0)
+for _ in range(20):
+    ours, theirs = os.pipe()
+    child = os.fork()
+    while child == 0:
+        for profile in profiles:
+            profile.save(path)
+            os.write(theirs, b".")
+    started = time.monotonic()
+    assert select.select([ours], [], [], 20)[0], "the child saves nothing"
+    time.sleep(random.uniform(0, 3) * (time.monotonic() - started))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    print(SpeakerProfile.load(path).name)
+"""
+
+
+def test_killed_while_saving_the_old_file_is_whole(tmp_path: Path) -> None:
+    """SIGKILL at twenty random moments of processes that save over and over."""
+    command = [sys.executable, "-c", SAVE_AND_KILL, tmp_path / "p.safetensors"]
+    here = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Kills came before, during and after a save: the file is now the one, now the other.
+    assert len(done.stdout.split()) == 20 and set(done.stdout.split()) == {"1", "2"}
+
+
+def test_gates_are_tiny_and_belong_to_their_experts(tmp_path: Path) -> None:
+    model = make(voice=1)
+    before = experts(model)
+    routers = list(routers_of(model).values())
+    for i, router in enumerate(routers):
+        router.offset = torch.tensor([0.25 * i, -0.5])
+    profile = SpeakerProfile.of_gates(model, speaker="ann")
+    assert profile.nbytes == 2 * 2 * len(routers)
+    path = tmp_path / "g.safetensors"
+    profile.save(path)
+    assert path.stat().st_size < 3000
+    again = SpeakerProfile.load(path)
+    assert again.kind == "gates" and again.hash == profile.hash
+
+    other = make(voice=1)
+    ours = list(routers_of(other).values())
+    with again.applied(other):
+        assert all(torch.equal(a.offset, b.offset) for a, b in zip(ours, routers, strict=True))
+        assert same(experts(other), before)
+    assert all(router.offset is None for router in ours)
+    # Experts of one's own replace offsets that were made for others.
+    again.apply(other)
+    SpeakerProfile.of(make(voice=3)).apply(other)
+    assert all(router.offset is None for router in ours)
+    with pytest.raises(SAMLError, match="gates belong to other experts"):
+        again.apply(other)
+
+
+def test_a_router_of_the_whole_model_has_no_gates_profile() -> None:
+    with pytest.raises(SAMLError, match="no router of their own"):
+        SpeakerProfile.of_gates(make(config=SAMLConfig.paper()))
+
+
+def test_the_hash_of_the_weights_is_remembered_until_they_change() -> None:
+    model = make(voice=1)
+    digests: list[Any] = []
+    real = hashlib.sha256
+
+    def counted(*args: Any) -> Any:
+        digests.append(1)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saml_models.storage.hashlib.sha256", counted)
+        first = weight_hash(model)
+        asked = len(digests)
+        assert weight_hash(model) == first and len(digests) == asked
+        codes = model.model.encoder.layers[0].fc1.weight.codes
+        codes[0] ^= 1
+        second = weight_hash(model)
+        assert second != first
+        codes[0] ^= 1
+        assert weight_hash(model) == first
+        model.model.encoder.layers[0].fc1.weight.codes = codes.clone()
+        asked = len(digests)
+        assert weight_hash(model) == first and len(digests) == asked + 1
+    inside = experts_hash(model)
+    with kept_experts(model):
+        speak_as(model, 2)
+        assert experts_hash(model) != inside
+    assert experts_hash(model) == inside
