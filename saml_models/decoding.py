@@ -5,13 +5,15 @@ A clip's text does not depend on its company: each has its own window and its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from saml_models.families import family_of
+from saml_models.voices import Speaker, can_mix, hears_short_windows, speaking
 
 __all__ = ["decode_clips"]
 
@@ -25,6 +27,7 @@ def decode_clips(
     beam_size: int = 1,
     language: str | None = None,
     batch_size: int = 24,
+    speakers: Sequence[Speaker] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Transcribe clips without timestamps, in the order given.
@@ -37,20 +40,35 @@ def decode_clips(
         beam_size: 1 is greedy.
         language: of a multilingual model; None lets it detect.
         batch_size: clips decoded together; divided by the beam size.
+        speakers: a profile, or None, for each clip; they share batches where the model can.
         on_done: called with the number of clips done, after each batch.
+
+    Raises:
+        SAMLError: a profile of another model.
     """
     family = family_of(model)
     texts = [""] * len(clips)
-    order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
-    size = max(1, batch_size // beam_size)
+    speakers = speakers or [None] * len(clips)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), size):
-        index = order[start : start + size]
-        found = family.hear(model, processor, [clips[i] for i in index], beam_size, language)
+    for index in _batches(model, clips, speakers, max(1, batch_size // beam_size)):
+        with speaking(model, [speakers[i] for i in index]):
+            found = family.hear(model, processor, [clips[i] for i in index], beam_size, language)
         for i, text in zip(index, found, strict=True):
             texts[i] = text
         if on_done:
             on_done(len(index))
     model.train(was_training)
     return texts
+
+
+def _batches(
+    model: Any, clips: Sequence[np.ndarray], speakers: Sequence[Speaker], size: int
+) -> Iterator[list[int]]:
+    """Clips of like length, and of one kind of window; of one speaker where that must be."""
+    apart = hears_short_windows if can_mix(model) else lambda _, speaker: id(speaker)
+    kinds = [apart(model, speaker) for speaker in speakers]
+    order = sorted(range(len(clips)), key=lambda i: (kinds[i], len(clips[i])))
+    for _, group in groupby(order, key=lambda i: kinds[i]):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))

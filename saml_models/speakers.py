@@ -69,6 +69,9 @@ class SpeakerProfile:
     beside: str = ""
     kept: dict[str, list[int]] = field(default_factory=dict)
     embedding: Tensor | None = None
+    _unpacked: dict[str, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, model: nn.Module, /, **about: Any) -> SpeakerProfile:
@@ -210,9 +213,13 @@ class SpeakerProfile:
     def experts(self, model: nn.Module) -> dict[str, Tensor]:
         """Float32 experts and routers by parameter name, of the shapes of those that are kept.
 
+        They are unpacked once: the caller must not write into them.
+
         Raises:
             SAMLError: they do not fit the model, or are damaged.
         """
+        if self._unpacked:
+            return self._unpacked
         count, found = config_of(model).num_experts, {}
         for name, parameter in expert_parameters(model).items():
             shape, layer = parameter.shape, _layer(name)
@@ -222,6 +229,7 @@ class SpeakerProfile:
                     raise SAMLError(f"{layer}: cannot keep the experts {kept} out of {count}")
                 shape = torch.Size([len(kept), *shape[1:]])
             found[name] = unpack_expert(self.tensors, name, shape)
+        self._unpacked.update(found)
         return found
 
     def offsets(self, model: nn.Module) -> dict[str, Tensor]:
