@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test fuzz sanitize lint format clean
+.PHONY: demo test bench fuzz sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=5 --ignore=tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels tests/test_speaker_index.py tests/test_routed.py
+
+# Layers beside their peers; `bench-gpu` is the group of those that need a GPU.
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench --benchmark-only
 
 # Random shapes through every kernel; CI runs 30, this as many as asked for.
 N ?= 1000
@@ -45,6 +49,10 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,base,demo]" --group test
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --group bench
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

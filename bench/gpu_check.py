@@ -34,8 +34,9 @@ import triton
 from torch import Tensor
 
 from saml_kernels import saml_linear, saml_linear_routed
+from saml_kernels.timing import timed
 from saml_kernels.triton import configs
-from saml_kernels.triton.tuning import CACHE_BYTES, Problem, timed, tune
+from saml_kernels.triton.tuning import CACHE_BYTES, Problem, tune
 
 SHAPES = ((384, 384), (512, 2048), (768, 3072), (1280, 1280), (1280, 5120), (5120, 1280))  # K, N
 TOKENS = (1, 4, 8, 16, 64, 256, 1500, 12000)

@@ -1,22 +1,21 @@
-"""`saml bench`: the operator's speed on this machine, and tuning for it."""
+"""`saml bench`: layers beside their peers on this machine, and tuning for it."""
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from saml_models.bench.cases import Case
 
 __all__ = ["add_commands"]
 
-SLICE = 0.003  # seconds that one contender runs in one round, at least once
+TUNED_WIDTH = 384
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -25,55 +24,104 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def bench(
-    width: Annotated[int, typer.Option(min=32, help="d: 384 tiny, 512 base, 768 small.")] = 384,
-    tokens: Annotated[str, typer.Option(help="Rows, by commas.")] = "1,5,16,300,1500",
-    experts: Annotated[int, typer.Option(min=0, max=64)] = 4,
-    rank: Annotated[int, typer.Option(min=1, max=256)] = 4,
-    rounds: Annotated[int, typer.Option(min=1)] = 9,
+    work: Annotated[str | None, typer.Option(help="P1 to P6, by commas; default all.")] = None,
+    full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
+    width: Annotated[int | None, typer.Option(min=32, help="d: 384 tiny, 512 base, ...")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows, by commas.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, max=64)] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
+        Path, typer.Option("--json", help="Results; a PNG is drawn beside them.")
+    ] = Path("saml-bench.json"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Nothing is started later.")] = 9.0,
     tune: Annotated[bool, typer.Option(help="Measure tiles for this GPU; keep the best.")] = False,
-    minutes: Annotated[float, typer.Option(min=0.1, help="For --tune.")] = 9.0,
 ) -> None:
-    """Time one layer with experts beside the dense layer without; or tune the GPU kernels.
+    """Time linear layers with experts beside their peers and the roofline; or tune the kernels.
 
-    The contenders of a row run in turn (A B C A B C ...), and the median over the rounds counts.
+    The contenders of a shape run in turn (A B C A B C ...) from cold caches; results are checked
+    against float64. Peers that are installed take part: bitsandbytes, peft, gemlite, torchao.
     """
     import torch
 
     from saml_kernels.errors import SAMLError
 
-    try:
-        rows = [int(part) for part in tokens.split(",")]
-    except ValueError:
-        rows = []
-    if not rows or min(rows) < 1:
-        raise SAMLError(f"--tokens {tokens}: expected positive integers by commas, as in 1,16,1500")
+    rows = _numbers("--tokens", tokens)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise SAMLError(f"--device {device}: no CUDA device here")
-    shapes = [(width, width), (4 * width, width), (width, 4 * width)]
+    if threads:
+        torch.set_num_threads(threads)
     if tune:
-        _tune(shapes, where, minutes)
+        d = width or TUNED_WIDTH
+        _tune([(d, d), (4 * d, d), (d, 4 * d)], where, minutes)
         return
-    found = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("timing", total=len(shapes) * len(rows))
-        for n, k in shapes:
-            for m in rows:
-                found.append(
-                    {"m": m, "n": n, "k": k, **_row(m, n, k, experts, rank, where, rounds)}
-                )
-                progress.advance(task)
-    _print(found, where)
-    if json_file is not None:
-        from saml_models.files import write_json
+    from saml_models.bench.cases import WORKS, cases_of
 
-        about = {"device": _name(where), "torch": torch.__version__, "experts": experts}
-        write_json(json_file, {"about": {**about, "rank": rank, "rounds": rounds}, "rows": found})
-        typer.echo(f"written: {json_file}")
+    names = [n.strip() for n in work.split(",")] if work else list(WORKS)
+    unknown = [n for n in names if n not in WORKS]
+    if unknown:
+        raise SAMLError(f"--work {unknown[0]}: expected some of {', '.join(WORKS)}")
+    widths = [width] if width else None
+    cases = [
+        case
+        for name in names
+        for case in cases_of(name, where.type, not full, widths, rows, experts, rank)
+    ]
+    _run(cases, where, rounds, not full, json_file, minutes)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    from saml_kernels.errors import SAMLError
+
+    if text is None:
+        return None
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise SAMLError(f"{option} {text}: expected positive integers by commas, as in 1,16,1500")
+    return found
+
+
+def _run(
+    cases: list[Case], device: Any, rounds: int, short: bool, path: Path, minutes: float
+) -> None:
+    from saml_kernels.errors import SAMLError
+    from saml_models.bench.figures import plot_layers
+    from saml_models.bench.harness import Results, Setting, run_cases
+    from saml_models.bench.report import tables
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring the roofs", total=len(cases))
+        setting = Setting(device, rounds, short)
+        results = Results(device, setting.roofs, path)
+        started = -1
+
+        def on_case(case: Case) -> None:
+            nonlocal started
+            started += 1
+            progress.update(task, completed=started, description=case.label)
+
+        complete = run_cases(cases, setting, results, minutes, on_case)
+    console = Console(file=sys.stdout)
+    for table in tables(results.data):
+        console.print(table)
+    if device.type == "cpu":
+        console.print("GPU rows: not run: no CUDA device was used")
+    if not complete:
+        console.print(f"stopped after {minutes:g} minutes; --minutes allows more")
+    typer.echo(f"written: {path}")
+    figure = path.with_suffix(".png")
+    try:
+        plot_layers(results.data, figure)
+        typer.echo(f"figure: {figure}")
+    except SAMLError as error:
+        # The numbers are safe; a missing drawing library must not lose them.
+        typer.echo(f"no figure: {error}")
 
 
 def _tune(shapes: list[tuple[int, int]], device: Any, minutes: float) -> None:
@@ -94,71 +142,3 @@ def _tune(shapes: list[tuple[int, int]], device: Any, minutes: float) -> None:
 
         path, done = tune(shapes, device=device, minutes=minutes, on_row=on_row)
     typer.echo(f"written: {path} ({done} rows); every later run on this GPU uses it")
-
-
-def _row(
-    m: int, n: int, k: int, experts: int, rank: int, device: Any, rounds: int
-) -> dict[str, Any]:
-    """Microseconds of: the dense layer, the base alone, the base with experts."""
-    import torch
-    import torch.nn.functional as F
-
-    from saml_kernels import quantize, saml_linear
-    from saml_kernels.ops import choose_backend
-
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    kind: dict[str, Any] = {"device": device, "dtype": dtype}
-    dense, bias, x = torch.randn(n, k, **kind), torch.randn(n, **kind), torch.randn(m, k, **kind)
-    weight = quantize(dense.float())
-    a, b = torch.randn(experts, rank, k, **kind), torch.randn(experts, n, rank, **kind)
-    gates = torch.rand(m, experts, **kind)
-    contenders: dict[str, Callable[[], Any]] = {
-        "dense": lambda: F.linear(x, dense, bias),
-        "base": lambda: saml_linear(x, weight, a[:0], b[:0], gates[:, :0], bias),
-        "experts": lambda: saml_linear(x, weight, a, b, gates, bias),
-    }
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    with torch.no_grad():
-        for turn in range(rounds + 1):
-            for name, run in contenders.items():
-                count, started = 0, time.perf_counter()
-                while count == 0 or time.perf_counter() - started < SLICE:
-                    run()
-                    wait()
-                    count += 1
-                if turn:  # the first round warms up
-                    times[name].append((time.perf_counter() - started) / count * 1e6)
-    medians = {f"{name}_us": round(statistics.median(t), 2) for name, t in times.items()}
-    return {"backend": choose_backend(x, weight), **medians}
-
-
-def _print(rows: list[dict[str, Any]], device: Any) -> None:
-    table = Table(title=f"NF4 with experts beside a dense layer, {_name(device)}")
-    for column in (
-        "rows",
-        "in",
-        "out",
-        "backend",
-        "dense us",
-        "base us",
-        "with experts us",
-        "ratio",
-    ):
-        table.add_column(column, justify="right")
-    for row in rows:
-        ratio = row["experts_us"] / row["dense_us"]
-        cells = [row["m"], row["k"], row["n"], row["backend"]]
-        times = [f"{row[f'{name}_us']:.1f}" for name in ("dense", "base", "experts")]
-        table.add_row(*map(str, cells), *times, f"{ratio:.2f}")
-    Console(file=sys.stdout).print(table)
-
-
-def _name(device: Any) -> str:
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

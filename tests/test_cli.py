@@ -284,16 +284,18 @@ def test_help_does_not_wait_for_the_heavy_libraries():
 
 def test_bench_times_and_writes(tmp_path):
     out = tmp_path / "bench.json"
-    result = saml(
-        "bench", "--width", 64, "--tokens", "1,7", "--rounds", 1, "--device", "cpu", "--json", out
-    )
+    options = ("--width", 64, "--tokens", "1,7", "--rounds", 1, "--device", "cpu", "--json", out)
+    result = saml("bench", "--work", "P3", *options)
     assert result.exit_code == 0, result.output
-    rows = json.loads(out.read_text())["rows"]
-    assert [(r["m"], r["n"], r["k"]) for r in rows[:2]] == [(1, 64, 64), (7, 64, 64)]
-    assert len(rows) == 6
-    assert all(r[f"{name}_us"] > 0 for r in rows for name in ("dense", "base", "experts"))
+    rows = json.loads(out.read_text())["works"]["P3"]["rows"]
+    ours = [r for r in rows if r["contender"] == "saml + experts"]
+    assert [(r["m"], r["n"], r["k"]) for r in ours[:3]] == [(1, 64, 64), (7, 64, 64), (1, 256, 64)]
+    assert len(ours) == 6 and all(r["median_us"] > 0 and r["ratios"]["dense"] > 0 for r in ours)
+    assert f"written: {out}" in result.stdout and "GPU rows: not run" in result.stdout
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_refuses():
     assert_refused(saml("bench", "--tokens", "1,x"), "--tokens 1,x", "expected positive integers")
+    assert_refused(saml("bench", "--work", "P9"), "--work P9", "P1, P2")
     assert_refused(saml("bench", "--tune", "--device", "cpu"), "bench --tune")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -23,10 +22,11 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.reference import saml_linear_reference
+from saml_kernels.timing import timed
 from saml_kernels.triton import backward, forward
 from saml_kernels.triton.configs import Config, device_traits, forget_tables, user_table
 
-__all__ = ["TOKENS", "Problem", "candidates", "timed", "tune"]
+__all__ = ["TOKENS", "Problem", "candidates", "tune"]
 
 TOKENS = (1, 4, 16, 64, 256, 1500, 6000)
 CACHE_BYTES = 128 << 20  # more than any card's L2: weights in rotation exceed it
@@ -97,29 +97,6 @@ class Problem:
         y.backward(self.dy.double())
         assert x.grad is not None
         return {"forward": y.detach(), "backward": x.grad}
-
-
-def timed(run: Callable[[], Any], rounds: int = 30) -> dict[str, float]:
-    """Median and quartiles in microseconds, by device events around a train of calls."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    train = max(1, min(50, int(2.0 / max(1e-3, begin.elapsed_time(end)))))
-    times = []
-    for _ in range(rounds):
-        begin.record()
-        for _ in range(train):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / train)
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median_us": round(middle, 2), "low_us": round(low, 2), "high_us": round(high, 2)}
 
 
 def candidates(direction: str, m: int) -> Iterator[Config]:

@@ -1,0 +1,97 @@
+"""Options of `pytest bench`; results, table and figure at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from saml_kernels.errors import SAMLError
+from saml_models.bench.cases import WORKS, Case, cases_of
+from saml_models.bench.environment import result_path
+from saml_models.bench.figures import plot_layers
+from saml_models.bench.harness import Results, Setting, run_case
+from saml_models.bench.report import tables
+
+HERE = Path(__file__).resolve().parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("layers beside their peers")
+    group.addoption("--full", action="store_true", help="every width and number of tokens")
+    group.addoption("--work", default=",".join(WORKS), help="P1 to P6, by commas")
+    group.addoption("--rounds", type=int, default=7, help="samples of each contender")
+    group.addoption("--on", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    group.addoption("--threads", type=int, help="of the CPU")
+    group.addoption("--results", type=Path, default=HERE / "results", help="folder for JSON, PNG")
+
+
+class Measured:
+    """Cases are measured when their first test asks, all contenders in turn; then looked up."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = torch.device(config.getoption("--on"))
+        if config.getoption("--threads"):
+            torch.set_num_threads(config.getoption("--threads"))
+        short = not config.getoption("--full")
+        self.setting = Setting(self.device, config.getoption("--rounds"), short)
+        path = result_path(config.getoption("--results"), self.device)
+        self.results = Results(self.device, self.setting.roofs, path)
+        self.found: dict[Case, tuple[dict[str, Any], dict[str, str]]] = {}
+
+    def __call__(self, case: Case, name: str) -> list[float]:
+        """Samples in microseconds; skips the test where there are none."""
+        if case not in self.found:
+            rows, skipped = run_case(case, self.setting)
+            self.results.add(case.work, rows, skipped)
+            self.found[case] = {r["contender"]: r["samples_us"] for r in rows}, skipped
+        samples, skipped = self.found[case]
+        if name not in samples:
+            pytest.skip(skipped.get(name, "built for one case of each work in a short run"))
+        return samples[name]
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Measured:
+    request.config.measured = Measured(request.config)
+    return request.config.measured
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    from saml_models.bench.contenders import contenders
+
+    config = metafunc.config
+    device = torch.device(config.getoption("--on")).type
+    short, pairs = not config.getoption("--full"), []
+    for work in config.getoption("--work").split(","):
+        against = WORKS[work].against
+        for case in cases_of(work, device, short):
+            for name, contender in contenders().items():
+                named = contender.speakers is None if against is None else name in against
+                if named and case.mode in contender.modes:
+                    pairs.append(pytest.param(case, name, id=f"{case.label}: {name}"))
+    metafunc.parametrize(("case", "name"), pairs)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    measured = getattr(config, "measured", None)
+    if measured is None:
+        return
+    console = Console(file=terminalreporter._tw._file, width=150)
+    for table in tables(measured.results.data):
+        console.print(table)
+    if measured.device.type == "cpu":
+        console.print("GPU rows: not run: no CUDA device was used")
+    path = measured.results.path
+    console.print(f"written: {path}")
+    try:
+        plot_layers(measured.results.data, path.with_suffix(".png"))
+        console.print(f"figure: {path.with_suffix('.png')}")
+    except SAMLError as error:
+        console.print(f"no figure: {error}")

@@ -1,0 +1,233 @@
+"""The one place that takes times, for tuning, `saml bench` and everything under bench/.
+
+A *train* is a sequence of calls that do the same work on weights of their own, like the layers of a
+model. One sample is: overwrite the caches, run the train once, divide by its length. So no weight
+is read from a cache, whatever the size of the device's, and a call's own launch is still seen. On a
+GPU the train stands between two device events; elsewhere a monotonic clock is read. Contenders take
+their samples in turn (A B C A B C ...), so that a busy machine disturbs them alike, and compare by
+the median of their ratios within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Timing", "Train", "cache_bytes", "captured", "interleaved", "overwrite_caches", "peak_memory",
+    "poisoned_error", "sample", "timed",
+]  # fmt: skip
+
+Train = Sequence[Callable[[], Any]]
+Sampler = Callable[[Train, torch.device], float]
+WARM_UP = 2  # runs of each train before the first sample
+TRAIN_US, LONGEST = 2e3, 50  # `timed` makes trains of two milliseconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call, one sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Half of the samples are below."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the samples is below the first, a quarter above the second."""
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    def ratio(self, bar: Timing) -> float:
+        """Median over the rounds of this one's time over `bar`'s in the same round."""
+        pairs = zip(self.samples, bar.samples, strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
+    def to_dict(self) -> dict[str, float]:
+        """Median and quartiles in microseconds."""
+        low, high = self.quartiles
+        found = {"median_us": self.median, "low_us": low, "high_us": high}
+        return {k: round(v, 2) for k, v in found.items()}
+
+
+@cache
+def cache_bytes(device: torch.device) -> int:
+    """Size of the device's last cache, and at least 32 MiB."""
+    size = 0
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+            size = max(size, int(level.read_text().strip().removesuffix("K")) * 1024)
+    return max(size, 32 << 20)
+
+
+@cache
+def _sweep(device: torch.device) -> Tensor:
+    return torch.zeros(2 * cache_bytes(device) // 4, device=device)
+
+
+def overwrite_caches(device: torch.device) -> None:
+    """Write twice as many bytes as the last cache holds."""
+    _sweep(device).add_(1.0)
+
+
+def sample(train: Train, device: torch.device) -> float:
+    """Microseconds a call of one run of `train` from cold caches."""
+    overwrite_caches(device)
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in train:
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / len(train)
+    started = time.perf_counter()
+    for call in train:
+        call()
+    return (time.perf_counter() - started) * 1e6 / len(train)
+
+
+def interleaved(
+    trains: Mapping[str, Train],
+    device: torch.device,
+    rounds: int = 9,
+    *,
+    lengths: Mapping[str, int] | None = None,
+    on_sample: Callable[[str], None] | None = None,
+    sampler: Sampler = sample,
+) -> dict[str, Timing]:
+    """Time contenders in turn.
+
+    Args:
+        trains: by the contender's name.
+        device: where they run.
+        rounds: samples of each.
+        lengths: calls behind one entry of a train, where it is not one (a captured graph).
+        on_sample: called with the contender's name after each sample, warm-up included.
+        sampler: as `sample`.
+
+    Returns:
+        By name, in the order of `trains`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in trains}
+    for turn in range(-WARM_UP, rounds):
+        for name, train in trains.items():
+            taken = sampler(train, device) / (lengths or {}).get(name, 1)
+            if turn >= 0:
+                samples[name].append(taken)
+            if on_sample:
+                on_sample(name)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def timed(
+    run: Callable[[], Any], rounds: int = 30, device: str | torch.device = "cuda"
+) -> dict[str, float]:
+    """`Timing.to_dict` of one call, in trains long enough for the clock."""
+    where = torch.device(device)
+    run()
+    once = sample([run], where)
+    length = max(1, min(LONGEST, int(TRAIN_US / max(once, 1.0))))
+    return interleaved({"": [run] * length}, where, rounds)[""].to_dict()
+
+
+def captured(train: Train) -> Callable[[], Any]:
+    """The whole train as one CUDA graph; calling it replays the graph and gives the last result.
+
+    Raises:
+        RuntimeError: something in the train cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and allocates outside the capture
+        for call in train:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    results = []
+    with torch.cuda.graph(graph):
+        for call in train:
+            results.append(call())
+
+    def replay() -> Any:
+        graph.replay()
+        return results[-1]
+
+    return replay
+
+
+def poisoned_error(
+    run: Callable[[], Sequence[Tensor]],
+    renew: Callable[[], None],
+    truth: Callable[[], Sequence[Tensor]],
+) -> float:
+    """How far `run` is off on new input, its earlier results having been filled with NaN.
+
+    A kernel that leaves part of its result unwritten, or a result that was kept from the timed
+    calls, cannot pass: the memory that the next result is likely to get holds NaN.
+
+    Args:
+        run: gives the results (output, gradients, ...).
+        renew: replaces the input in place.
+        truth: the same results for the input as it then is, in float64.
+
+    Returns:
+        The largest ||found - expected|| / ||expected||; infinite where a result is not finite.
+    """
+    old = run()
+    with torch.no_grad():
+        for result in old:
+            result.fill_(float("nan"))
+    del old
+    renew()
+    worst = 0.0
+    for found, expected in zip(run(), truth(), strict=True):
+        norm = max(float(expected.norm()), 1e-30)
+        off = float((found.detach().double() - expected).norm()) / norm
+        worst = max(worst, off if off == off else float("inf"))
+    return worst
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `run` holds at its peak beyond what was allocated before it.
+
+    On the CPU they are those of PyTorch's own allocator, as its profiler records them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to the terminal otherwise
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak

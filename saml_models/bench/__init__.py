@@ -1,0 +1,1 @@
+"""The benchmark: what is timed (cases), what runs it (contenders, peers), harness and report."""

@@ -1,0 +1,225 @@
+"""What runs a case: this package, the dense layer, and peers that need no package of their own.
+
+A contender builds a `Layer` from `Operands`; peers.py adds those that come from other packages.
+Gates are given to each [M, E]: no router is timed for anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saml_kernels import QuantizedTensor, quantize, saml_linear
+from saml_kernels.reference import saml_linear_reference
+from saml_models.bench.cases import Case
+
+__all__ = ["Contender", "Layer", "Operands", "contenders", "own_contenders"]
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # codes, 8-bit scales, their own scales: a weight
+
+
+@dataclass
+class Operands:
+    """The numbers of one layer in float32, and what it runs in."""
+
+    case: Case
+    device: torch.device
+    dtype: torch.dtype
+    weight: Tensor
+    bias: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @classmethod
+    def random(
+        cls, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> Operands:
+        """Weights of the size that keeps y near 1; experts [S, E, r, K] and [S, E, N, r]."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            made = torch.randn(*shape, generator=generator, device=device)
+            return made / shape[-1] ** 0.5
+
+        s, e, r = case.speakers, case.experts, case.rank
+        weight, bias = normal(case.n, case.k), normal(case.n)
+        lora_a, lora_b = normal(s, e, r, case.k), normal(s, e, case.n, r)
+        return cls(case, device, dtype, weight, bias, lora_a, lora_b)
+
+    def cast(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies in the dtype that the layer runs in."""
+        return [t.to(self.dtype, copy=True) for t in tensors]
+
+    def trainable(self, *tensors: Tensor) -> list[Tensor]:
+        """Such copies, as leaves that want a gradient where the case trains."""
+        return [t.requires_grad_(self.case.mode == "train") for t in self.cast(*tensors)]
+
+
+@dataclass
+class Layer:
+    """A layer ready to run.
+
+    Attributes:
+        call: (x [M, K], gates [M, E]) -> y [M, N].
+        trainable: what must have a gradient after a training step, beside x and the gates.
+        weight: the float weight [N, K] that it stands for, where that is its own.
+    """
+
+    call: Callable[[Tensor, Tensor], Tensor]
+    trainable: list[Tensor] = field(default_factory=list)
+    weight: Tensor | None = None
+
+
+Build = Callable[[Operands], Layer]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+        name: unique; what tables call it.
+        build: makes its layer.
+        weight: "dense", "nf4" or "int4": how it stores the base.
+        experts: "none"; "gated": E of rank r under gates; "one": one LoRA of rank E r, no gates.
+        speakers: how many sets of experts it chooses from by row; None is the plain operator.
+        package: the distribution that it comes from, if another's.
+        modes: that it can run.
+        why_not: why it cannot run a case on a device, or None; asked before `build`.
+        slow_build: minutes to build a layer: a short run gives it one case of each work.
+    """
+
+    name: str
+    build: Build
+    weight: str = "dense"
+    experts: str = "none"
+    speakers: int | None = None
+    package: str | None = None
+    modes: tuple[str, ...] = ("eager", "graph", "train")
+    why_not: Callable[[torch.device], str | None] = lambda device: None
+    slow_build: bool = False
+
+    def weight_bytes(self, case: Case, item_bytes: int) -> float:
+        """Of the base as this contender stores it."""
+        each = {"dense": float(item_bytes), "nf4": NF4_BYTES, "int4": 0.5 + 4 / 64}[self.weight]
+        return each * case.n * case.k
+
+
+def nf4(operands: Operands) -> QuantizedTensor:
+    """The base in NF4 with double quantisation; bitsandbytes' bytes are the same."""
+    return quantize(operands.weight)
+
+
+def speaker_index(case: Case, speakers: int, device: torch.device) -> Tensor:
+    """Whose experts each of the M rows uses: clips belong to the speakers in turn."""
+    rows = torch.arange(case.m, device=device, dtype=torch.int32)
+    return rows.div(case.clip, rounding_mode="floor").remainder(speakers).to(torch.int32)
+
+
+def _dense(o: Operands) -> Layer:
+    weight, bias = o.cast(o.weight, o.bias)
+    return Layer(lambda x, gates: F.linear(x, weight, bias))
+
+
+def _saml_base(o: Operands) -> Layer:
+    weight, (bias,) = nf4(o), o.cast(o.bias)
+    a, b = o.cast(o.lora_a[0, :0], o.lora_b[0, :0])
+    return Layer(lambda x, gates: saml_linear(x, weight, a, b, gates[:, :0], bias))
+
+
+def _saml(o: Operands) -> Layer:
+    weight, (bias,) = nf4(o), o.cast(o.bias)
+    a, b = o.trainable(o.lora_a[0], o.lora_b[0])
+    return Layer(lambda x, gates: saml_linear(x, weight, a, b, gates, bias), [a, b])
+
+
+def _saml_speakers(count: int) -> Build:
+    def build(o: Operands) -> Layer:
+        weight, (bias,) = nf4(o), o.cast(o.bias)
+        a, b = o.cast(o.lora_a[:count], o.lora_b[:count])
+        index = speaker_index(o.case, count, o.device)
+
+        def call(x: Tensor, gates: Tensor) -> Tensor:
+            return saml_linear(x, weight, a, b, gates, bias, speakers=index)
+
+        return Layer(call)
+
+    return build
+
+
+def _reference(
+    x: Tensor, weight: QuantizedTensor, a: Tensor, b: Tensor, gates: Tensor, bias: Tensor
+) -> Tensor:
+    return saml_linear_reference(x, weight.dequantize(x.dtype), a, b, gates, bias)
+
+
+def _compiled(o: Operands) -> Layer:
+    """The equation in plain PyTorch, dequantisation included, under torch.compile."""
+    weight, (bias,) = nf4(o), o.cast(o.bias)
+    a, b = o.trainable(o.lora_a[0], o.lora_b[0])
+    torch.compiler.reset()  # one shape at a time: nothing is generalised or given up on
+    run = torch.compile(_reference)
+    return Layer(lambda x, gates: run(x, weight, a, b, gates, bias), [a, b])
+
+
+class _ManualLoRA(torch.autograd.Function):
+    """Y = X W^T + (X A^T) B^T with a chain rule of its own, W dequantised anew in each direction.
+
+    With G = dY:  dX = G W + (G B) A,  dA = (G B)^T X,  dB = G^T (X A^T).
+    Source: the derivation that Unsloth publishes for its LoRA layers (its package runs on a GPU
+    only); additions in place, no gates, one adapter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.weight = weight
+        y = F.linear(x, weight.dequantize(x.dtype), bias)
+        return y.addmm_(x @ a.T, b.T)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, a, b = ctx.saved_tensors
+        down = dy @ b
+        da, db = down.T @ x, dy.T @ (x @ a.T)
+        dx = dy @ ctx.weight.dequantize(dy.dtype)
+        return dx.addmm_(down, a), None, da, db, None
+
+
+def one_lora(o: Operands) -> tuple[Tensor, Tensor]:
+    """The first speaker's experts as one LoRA of rank E r: [R, K] and [N, R]."""
+    return o.lora_a[0].flatten(0, 1), o.lora_b[0].permute(1, 0, 2).flatten(1)
+
+
+def _manual(o: Operands) -> Layer:
+    weight, (bias,) = nf4(o), o.cast(o.bias)
+    a, b = o.trainable(*one_lora(o))
+    return Layer(lambda x, gates: _ManualLoRA.apply(x, weight, a, b, bias), [a, b])
+
+
+def own_contenders() -> list[Contender]:
+    """Those that need nothing but this package."""
+    found = [
+        Contender("dense", _dense),
+        Contender("saml base", _saml_base, "nf4"),
+        Contender("saml + experts", _saml, "nf4", "gated"),
+        Contender("torch.compile of the reference", _compiled, "nf4", "gated", slow_build=True),
+        Contender("Unsloth's derivation", _manual, "nf4", "one"),
+    ]
+    for count in (1, 8, 64):
+        name = f"saml, {count} speaker{'s' * (count > 1)}"
+        build = _saml_speakers(count)
+        found.append(Contender(name, build, "nf4", "gated", count, modes=("eager", "graph")))
+    return found
+
+
+def contenders() -> dict[str, Contender]:
+    """Every contender by name: the registry."""
+    from saml_models.bench.peers import peer_contenders
+
+    return {c.name: c for c in (*own_contenders(), *peer_contenders())}

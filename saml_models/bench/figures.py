@@ -1,0 +1,103 @@
+"""Figures of results: time against the roofline, ratios to each peer, WER against bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saml_kernels.errors import SAMLError
+from saml_models.bench.cases import WORKS
+from saml_models.bench.report import geometric
+from saml_models.files import atomic_path
+
+__all__ = ["plot_layers", "plot_wer"]
+
+SUBJECT = "saml + experts"
+
+
+def plot_layers(data: dict[str, Any], path: Path) -> None:
+    """A PNG of two panels: measured time over its floor, and our time over each contender's.
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    rows = [r for entry in data["works"].values() for r in entry["rows"] if "m" in r]
+    figure = _figure(13.0, 5.5)
+    left, right = figure.subplots(1, 2)
+    for name in dict.fromkeys(r["contender"] for r in rows):
+        mine = [r for r in rows if r["contender"] == name]
+        ours = name.startswith("saml")
+        left.scatter(
+            [r["floor_us"] for r in mine], [r["median_us"] for r in mine], label=name,
+            marker="o" if ours else "x", s=26 if ours else 20, alpha=0.8,
+        )  # fmt: skip
+    if rows:
+        ends = [min(r["floor_us"] for r in rows), max(r["floor_us"] for r in rows)]
+        left.plot(ends, ends, color="black", linewidth=1, label="roofline")
+    left.set(xscale="log", yscale="log", xlabel="floor of the shape (us)", ylabel="measured (us)")
+    left.legend(frameon=False, fontsize=7)
+    _bars(right, data)
+    about = data["about"]
+    figure.suptitle(f"{about['device']}, {about['date']}")
+    _save(figure, path)
+
+
+def _bars(axes: Any, data: dict[str, Any]) -> None:
+    """Our time with experts over each other contender's, by work: below 1 we are faster."""
+    heights: dict[str, dict[str, float]] = {}
+    for work, entry in data["works"].items():
+        rows = [r for r in entry["rows"] if r["contender"] == SUBJECT and "m" in r]
+        for other in dict.fromkeys(name for r in rows for name in r["ratios"]):
+            ratios = [r["ratios"][other] for r in rows if other in r["ratios"]]
+            heights.setdefault(other, {})[work] = geometric(ratios)
+    works = [w for w in data["works"] if any(w in h for h in heights.values())]
+    width = 0.8 / max(1, len(heights))
+    for i, (other, found) in enumerate(heights.items()):
+        places = [j + i * width for j, w in enumerate(works) if w in found]
+        axes.bar(places, [found[w] for w in works if w in found], width, label=other)
+    axes.axhline(1.0, color="black", linewidth=1)
+    names = [f"{w}\n{WORKS[w].title}" if w in WORKS else w for w in works]
+    axes.set_xticks([j + 0.4 for j in range(len(works))], names, fontsize=7)
+    axes.set(yscale="log", ylabel=f"time of {SUBJECT} / time of the other")
+    if heights:
+        axes.legend(frameon=False, fontsize=7)
+
+
+def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """A PNG of WER against bytes on disk; `results` are (name, a `saml evaluate --json`).
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure(7.0, 4.5)
+    axes = figure.subplots()
+    marks = {"full_precision": "s", "quantised": "v", "experts": "o", "adapted": "*"}
+    for i, (name, result) in enumerate(results):
+        size = result["size"]
+        held = {"full_precision": size["full_bytes"], "quantised": size["quantised_bytes"]}
+        points = [(held.get(s, size["saml_bytes"]) / 1e6, result["wer"][s], s) for s in marks]
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=f"C{i}", alpha=0.4)
+        for x, y, system in points:
+            axes.scatter([x], [y], marker=marks[system], color=f"C{i}", s=50)
+        axes.plot([], [], color=f"C{i}", label=name)
+    for system, mark in marks.items():
+        axes.scatter([], [], marker=mark, color="grey", label=system.replace("_", " "))
+    axes.set(xscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SAMLError(
+            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

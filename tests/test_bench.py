@@ -1,0 +1,300 @@
+"""The benchmark: what it times, who takes part, what it checks, and what is written from it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from saml_kernels import SAMLError
+from saml_kernels.roofline import Roofs
+from saml_models.bench import harness
+from saml_models.bench.cases import WORKS, Case, cases_of
+from saml_models.bench.contenders import Layer, contenders, own_contenders
+from saml_models.bench.figures import plot_layers, plot_wer
+from saml_models.bench.harness import Results, Setting, run_case, run_cases
+from saml_models.bench.report import BEGIN, END, geometric, load, markdown, tables, write_readme
+
+CPU = torch.device("cpu")
+ROOFS = Roofs(20e9, 50e9)
+QUICK = {c.name: c for c in own_contenders() if not c.slow_build}
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """Nothing here is timed in earnest."""
+    monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
+
+
+def setting(registry=None):
+    return Setting(CPU, rounds=2, registry=registry or QUICK, roofs=ROOFS)
+
+
+def by_name(rows):
+    return {r["contender"]: r for r in rows}
+
+
+def test_the_registry_names_every_peer_once():
+    names = set(contenders())
+    assert {
+        "dense", "bitsandbytes", "bitsandbytes + gated PEFT", "PEFT X-LoRA", "GemLite INT4",
+        "torchao INT4", "LoRAFusion", "axolotl ScatterMoE-LoRA", "torch.compile of the reference",
+        "Unsloth's derivation", "saml base", "saml + experts",
+    } <= names  # fmt: skip
+    for work in WORKS.values():
+        assert set(work.against or ()) <= names
+
+
+def test_every_question_has_its_shapes():
+    full = [c for work in WORKS for c in cases_of(work, "cuda", short=False)]
+    decode = {c.m for c in full if c.work == "P2"}
+    assert decode == {1, 2, 4, 5, 8, 16}
+    assert {c.m for c in full if c.work == "P1"} == {1500, 12000}
+    widths = {c.k for c in full if c.k == c.n}
+    assert widths == {384, 512, 768, 1024, 1280}
+    assert {(c.n, c.k) for c in full if 1280 in (c.n, c.k)} >= {(5120, 1280), (1280, 5120)}
+    swept = {(c.experts, c.rank) for c in full if c.work == "P2"}
+    assert swept == {(e, r) for e in (1, 4, 8) for r in (4, 8, 16)}
+    assert {c.mode for c in full} == {"eager", "graph", "train"}
+    assert not cases_of("P6", "cuda", short=True) and cases_of("P6", "cpu", short=True)
+    assert all(c.mode != "graph" for work in WORKS for c in cases_of(work, "cpu", short=False))
+    own = cases_of("P1", "cpu", True, [64], [7], 2, 8)
+    assert {(c.m, c.experts, c.rank) for c in own} == {(7, 2, 8)}
+    assert [(c.n, c.k) for c in own] == [(64, 64), (256, 64), (64, 256)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("P2", "eager", 5, 96, 64), Case("P4", "train", 9, 64, 128, experts=2, rank=4)],
+    ids=lambda c: c.mode,
+)
+def test_every_own_contender_is_right(case):
+    rows, skipped = run_case(case, setting())
+    assert not skipped
+    found = by_name(rows)
+    assert set(found) == {"dense", "saml base", "saml + experts", "Unsloth's derivation"}
+    for row in rows:
+        assert row["error"] < 1e-5 and len(row["samples_us"]) == 2
+        assert row["of_roofline"] == pytest.approx(row["floor_us"] / row["median_us"], rel=0.2)
+    ours = found["saml + experts"]
+    assert set(ours["ratios"]) == set(found) - {"saml + experts"}
+    assert ours["flop"] > found["saml base"]["flop"]
+    assert (
+        ours["bytes"]
+        < found["dense"]["bytes"]
+        + 4 * case.experts * case.rank * (case.n + case.k)
+        + 4 * case.m * case.experts
+    )
+    assert ours["backend"] == "cpu"
+
+
+def test_many_speakers_are_told_apart():
+    case = Case("P5", "eager", 70, 64, 64, experts=2, rank=4, speakers=64)
+    found = by_name(run_case(case, setting())[0])
+    assert {"saml, 1 speaker", "saml, 8 speakers", "saml, 64 speakers"} < set(found)
+    assert found["saml, 64 speakers"]["bytes"] > found["saml, 8 speakers"]["bytes"]
+    assert "saml, 1 speaker" in found["saml, 64 speakers"]["ratios"]
+
+
+def wrong(contender, **changes):
+    """A contender whose layer is off by one in a thousand."""
+
+    def build(operands):
+        layer = contender.build(operands)
+        return Layer(lambda x, gates: layer.call(x, gates) * 1.001, layer.trainable)
+
+    return replace(contender, build=build, **changes)
+
+
+def test_a_wrong_peer_has_no_time():
+    dense = QUICK["dense"]
+    registry = {"dense": dense, "liar": wrong(dense, name="liar")}
+    rows, skipped = run_case(Case("P2", "eager", 5, 64, 64), setting(registry))
+    assert set(by_name(rows)) == {"dense"}
+    assert skipped["liar"].startswith("wrong result: off by 1.0e-03")
+
+
+def test_our_own_wrong_result_is_an_error():
+    registry = {"saml + experts": wrong(QUICK["saml + experts"])}
+    with pytest.raises(SAMLError, match=r"P2 eager 5 x 64 -> 64: saml \+ experts is wrong result"):
+        run_case(Case("P2", "eager", 5, 64, 64), setting(registry))
+
+
+def test_a_training_step_without_its_gradients_is_wrong():
+    saml = QUICK["saml + experts"]
+
+    def build(operands):
+        layer = saml.build(operands)
+        idle = torch.zeros(1, requires_grad=True)
+        return Layer(layer.call, [*layer.trainable, idle])
+
+    registry = {"idle": replace(saml, name="idle", build=build)}
+    _, skipped = run_case(Case("P4", "train", 5, 64, 64), setting(registry))
+    assert skipped["idle"] == "wrong result: off by inf"
+
+
+def test_a_peer_that_fails_or_cannot_run_says_why():
+    def build(operands):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    dense = QUICK["dense"]
+    registry = {
+        "broken": replace(dense, name="broken", build=build),
+        "elsewhere": replace(dense, name="elsewhere", why_not=lambda device: "needs a GPU"),
+    }
+    rows, skipped = run_case(Case("P2", "eager", 5, 64, 64), setting(registry))
+    assert rows == []
+    assert skipped == {"broken": "failed: no kernel image", "elsewhere": "needs a GPU"}
+
+
+def test_what_builds_slowly_runs_once_for_each_work_in_a_short_run():
+    registry = {"slow": replace(QUICK["dense"], name="slow", slow_build=True)}
+    cases = [Case("P2", "eager", 2, 64, 64), Case("P2", "eager", 3, 64, 64)]
+    cases.append(Case("P1", "eager", 3, 64, 64))
+    run = setting(registry)
+    assert [len(run_case(c, run)[0]) for c in cases] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes + gated PEFT", "PEFT X-LoRA"])
+@pytest.mark.parametrize("mode", ["eager", "train"])
+def test_peers_compute_what_we_compute(name, mode):
+    contender = contenders()[name]
+    reason = contender.why_not(CPU)
+    if reason:
+        pytest.skip(reason)
+    case = Case("P1", mode, 6, 64, 128, experts=3, rank=4)
+    rows, skipped = run_case(case, setting({name: contender}))
+    assert not skipped and rows[0]["error"] < 1e-4
+
+
+def test_peft_mixed_batch_computes_its_own_speaker():
+    contender = contenders()["bitsandbytes + PEFT, mixed batch of 64"]
+    reason = contender.why_not(CPU)
+    if reason:
+        pytest.skip(reason)
+    case = Case("P5", "eager", 128, 64, 64, experts=2, rank=2, speakers=64, clip=2)
+    rows, skipped = run_case(case, setting({contender.name: contender}))
+    assert not skipped and rows[0]["error"] < 1e-4
+
+
+def test_compiled_reference():
+    contender = contenders()["torch.compile of the reference"]
+    rows, skipped = run_case(Case("P4", "train", 6, 64, 64), setting({contender.name: contender}))
+    assert not skipped and rows[0]["error"] < 1e-4
+
+
+def test_results_are_written_as_they_come_and_kept(tmp_path):
+    path = tmp_path / "results.json"
+    cases = [Case("P2", "eager", 2, 64, 64), Case("P6", "eager", 3, 64, 64)]
+    first = Results(CPU, ROOFS, path)
+    assert run_cases(cases, setting(), first)
+    again = Results(CPU, ROOFS, path)
+    assert not run_cases([cases[1]], setting(), again, minutes=-1.0)
+    assert again.data["unfinished"] == "stopped after -1 minutes"
+    run_cases([cases[1]], setting(), again)
+    data = json.loads(path.read_text())
+    assert {k: len(v["rows"]) for k, v in data["works"].items()} == {"P2": 4, "P6": 4}
+    about = data["about"]
+    assert about["bandwidth_gb_s"] == 20.0 and about["rate_gflop_s"] == 50.0
+    assert about["versions"]["torch"] == torch.__version__
+    assert len(load([path])) == 1
+
+
+def fixture():
+    """Two layers of one work, a whole model, and what was left out: figures made up."""
+
+    def row(k, contender, median, **ratios):
+        return {
+            "work": "P2", "mode": "graph", "m": 1, "n": 512, "k": k, "experts": 4, "rank": 16,
+            "contender": contender, "median_us": median, "low_us": median, "high_us": median,
+            "floor_us": 1.0, "of_roofline": 1 / median, "peak_bytes": 1e6, "ratios": ratios,
+        }  # fmt: skip
+
+    layers = [
+        row(512, "dense", 4.0), row(512, "saml + experts", 2.0, dense=0.5, bitsandbytes=0.8),
+        row(2048, "dense", 4.0), row(2048, "saml + experts", 8.0, dense=2.0, bitsandbytes=0.2),
+    ]  # fmt: skip
+    model = {"contender": "saml", "seconds": 12.5, "quartiles": [12.0, 13.0], "wer": 7.1}
+    return {
+        "about": {
+            "device": "Some GPU", "type": "cuda", "date": "2026-01-02",
+            "versions": {"torch": "2.13.0"},
+        },
+        "works": {
+            "P2": {"rows": layers, "skipped": {"GemLite INT4": "not installed"}},
+            "P7": {"title": "transcription", "rows": [model], "skipped": {}},
+        },
+    }  # fmt: skip
+
+
+def test_markdown_by_hand():
+    text = markdown([fixture()])
+    assert text == (
+        "**Some GPU**, 2026-01-02, torch 2.13.0:\n\n"
+        "| layers with experts | of the roofline | / dense | / bitsandbytes | / + gated PEFT "
+        "| / 1 speaker |\n|---|---|---|---|---|---|\n"
+        "| decoding, graph, 1 token, 4 experts of rank 16 | 0.25 (0.12 to 0.50) "
+        "| 1.00 (0.50 to 2.00) | 0.40 (0.20 to 0.80) | - | - |\n\n"
+        "| P7: transcription | seconds | quartiles | WER % |\n|---|---|---|---|\n"
+        "| saml | 12.5 | 12 to 13 | 7.1 |\n\n"
+        "Not run: GemLite INT4 (not installed).\n"
+    )
+    assert geometric([0.5, 2.0]) == pytest.approx(1.0)
+
+
+def test_only_the_newest_of_a_device_and_no_gpu_is_said():
+    old, new = fixture(), fixture()
+    old["about"]["date"] = "2025-12-31"
+    for data in (old, new):
+        data["about"]["type"] = "cpu"
+    text = markdown([new, old])
+    assert "2026-01-02" in text and "2025-12-31" not in text
+    assert "GPU rows: not run" in text and "gpu_check.py" in text
+
+
+def test_the_readme_is_written_between_its_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    text = markdown([fixture()])
+    assert write_readme(readme, text) and not write_readme(readme, text)
+    assert readme.read_text() == f"before\n{BEGIN}\n{text.strip()}\n{END}\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(SAMLError, match="holds no line"):
+        write_readme(readme, text)
+
+
+def test_this_repositorys_readme_is_what_its_results_say():
+    root = Path(__file__).resolve().parent.parent
+    files = sorted((root / "bench" / "results").glob("*.json"))
+    timed = [f for f in files if "works" in json.loads(f.read_text())]
+    table = (root / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    assert table.strip() == markdown(load(timed)).strip()
+
+
+def test_tables_and_figures(tmp_path):
+    data = fixture()
+    titles = [t.title for t in tables(data) if t.title]
+    assert titles == ["P2: decoding; Some GPU", "P7: transcription"]
+    plot_layers(data, tmp_path / "layers.png")
+    wer = {"full_precision": 7.0, "quantised": 8.0, "experts": 7.5, "adapted": 6.0}
+    size = {"full_bytes": 150e6, "quantised_bytes": 19e6, "saml_bytes": 20e6}
+    plot_wer([("train-clean-5", {"wer": wer, "size": size})], tmp_path / "wer.png")
+    for name in ("layers.png", "wer.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"about": {}}', '{"about": {"device": "x"}}'])
+def test_what_is_no_file_of_results_is_refused(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SAMLError, match="not a file of benchmark results"):
+        load([path])
+
+
+def test_graphs_share_the_train(monkeypatch):
+    """Without a GPU: a captured train is timed as so many calls, and checked by its replay."""
+    monkeypatch.setattr(harness, "captured", lambda steps: lambda: [s() for s in steps][-1])
+    case = Case("P2", "graph", 5, 64, 64)
+    rows, skipped = run_case(case, setting({"dense": QUICK["dense"]}))
+    assert not skipped and rows[0]["error"] < 1e-5
