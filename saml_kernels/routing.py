@@ -6,6 +6,8 @@ vector), and `SharedRouter` is the authors' own, one for all attention blocks of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +43,21 @@ class Routing:
             have = "none" if self.speakers is None else len(self.speakers)
             raise SAMLError(f"speakers: {have} for {x.shape[0]} rows; expected one for each clip")
         return self.speakers.repeat_interleave(x.shape[0] // len(self.speakers)).unsqueeze(1)
+
+    @contextmanager
+    def narrowed(self, clips: slice) -> Iterator[None]:
+        """Within the block these clips are the batch, as far as their speakers go."""
+        everyone = self.speakers
+        try:
+            self.speakers = None if everyone is None else everyone[clips]
+            yield
+        finally:
+            self.speakers = everyone
+
+    def keep(self, clips: Tensor) -> None:
+        """Go on with these clips [n] of the batch, int64, in a decoder that drops the others."""
+        self.clip = None if self.clip is None else self.clip[clips]
+        self.speakers = None if self.speakers is None else self.speakers[clips]
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask for audio x [B, T, d], repeated for beams (those of a clip lie side by side).

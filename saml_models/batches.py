@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from saml_models.families import Family
 if TYPE_CHECKING:
     from saml_models.training import TrainingOptions
 
-__all__ = ["IGNORED", "BatchMaker", "Sample", "ahead", "plan_batches"]
+__all__ = ["IGNORED", "BatchMaker", "Sample", "plan_batches"]
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -121,16 +120,3 @@ def _spec_augment(
             width = rng.randint(0, int(min(100, heard * options.time_share)))
             start = rng.randint(0, heard - width)
             clip[:, start : start + width] = mean
-
-
-def ahead(
-    make: BatchMaker, todo: list[tuple[int, list[int]]]
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Make the next batch in a thread while the current one is trained on."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(make, *todo[0])] if todo else []
-        for position, (step, _) in enumerate(todo):
-            ready = pending.pop()
-            if position + 1 < len(todo):
-                pending.append(pool.submit(make, *todo[position + 1]))
-            yield step, ready.result()

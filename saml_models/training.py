@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from saml_kernels.errors import SAMLError
-from saml_models.batches import IGNORED, BatchMaker, Sample, ahead, plan_batches
+from saml_models.batches import IGNORED, BatchMaker, Sample, plan_batches
 from saml_models.families import Family, Outputs, family_of
 from saml_models.memory import keep_freed_memory
+from saml_models.prefetch import ahead
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
 
 __all__ = ["Sample", "TrainingOptions", "TrainingReport", "fit", "mixed_precision"]
@@ -245,7 +246,8 @@ def fit(
     started = time.monotonic()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
     try:
-        for i, batch in ahead(make, todo):
+        made = ahead(lambda job: make(*job), todo)
+        for (i, _), batch in zip(todo, made, strict=True):
             rate = _learning_rate(i, steps, options)
             for group in optimiser.param_groups:
                 group["lr"] = rate

@@ -16,6 +16,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE, check_audio, load_audio
 from saml_models.decoding import decode_clips
 from saml_models.families import family_of
+from saml_models.prefetch import ahead
 from saml_models.quiet import quiet_transformers
 from saml_models.segments import Segment, Transcript, Word
 from saml_models.speakers import SpeakerProfile
@@ -116,7 +117,7 @@ def transcribe_many(
 
     Args:
         model, processor, speaker: as in `transcribe`, and so is all that is not named here.
-        recordings: files or samples, read as they are needed.
+        recordings: files or samples, read as they are needed, one ahead.
         batch_size: clips decoded together.
         on_progress: called with (number of the recording, seconds done, seconds of it).
 
@@ -158,8 +159,10 @@ def transcribe_many(
         stack.callback(model.train, was_training)
         stack.enter_context(quiet_transformers())
         model.eval()
-        for number, (recording, profile) in enumerate(_with_speakers(recordings, speaker)):
-            clip = _samples(recording)
+        pairs = ahead(
+            lambda pair: (_samples(pair[0]), pair[1]), _with_speakers(recordings, speaker)
+        )
+        for number, (clip, profile) in enumerate(pairs):
             short = plain and len(clip) <= WINDOW_SAMPLES
             code = known
             if code is None:

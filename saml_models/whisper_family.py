@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from transformers import (
     WhisperProcessor,
 )
 
+from saml_kernels.routing import Routing
 from saml_models.audio import SAMPLE_RATE
 from saml_models.families import Clip, Outputs
+from saml_models.greedy import can_decode, greedy
 from saml_models.limits import OwnLimits, token_limit
+from saml_models.prefetch import ahead
 from saml_models.segments import Segment
 from saml_models.whisper_longform import (
     detect_language,
@@ -40,6 +44,7 @@ from saml_models.window import (
 __all__ = ["WhisperFamily"]
 
 MAX_SEQUENCE = 448  # positions of the decoder
+TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
 
 
 class WhisperFamily:
@@ -99,31 +104,17 @@ class WhisperFamily:
         beam_size: int,
         language: str | None,
     ) -> list[str]:
-        """Clips of up to 30 s, without timestamps."""
+        """Clips of up to 30 s, without timestamps, each with a window of its own."""
         short = bool(getattr(model, "saml_short_windows", False))
-        routing = getattr(model, "saml_routing", None)
-        options: dict[str, Any] = {}
-        if is_multilingual(model):
-            options = {"language": language, "task": "transcribe"}
-        windows = [window_frames(len(c)) if short else FULL_WINDOW for c in clips]
-        limits = [token_limit(len(c)) for c in clips]
-        frames = max(windows)
-        features = log_mel(processor, list(clips), frames).to(model.device, model.dtype)
-        if routing is not None:
-            routing.mask = audio_mask([len(c) for c in clips], frames, model.device)
-        try:
-            with audio_window(model, frames), own_windows(model, features, windows):
-                tokens = model.generate(
-                    features,
-                    num_beams=beam_size,
-                    max_new_tokens=max(limits),
-                    stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
-                    **options,
-                )
-        finally:
-            if routing is not None:
-                routing.mask = None
-        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        frames = [window_frames(len(c)) if short else FULL_WINDOW for c in clips]
+        decode = _greedy if beam_size == 1 and can_decode(model) else partial(_beams, beam_size)
+        routing = getattr(model, "saml_routing", None) or Routing()
+        texts: list[str] = []
+        for part in _parts(frames):
+            with routing.narrowed(part):
+                tokens = decode(model, processor, clips[part], frames[part], language)
+            texts += processor.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def language_code(self, model: Any, language: str | None, task: str) -> str | None:
         """Of a code or a name; English-only models know one."""
@@ -171,3 +162,69 @@ class WhisperFamily:
     def load_processor(self, folder: Path) -> WhisperProcessor:
         """Feature extractor and tokeniser."""
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _parts(frames: Sequence[int]) -> Iterator[slice]:
+    """Clips whose windows, the longest for each, make `TOGETHER` at most; or one clip."""
+    start, longest = 0, 0
+    for end, own in enumerate(frames):
+        longest = max(longest, own)
+        if end > start and longest * (end - start + 1) > TOGETHER:
+            yield slice(start, end)
+            start, longest = end, own
+    yield slice(start, len(frames))
+
+
+def _greedy(
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+) -> list[list[int]]:
+    # On a CPU clip by clip: what one leaves in the processor's caches the next finds there.
+    most = 1 if model.device.type == "cpu" else len(clips)
+    runs: list[list[int]] = []
+    for i, own in enumerate(frames):
+        if not runs or frames[runs[-1][0]] != own or len(runs[-1]) == most:
+            runs.append([])
+        runs[-1].append(i)
+
+    def window(run: list[int]) -> tuple[Tensor, Tensor]:
+        own = frames[run[0]]
+        features = log_mel(processor, [clips[i] for i in run], own)
+        return features, audio_mask([len(clips[i]) for i in run], own)
+
+    return greedy(model, ahead(window, runs), [token_limit(len(c)) for c in clips], language)
+
+
+def _beams(
+    beam_size: int,
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+) -> Tensor:
+    """Through transformers' `generate`, in one batch with masks."""
+    routing = getattr(model, "saml_routing", None)
+    options: dict[str, Any] = {}
+    if is_multilingual(model):
+        options = {"language": language, "task": "transcribe"}
+    limits = [token_limit(len(c)) for c in clips]
+    longest = max(frames)
+    features = log_mel(processor, list(clips), longest).to(model.device, model.dtype)
+    if routing is not None:
+        routing.mask = audio_mask([len(c) for c in clips], longest, model.device)
+    try:
+        with audio_window(model, longest), own_windows(model, features, frames):
+            return model.generate(
+                features,
+                num_beams=beam_size,
+                max_new_tokens=max(limits),
+                stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+                **options,
+            )
+    finally:
+        if routing is not None:
+            routing.mask = None
