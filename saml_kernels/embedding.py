@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.ops import autocast_dtype, saml_linear
 from saml_kernels.quant import QuantizedTensor, quantize
 
-__all__ = ["QuantizedConv1d", "SAMLEmbedding", "TiedHead"]
+__all__ = ["QuantizedConv1d", "QuantizedConv2d", "SAMLEmbedding", "TiedHead"]
 
 
 class SAMLEmbedding(nn.Module):
@@ -57,40 +59,69 @@ class SAMLEmbedding(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """An output head that owns nothing: it asks the embedding it is tied to."""
+    """An output head that owns at most a bias: it asks the embedding it is tied to."""
 
-    def __init__(self, embedding: SAMLEmbedding) -> None:
+    def __init__(self, embedding: SAMLEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # In a tuple, so that the table is not registered (and saved) twice.
         self._tied = (embedding,)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., V]."""
-        return self._tied[0].attend(x)
+        logits = self._tied[0].attend(x)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
 
-class QuantizedConv1d(nn.Module):
+class _QuantizedConv(nn.Module):
     """An ordinary convolution with its weight in low bits, dequantised when used."""
 
-    def __init__(self, conv: nn.Conv1d, config: SAMLConfig) -> None:
-        """Quantise `conv` (weight [N, K / groups, kernel]); the original is left alone.
+    convolve: Any
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, config: SAMLConfig) -> None:
+        """Quantise `conv` (weight [N, K / groups, *kernel]); the original is left alone.
 
         A block never straddles two filters' rows if K * kernel is a multiple of the block; where
         it is not, blocks run on as in bitsandbytes.
         """
-        super().__init__()
-        self.weight = quantize(
+        nn.Module.__init__(self)
+        self.weight: Any = quantize(
             conv.weight.detach(), config.format, config.block_size, config.double_quant
         )
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
-        self.stride, self.padding = conv.stride, conv.padding
-        self.dilation, self.groups = conv.dilation, conv.groups
+        self.bias: Any = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
+        self.kernel_size: Any = conv.kernel_size
+        self.stride: Any = conv.stride
+        self.padding: Any = conv.padding
+        self.dilation: Any = conv.dilation
+        self.groups = conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, K, T] -> [B, N, T']."""
+        """x [B, K, ...] -> [B, N, ...]."""
         dtype = autocast_dtype(x) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.dequantize(dtype)
-        return F.conv1d(
+        return self.convolve(
             x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups
         )
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return (
+            f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
+            f"format={self.weight.format}"
+        )
+
+
+class QuantizedConv1d(_QuantizedConv):
+    """x [B, K, T] -> [B, N, T']."""
+
+    convolve = staticmethod(F.conv1d)
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """x [B, K, H, W] -> [B, N, H', W'].
+
+    An `nn.Conv2d` by type, because encoders ask for that to know which outputs to mask.
+    """
+
+    convolve = staticmethod(F.conv2d)

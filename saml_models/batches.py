@@ -79,6 +79,9 @@ class BatchMaker:
         for row, (ids, prompt) in enumerate(texts):
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
+            for i in range(prompt, len(ids) - 1) if o.corrupt else ():
+                if rng.random() < o.corrupt:
+                    inputs[row, i] = rng.choice(rng.choice(texts)[0][prompt:])
         return features, clean, mask, inputs, targets
 
     def _prepared(self, i: int, speed: float) -> Tensor:
@@ -87,7 +90,7 @@ class BatchMaker:
             clip = _at_speed(self.samples[i].load(), speed)
             found = self.family.prepare(self.processor, clip)
             if self.options.keep_prepared:
-                self.kept[i, speed] = found
+                self.kept[i, speed] = found = found.half()
         return found
 
 

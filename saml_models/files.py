@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["atomic_path", "write_json"]
+__all__ = ["atomic_folder", "atomic_path", "check_new_folder", "write_json"]
 
 
 @contextmanager
@@ -38,6 +39,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise SAMLError(f"{target}: cannot be written: {reason}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a path where something is.
+
+    Raises:
+        SAMLError: it is a file, or a folder that is not empty.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SAMLError(f"{path}: is there already; remove it or give a new folder")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; it becomes `path` when everything in it is written."""
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
+from saml_models.conformer import is_conformer, load_conformer, shipped_folder
 from saml_models.speakers import SpeakerProfile
 from saml_models.storage import DESCRIPTION, load_saml
 from saml_models.surgery import SurgeryReport, apply_saml
@@ -23,13 +24,19 @@ __all__ = ["load_adaptable", "load_model", "make_adaptable", "profile_config", "
 def load_model(
     name_or_path: str | os.PathLike[str], device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
-    """A folder that `save_saml` wrote, or whatever `load_whisper` knows; None is the CPU.
+    """A folder that `save_saml` wrote, or what `load_whisper` or `load_conformer` know.
+
+    Args:
+        name_or_path: a name, a hub's id or a folder; a folder comes before a name.
+        device: None is the CPU.
 
     Raises:
-        SAMLError: the model cannot be found, is damaged, or is no Whisper; or the device is not
-            there.
+        SAMLError: the model cannot be found, is damaged, or is of no known family; or the device
+            is not there.
     """
     folder = Path(name_or_path).expanduser()
+    if not folder.exists():
+        folder = shipped_folder(os.fspath(name_or_path)) or folder
     if (folder / DESCRIPTION).is_file():
         try:
             model, processor = load_saml(folder, device)
@@ -38,7 +45,8 @@ def load_model(
             raise SAMLError(f"device {device}: cannot be used: {reason}") from error
         model.config._name_or_path = os.fspath(name_or_path)
         return model, processor
-    return load_whisper(name_or_path, device)
+    load = load_conformer if is_conformer(name_or_path) else load_whisper
+    return load(name_or_path, device)
 
 
 def load_adaptable(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -262,7 +263,8 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         model_config = family.config_class.from_dict(description["model"])
         generation = GenerationConfig.from_dict(description["generation"])
         _check_size(family, model_config, config, stored, source)
-        with torch.device("meta"):  # no memory and no random numbers: every tensor is in the file
+        # No memory and no random numbers: every tensor is in the file, but for a few that are made.
+        with init_empty_weights(include_buffers=False):
             model: Any = family.model_class(model_config)
         model.tie_weights()
     except SAMLError:
@@ -273,7 +275,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     model.eval()
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
     apply_saml(model, replace(config, expert_init="lora"))
-    model.to_empty(device="cpu")
+    model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     model.saml_config = config
     model.saml_short_windows = description.get("short_windows") is True
     model.generation_config = generation

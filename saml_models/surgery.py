@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLLinear
-from saml_kernels.embedding import QuantizedConv1d, TiedHead
+from saml_kernels.embedding import QuantizedConv1d, QuantizedConv2d, TiedHead
 from saml_kernels.errors import SAMLError
 from saml_kernels.linear import BlockGates, SAMLPointwiseConv1d
 from saml_kernels.quant import QuantizedTensor
@@ -26,7 +26,9 @@ __all__ = [
     "routing_of",
 ]
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
+# These project positions, of which no voice has its own: low bits, but no experts.
+POSITION_PROJECTIONS = ("relative_k_proj", "linear_pos")
 
 
 @dataclass
@@ -35,6 +37,7 @@ class SurgeryReport:
 
     Attributes:
         replaced: number of layers by new kind.
+        kept: number of depthwise convolutions, which stay as they are.
         full_bytes: float32 bytes of the model before, each tied tensor once.
         memory_bytes: bytes of the model's tensors now (experts still float32; `save` stores less).
         trainable: trainable parameters (experts and routers).
@@ -42,6 +45,7 @@ class SurgeryReport:
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
     full_bytes: int = 0
     memory_bytes: int = 0
     trainable: int = 0
@@ -49,9 +53,11 @@ class SurgeryReport:
 
     def __str__(self) -> str:  # noqa: D105
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.replaced.items())
+        kept = f", {self.kept} depthwise convolutions kept" if self.kept else ""
         return (
-            f"{kinds}; {self.full_bytes / 1e6:.1f} MB in float32 -> {self.memory_bytes / 1e6:.1f} "
-            f"MB in memory; {self.trainable:,} of {self.parameters:,} parameters trainable "
+            f"{kinds}{kept}; {self.full_bytes / 1e6:.1f} MB in float32 -> "
+            f"{self.memory_bytes / 1e6:.1f} MB in memory; "
+            f"{self.trainable:,} of {self.parameters:,} parameters trainable "
             f"({100 * self.trainable / max(1, self.parameters):.1f} %)"
         )
 
@@ -60,11 +66,11 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
-    of kernel 1 `SAMLPointwiseConv1d`, other ungrouped 1-D convolutions `QuantizedConv1d`, token
-    embeddings `SAMLEmbedding` with the output head tied to it. Depthwise convolutions, norms,
-    biases and positions stay. A model on the meta device gets empty layers there, to be filled from
-    a file. Frozen floating parameters are rounded to float16, as they are
-    stored, so that a saved model gives the same logits bit for bit.
+    of kernel 1 `SAMLPointwiseConv1d`, other ungrouped convolutions `QuantizedConv1d` and
+    `QuantizedConv2d`, token embeddings `SAMLEmbedding` with the output head tied to it. Depthwise
+    convolutions, norms, biases and positions stay. A model on the meta device gets empty layers
+    there, to be filled from a file. Frozen floating parameters and norms' statistics are rounded to
+    float16, as they are stored, so that a saved model gives the same logits bit for bit.
 
     Raises:
         SAMLError: the model was treated before, or holds NaN, infinity or values beyond float16.
@@ -79,16 +85,20 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter.detach().to(torch.float16)).all():
+    state = {n: t for n, t in model.state_dict().items() if t.is_floating_point()}
+    for name, tensor in state.items():
+        if not tensor.is_meta and not torch.isfinite(tensor.to(torch.float16)).all():
             raise SAMLError(f"{name}: holds NaN, infinity or values beyond float16 (65504)")
     model.requires_grad_(False)
     for parameter in unique.values():
         parameter.data = parameter.data.to(torch.float16).to(parameter.dtype)
+    for name, buffer in model.named_buffers():
+        if name in state:
+            buffer.copy_(buffer.to(torch.float16))
     routing = Routing()
     model.saml_config, model.saml_routing = config, routing  # type: ignore[assignment]
     blocks = _attention_blocks(model) if config.router == "shared" else {}
-    width = getattr(getattr(model, "config", None), "d_model", None)  # of the encoder's output
+    width = _width(model)
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     tied: dict[int, SAMLEmbedding] = {}
     heads: list[tuple[nn.Module, str, Any]] = []
@@ -100,6 +110,7 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
                 continue
             new = _replacement(path, child, config, routing, blocks.get(parent_name), width)
             if new is None:
+                report.kept += _is_depthwise(child)
                 continue
             if isinstance(new, SAMLEmbedding):
                 tied[_storage(child.weight)] = new  # type: ignore[arg-type]
@@ -110,7 +121,7 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     for parent, name, child in heads:
         embedding = tied.get(_storage(child.weight))
         if embedding is not None:
-            setattr(parent, name, TiedHead(embedding))
+            setattr(parent, name, TiedHead(embedding, child.bias))
         else:
             setattr(parent, name, SAMLLinear.from_linear(child, _without_experts(config), routing))
         kind = type(getattr(parent, name)).__name__
@@ -124,6 +135,17 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     tensors = {_storage(t): t for t in model.state_dict().values() if t.numel()}
     report.memory_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     return report
+
+
+def _width(model: nn.Module) -> int | None:
+    """Of the encoder's output, where there is an encoder."""
+    config = getattr(model, "config", None)
+    encoder = getattr(config, "encoder_config", None)
+    return getattr(encoder, "hidden_size", getattr(config, "d_model", None))
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels
 
 
 def _storage(tensor: Tensor) -> int:
@@ -142,7 +164,7 @@ def _replacement(
     name = path.rsplit(".", 1)[-1]
     if isinstance(child, nn.Linear):
         wanted = config.targets == "all" or name in ATTENTION_PROJECTIONS
-        if config.router == "shared" and block is None:
+        if name in POSITION_PROJECTIONS or (config.router == "shared" and block is None):
             wanted = False
         layer = config if wanted else _without_experts(config)
         # A decoder sees tokens one at a time; its k and v of the encoder's output are the exception
@@ -151,15 +173,17 @@ def _replacement(
         )
         clip_width = width if decoder else None
         return SAMLLinear.from_linear(child, layer, routing, clip_width=clip_width, block=block)
+    if (isinstance(child, nn.Conv1d | nn.Conv2d) and child.groups > 1) or _is_depthwise(child):
+        return None
     if isinstance(child, nn.Conv1d):
-        if child.groups > 1:
-            return None
         if child.kernel_size == (1,) and child.stride == (1,) and child.padding == (0,):
             wanted = config.targets == "all" and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
                 child, config if wanted else _without_experts(config), routing
             )
         return QuantizedConv1d(child, config)
+    if isinstance(child, nn.Conv2d):
+        return QuantizedConv2d(child, config)
     # Position tables subclass nn.Embedding or are frozen sinusoids: small, and kept as they are.
     if type(child) is nn.Embedding and "position" not in name:
         return SAMLEmbedding.from_embedding(child, config)
@@ -180,7 +204,7 @@ def _attention_blocks(model: nn.Module) -> dict[str, BlockGates]:
     return {
         name: BlockGates()
         for name, module in model.named_modules()
-        if all(hasattr(module, p) for p in ATTENTION_PROJECTIONS)
+        if sum(hasattr(module, p) for p in ATTENTION_PROJECTIONS) == 4  # out_proj or o_proj
     }
 
 
@@ -188,7 +212,7 @@ def _attach_shared_routers(
     model: Any, config: SAMLConfig, routing: Routing, blocks: dict[str, BlockGates]
 ) -> None:
     """Three routers for the whole model (encoder self, decoder self, cross), run by hooks."""
-    width = model.config.d_model
+    width = _width(model) or 0
     model.saml_routers = nn.ModuleDict(
         {
             "encoder": SharedRouter(width, config, routing),
@@ -230,7 +254,7 @@ def _run_shared_router(
     kwargs: dict[str, Any],
 ) -> None:
     hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    encoded = kwargs.get("key_value_states")
+    encoded = kwargs.get("key_value_states", kwargs.get("encoder_hidden_states"))
     # Training shows the router the whole text, cached decoding one token: keep the first gates.
     if _cache(kwargs) is not None and slot.gates is not None:
         return

@@ -55,6 +55,8 @@ class TrainingOptions:
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
         smoothing: label smoothing of the decoder's cross entropy.
+        corrupt: share of the decoder's input tokens that is replaced by tokens of the batch, so
+            that it listens more than it guesses.
         keep_prepared: hold each clip's features at each speed in memory after the first use.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, where a folder is given.
@@ -78,6 +80,7 @@ class TrainingOptions:
     distil: float = 0.0
     ctc: float = 0.3
     smoothing: float = 0.0
+    corrupt: float = 0.0
     keep_prepared: bool = False
     seed: int = 0
     checkpoint_every: int = 25

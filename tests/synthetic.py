@@ -1,11 +1,22 @@
-"""Small Whispers with random weights, for tests that need the shape of a model but not its ears."""
+"""Small models with random weights, for tests that need the shape of a model but not its ears."""
 
 from __future__ import annotations
 
-import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+import math
+from typing import Any
 
-__all__ = ["small_whisper"]
+import torch
+from transformers import (
+    CanaryProcessor,
+    ParakeetFeatureExtractor,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from saml_models.base_training import FEATURES, Shape, train_tokenizer
+from saml_models.conformer import Conformer
+
+__all__ = ["small_conformer", "small_whisper"]
 
 
 def small_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> torch.nn.Module:
@@ -32,3 +43,24 @@ def small_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> torc
         init_std=0.1,
     )
     return WhisperForConditionalGeneration(config).eval()
+
+
+def small_conformer(seed: int = 0, vocabulary: int = 40, **shape: Any) -> tuple[Any, Any]:
+    """A random Conformer with its processor: d = 64, two layers and one."""
+    torch.manual_seed(seed)
+    sizes = {"width": 64, "heads": 2, "encoder_layers": 2, "feed_forward": 128, **shape}
+    model = Conformer(Shape(vocabulary=vocabulary, **sizes).config()).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:  # large enough that errors show in the logits
+            torch.nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter[0].numel()))
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    text = ["the quick brown fox jumps over the lazy dog", "she sells sea shells"]
+    processor = CanaryProcessor(
+        ParakeetFeatureExtractor(**FEATURES), train_tokenizer(text, vocabulary)
+    )
+    return model, processor

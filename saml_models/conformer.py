@@ -1,0 +1,112 @@
+"""The Conformer attention encoder-decoder: transformers' Canary, with a CTC head of our own.
+
+FastConformer encoder (arXiv 2305.05084), Transformer decoder. A model that `saml train-base` made
+has a linear CTC head on the encoder; NVIDIA's Canary checkpoints have none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CanaryConfig, CanaryForConditionalGeneration, CanaryProcessor
+
+from saml_kernels.errors import SAMLError
+from saml_models.quiet import quiet_transformers
+
+__all__ = ["Conformer", "is_conformer", "load_conformer"]
+
+CONFIG = "config.json"
+# What `saml train-base` made, quantised, under the name that --model takes.
+SHIPPED = "conformer-small"
+
+
+class Conformer(CanaryForConditionalGeneration):
+    """Canary; where `config.ctc_head` says so, with `ctc_head`: encoder frames -> logits [V].
+
+    The CTC head's blank is the padding token.
+    """
+
+    def __init__(self, config: CanaryConfig) -> None:
+        super().__init__(config)
+        if getattr(config, "ctc_head", False):
+            encoder: Any = config.encoder_config
+            self.ctc_head = nn.Linear(encoder.hidden_size, config.vocab_size)
+            self.post_init()
+
+
+def is_conformer(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder that holds a Canary, or a hub's id or our name of one."""
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        name = path.name.lower()
+        return "canary" in name or name == SHIPPED
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "canary"
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The quantised model in this package for a name; None if there is none."""
+    folder = Path(str(files("saml_models") / "conformers" / name))
+    return folder if Path(name).name == name and folder.is_dir() else None
+
+
+def load_conformer(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Conformer, CanaryProcessor]:
+    """Load a full-precision Conformer and its processor, ready for `model.generate`.
+
+    Args:
+        name_or_path: a folder that `saml train-base` wrote or in Hugging Face layout (safetensors
+            only), or a Hugging Face id such as "nvidia/canary-180m-flash".
+        device: where the model goes; None is the CPU.
+        dtype: of the parameters; None is float32.
+
+    Returns:
+        The model in evaluation mode and its processor.
+
+    Raises:
+        SAMLError: the model cannot be found, is damaged, is a pickle, or is no Canary; or the
+            device is not there.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(name).expanduser()
+    local = path.is_dir()
+    if path.exists() and not is_conformer(path):
+        raise SAMLError(f"{name}: holds no Canary; expected a folder with config.json and weights")
+    place: Any = path if local else name
+    try:
+        with quiet_transformers():
+            loaded: Any = Conformer.from_pretrained(
+                place,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                local_files_only=local,
+                output_loading_info=True,
+            )
+            processor = CanaryProcessor.from_pretrained(place, local_files_only=local)
+        model, about = loaded
+    except Exception as error:  # transformers, the hub and safetensors raise a dozen kinds
+        hint = "" if local else "; check the connection, or give the path of a folder"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SAMLError(f"{name}: cannot be loaded ({reason}){hint}") from error
+    if about["missing_keys"]:
+        missing = sorted(about["missing_keys"])
+        raise SAMLError(f"{name}: {missing[0]} is missing from the weights; copy them again")
+    model.config._name_or_path = name
+    try:
+        nn.Module.to(model, device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SAMLError(f"device {device}: cannot be used: {reason}") from error
+    return model.eval(), processor
