@@ -1,60 +1,44 @@
-"""One call for whoever has a GPU: checks, then times, then (with --tune) tunes every kernel.
+"""One call for whoever has a GPU, at most ten minutes each: checks, tuning, layers, models.
 
-    python bench/gpu_check.py --out bench/results [--tune] [--minutes 9]
+    python bench/gpu_check.py                              # checks, then the layers' short run
+    python bench/gpu_check.py --do tune --minutes 9        # this device's tiles, a copy to ship
+    python bench/gpu_check.py --do layers --work P2 --full # one question, every shape
+    python bench/gpu_check.py --do models --data LibriSpeech/train-clean-5
 
-1. tests/kernels compiled for this device, compute-sanitizer (memcheck, racecheck) on a small case
-   where it is installed, and CUDA-graph capture and replay. Nothing is timed if one of them fails.
-2. Forward and backward at Whisper's widths, 4 experts of rank 16: every route of the backend beside
-   dense float16 cuBLAS without experts, and the roofline floor. Device events, medians; weights
-   rotate past the L2 cache; the result of the last timed call is compared with float64.
-3. --tune: as `saml bench --tune`, with a copy of the table among the results.
+* checks: tests/kernels compiled for this device, compute-sanitizer (memcheck, racecheck) on a small
+  case where it is installed, CUDA-graph capture and replay. Nothing is timed if one fails.
+* tune: as `saml bench --tune`, with a copy of the table among the results.
+* layers: P1 to P5 beside every peer that is installed (`pip install --group bench-gpu`).
+* models: training_step.py, and with --data transcription.py and adaptation.py.
 
-Results so far are on disk whenever it stops.
+Results so far are on disk whenever it stops: <device>-<date>.json, which bench/report.py reads.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-import torch.nn.functional as F
-import triton
-from torch import Tensor
+import typer
+from rich.console import Console
 
 from saml_kernels import saml_linear, saml_linear_routed
-from saml_kernels.timing import timed
 from saml_kernels.triton import configs
-from saml_kernels.triton.tuning import CACHE_BYTES, Problem, tune
+from saml_kernels.triton.tuning import Problem, tune
+from saml_models.bench.cases import WIDTHS, WORKS, cases_of
+from saml_models.bench.environment import result_path
+from saml_models.bench.harness import Results, Setting, run_cases
+from saml_models.bench.report import tables
 
-SHAPES = ((384, 384), (512, 2048), (768, 3072), (1280, 1280), (1280, 5120), (5120, 1280))  # K, N
-TOKENS = (1, 4, 8, 16, 64, 256, 1500, 12000)
+HERE = Path(__file__).resolve().parent
 EXPERTS, RANK = 4, 16
-TOLERANCE = 2e-3
-# Dense float16 TFLOP/s and TB/s by name, from the vendors' data sheets.
-ROOFS = {"H200": (989, 4.8), "H100": (989, 3.35), "A100": (312, 2.04), "4090": (165, 1.01)}
-
-
-def environment() -> dict[str, Any]:
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "triton": triton.__version__, "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"), "experts": EXPERTS, "rank": RANK,
-    }  # fmt: skip
+LIMIT = 590.0  # seconds that one script of `models` may take
 
 
 def check_correctness() -> dict[str, str]:
@@ -62,14 +46,14 @@ def check_correctness() -> dict[str, str]:
     found: dict[str, str] = {}
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FUZZ": "60"}
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels", "tests/test_lookup.py"]
-    subprocess.run(tests, check=True, env=plain)
+    subprocess.run(tests, check=True, env=plain, cwd=HERE.parent)
     found["tests/kernels"] = "passed"
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         if sanitizer is None:
             found[tool] = "not run: compute-sanitizer is not installed"
             continue
-        case = [sys.executable, __file__, "--small-case"]
+        case = [sys.executable, __file__, "--do", "small-case"]
         subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "9", *case], check=True)
         found[tool] = "passed"
     check_graph()
@@ -80,20 +64,19 @@ def check_correctness() -> dict[str, str]:
 def small_case() -> None:
     """Every kernel once, for the sanitizers."""
     torch.manual_seed(0)
-    call = Call(40, 128, 192, 1)
+    call = Problem(40, 128, 192, experts=EXPERTS, rank=RANK, copies=1)
     router = torch.randn(EXPERTS, 192, device="cuda", dtype=torch.float16, requires_grad=True)
     for route in configs.ROUTES:
         call.forward(route)
         call.backward(route)
-        saml_linear_routed(
-            call.x, call.weights[0], call.a, call.b, router, backend="triton"
-        ).sum().backward()
+    rest = (call.weights[0], call.a, call.b, router)
+    saml_linear_routed(call.x, *rest, backend="triton").sum().backward()
     torch.cuda.synchronize()
 
 
 def check_graph() -> None:
     """Captured and replayed on new input, the operator gives what it gives eagerly."""
-    call = Call(5, 512, 512, 1)
+    call = Problem(5, 512, 512, experts=EXPERTS, rank=RANK, copies=1)
     arguments = (call.weights[0], call.a, call.b, call.gates, call.bias, 1.0, "triton")
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -108,86 +91,56 @@ def check_graph() -> None:
         torch.testing.assert_close(y, saml_linear(call.x, *arguments), rtol=0, atol=0)
 
 
-class Call(Problem):
-    """A shape with its peer and its floor."""
-
-    def __init__(self, m: int, n: int, k: int, copies: int | None = None) -> None:
-        super().__init__(m, n, k, experts=EXPERTS, rank=RANK, copies=copies)
-        dense = min(len(self.weights), math.ceil(CACHE_BYTES / (n * k * 2)))
-        self.dense = [self.source.half() for _ in range(dense)]
-
-    def cublas(self) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            self.turn += 1
-            return F.linear(self.x, self.dense[self.turn % len(self.dense)], self.bias)
-
-        return run
-
-    def floor(self) -> float | None:
-        """Microseconds below which this device cannot run the forward."""
-        name = torch.cuda.get_device_name()
-        roof = next((r for key, r in ROOFS.items() if key in name), None)
-        if roof is None:
-            return None
-        m, n, k, r = self.m, self.n, self.k, EXPERTS * RANK
-        flop = 2 * m * (n * k + r * (n + k))
-        size = 0.516 * n * k + 2 * (m * (n + k + EXPERTS) + r * (n + k) + n)
-        return max(flop / roof[0] / 1e6, size / roof[1] / 1e6)
+def time_layers(results: Path, works: list[str], full: bool, minutes: float) -> None:
+    device = torch.device("cuda")
+    setting = Setting(device, short=not full)
+    found = Results(device, setting.roofs, result_path(results, device))
+    cases = [c for w in works for c in cases_of(w, "cuda", not full)]
+    done = run_cases(cases, setting, found, minutes, lambda case: print(case.label, flush=True))
+    for table in tables(found.data):
+        Console(width=150).print(table)
+    print(f"results: {found.path}" + ("" if done else f"; stopped after {minutes:g} minutes"))
 
 
-def measure(call: Call) -> dict[str, Any]:
-    """A row of the table: every route, cuBLAS, the floor."""
-    expected = call.truth()["forward"]
-    row: dict[str, Any] = {"m": call.m, "k": call.k, "n": call.n, "floor_us": call.floor()}
-    row["cublas"] = timed(call.cublas())
-    for route in (None, *configs.ROUTES):
-        if route == "decode" and call.m > 64:
-            continue
-        row[f"forward {route or 'chosen'}"] = timed(partial(call.forward, route))
-        error = (call.forward(route).double() - expected).norm() / expected.norm()
-        assert error < TOLERANCE, f"{row}: {route} is off by {error:.1e} after timing"
-        row[f"backward {route or 'chosen'}"] = timed(partial(call.backward, route), rounds=10)
-    return row
+def time_models(results: Path, data: Path | None) -> None:
+    scripts: list[tuple[str, list[str]]] = [("training_step.py", ["--batch", "8"])]
+    if data is not None:
+        scripts += [(name, ["--data", str(data)]) for name in ("transcription.py", "adaptation.py")]
+    for script, options in scripts:
+        call = [sys.executable, str(HERE / script), *options, "--results", str(results)]
+        subprocess.run(call, check=True, timeout=LIMIT)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
-    o = parser.parse_args()
+def main(
+    do: Annotated[str, typer.Option(help="checks, tune, layers, models; by commas.")] = (
+        "checks,layers"
+    ),
+    work: Annotated[str, typer.Option(help="Of the layers, by commas.")] = "P2,P1,P3,P4,P5",
+    full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
+    minutes: Annotated[float, typer.Option(help="Nothing is started later.")] = 9.0,
+    data: Annotated[Path | None, typer.Option(help="Speech, for the models.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
+) -> None:
     if not torch.cuda.is_available():
         print("gpu_check: no CUDA device; run it on a machine that has one", file=sys.stderr)
-        return 2
-    if o.small_case:
+        raise typer.Exit(2)
+    deadline, steps = time.monotonic() + 60 * minutes, do.split(",")
+    if "small-case" in steps:
         small_case()
-        return 0
-    deadline = time.monotonic() + 60 * o.minutes
-    about = environment()
-    o.out.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name().replace(" ", "-").lower()
-    path = o.out / f"gpu-{name}-{about['date']}.json"
-    result: dict[str, Any] = {"about": about, "checks": check_correctness(), "rows": []}
-    for (k, n), m in itertools.product(SHAPES, TOKENS):
-        if time.monotonic() > deadline:
-            result["unfinished"] = f"stopped after {o.minutes} minutes"
-            break
-        result["rows"].append(measure(Call(m, n, k)))
-        path.write_text(json.dumps(result, indent=1))
-        row = result["rows"][-1]
-        print(m, k, n, {key: v["median_us"] for key, v in row.items() if isinstance(v, dict)})
-    path.write_text(json.dumps(result, indent=1))
-    print(f"results: {path}")
-    if o.tune:
-        left = (deadline - time.monotonic()) / 60
-        shapes = [(n, k) for k, n in SHAPES]
-        table, rows = tune(shapes, minutes=left)
-        copy = o.out / f"{configs.device_traits(torch.device('cuda', 0))[0]}.json"
+    if "checks" in steps:
+        print(check_correctness())
+    if "tune" in steps:
+        shapes = [(n, k) for d in WIDTHS for n, k in ((d, d), (4 * d, d), (d, 4 * d))]
+        table, rows = tune(shapes, minutes=(deadline - time.monotonic()) / 60)
+        copy = results / f"{configs.device_traits(torch.device('cuda', 0))[0]}.json"
         copy.write_text(table.read_text())
         print(f"tuning table: {table}, {rows} rows; a copy to ship: {copy}")
-    return 0
+    if "layers" in steps:
+        works = [w for w in work.split(",") if w in WORKS]
+        time_layers(results, works, full, (deadline - time.monotonic()) / 60)
+    if "models" in steps:
+        time_models(results, data)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

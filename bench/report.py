@@ -2,7 +2,7 @@
 
     python bench/report.py [--results bench/results] [--readme README.md]
 
-<device>-<date>.json (of `saml bench`, `pytest bench`, models.py and gpu_check.py) become PNGs,
+<device>-<date>.json (of `saml bench`, `pytest bench`, the rest) become PNGs,
 wer-*.json (`saml evaluate --json`) one of WER against bytes. The README gets the newest file of
 each device.
 """

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
 
 import numpy as np
+import torch
+
+from saml_models.bench.turns import answer, in_turn
 
 STEPS = 6
 
@@ -44,21 +45,16 @@ def one_run(keep: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--run", choices=("keep", "default"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("keep", "default"), help=argparse.SUPPRESS)
     o = parser.parse_args()
-    if o.run:
-        print(one_run(o.run == "keep"))
+    if o.worker:
+        answer(torch.device("cpu"), one_run(o.worker == "keep"))
         return
-    found: dict[str, list[float]] = {"default": [], "keep": []}
-    for _ in range(o.rounds):
-        for name, times in found.items():
-            command = [sys.executable, __file__, "--run", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            times.append(float(done.stdout.split()[-1]))
-    medians = {name: statistics.median(times) for name, times in found.items()}
-    ratios = [k / d for k, d in zip(found["keep"], found["default"], strict=True)]
-    print(f"glibc's defaults {medians['default']:.2f} s a step, freed memory kept "
-          f"{medians['keep']:.2f} s: ratio {statistics.median(ratios):.2f}")  # fmt: skip
+    (default, keep), _ = in_turn(__file__, ("default", "keep"), (), o.rounds)
+    pairs = zip(keep["samples_seconds"], default["samples_seconds"], strict=True)
+    ratio = statistics.median(k / d for k, d in pairs)
+    print(f"glibc's defaults {default['seconds']:.2f} s a step, freed memory kept "
+          f"{keep['seconds']:.2f} s: ratio {ratio:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

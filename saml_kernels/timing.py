@@ -139,14 +139,28 @@ def interleaved(
 
 
 def timed(
-    run: Callable[[], Any], rounds: int = 30, device: str | torch.device = "cuda"
+    run: Callable[[], Any],
+    rounds: int = 30,
+    graph: bool = True,
+    device: str | torch.device = "cuda",
 ) -> dict[str, float]:
-    """`Timing.to_dict` of one call, in trains long enough for the clock."""
+    """`Timing.to_dict` of one call, in trains long enough for the clock.
+
+    Args:
+        run: the call.
+        rounds: trains that are measured.
+        graph: on a GPU, replay the train as a CUDA graph: to launch a small product from Python
+            takes longer than the product. False measures that too.
+        device: where it runs.
+    """
     where = torch.device(device)
     run()
     once = sample([run], where)
     length = max(1, min(LONGEST, int(TRAIN_US / max(once, 1.0))))
-    return interleaved({"": [run] * length}, where, rounds)[""].to_dict()
+    train: Train = [run] * length
+    if not graph or where.type != "cuda":
+        return interleaved({"": train}, where, rounds)[""].to_dict()
+    return interleaved({"": [captured(train)]}, where, rounds, lengths={"": length})[""].to_dict()
 
 
 def captured(train: Train) -> Callable[[], Any]:

@@ -32,6 +32,9 @@ def bench(
     rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
+    cpu_level: Annotated[
+        str | None, typer.Option(help="'portable C' or AVX2, to time another CPU's code.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is.")] = None,
     json_file: Annotated[
         Path, typer.Option("--json", help="Results; a PNG is drawn beside them.")
@@ -54,6 +57,12 @@ def bench(
         raise SAMLError(f"--device {device}: no CUDA device here")
     if threads:
         torch.set_num_threads(threads)
+    if cpu_level:
+        from saml_kernels.cpu import native
+
+        if cpu_level not in native.LEVELS:
+            raise SAMLError(f"--cpu-level {cpu_level}: expected one of {', '.join(native.LEVELS)}")
+        native.select(cpu_level)
     if tune:
         d = width or TUNED_WIDTH
         _tune([(d, d), (4 * d, d), (d, 4 * d)], where, minutes)

@@ -222,7 +222,7 @@ def fixture():
             "versions": {"torch": "2.13.0"},
         },
         "works": {
-            "P2": {"rows": layers, "skipped": {"GemLite INT4": "not installed"}},
+            "P2": {"title": "decoding", "rows": layers, "skipped": {"GemLite INT4": "absent"}},
             "P7": {"title": "transcription", "rows": [model], "skipped": {}},
         },
     }  # fmt: skip
@@ -238,7 +238,7 @@ def test_markdown_by_hand():
         "| 1.00 (0.50 to 2.00) | 0.40 (0.20 to 0.80) | - | - |\n\n"
         "| P7: transcription | seconds | quartiles | WER % |\n|---|---|---|---|\n"
         "| saml | 12.5 | 12 to 13 | 7.1 |\n\n"
-        "Not run: GemLite INT4 (not installed).\n"
+        "Not run: GemLite INT4 (absent).\n"
     )
     assert geometric([0.5, 2.0]) == pytest.approx(1.0)
 

@@ -89,6 +89,13 @@ def test_an_unwritten_part_is_found():
     assert poisoning(half) == float("inf")
 
 
+def test_one_call_is_timed_in_a_train(monkeypatch):
+    ran = []
+    found = timing.timed(lambda: ran.append(1), rounds=3, device="cpu")
+    assert found["low_us"] <= found["median_us"] <= found["high_us"]
+    assert len(ran) == 2 + timing.LONGEST * (3 + timing.WARM_UP)  # too quick for a short one
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     def run():
         a = torch.empty(1 << 20)  # 4 MiB

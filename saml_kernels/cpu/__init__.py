@@ -1,6 +1,6 @@
 """The CPU backend.
 
-Forward takes one of two ways, whichever was measured to be faster (bench/cpu_linear.py):
+Forward takes one of two ways, whichever was measured to be faster (`saml bench --work P6`):
 
 * native: one pass over the packed weight in compiled code, experts included (native.py, native.c);
 * dense: the weight dequantised to scratch (by compiled code where there is some), then torch's

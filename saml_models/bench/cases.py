@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["WORKS", "Case", "Work", "cases_of"]
+__all__ = ["WIDTHS", "WORKS", "Case", "Work", "cases_of"]
 
 # Whisper's widths: tiny, base, small, medium, large. The other side of a feed-forward is 4 d.
 WIDTHS = (384, 512, 768, 1024, 1280)

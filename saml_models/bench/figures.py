@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.bench.cases import WORKS
 from saml_models.bench.report import geometric
 from saml_models.files import atomic_path
 
@@ -57,7 +56,7 @@ def _bars(axes: Any, data: dict[str, Any]) -> None:
         places = [j + i * width for j, w in enumerate(works) if w in found]
         axes.bar(places, [found[w] for w in works if w in found], width, label=other)
     axes.axhline(1.0, color="black", linewidth=1)
-    names = [f"{w}\n{WORKS[w].title}" if w in WORKS else w for w in works]
+    names = [f"{w}\n{data['works'][w]['title']}" for w in works]
     axes.set_xticks([j + 0.4 for j in range(len(works))], names, fontsize=7)
     axes.set(yscale="log", ylabel=f"time of {SUBJECT} / time of the other")
     if heights:

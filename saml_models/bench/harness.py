@@ -186,14 +186,27 @@ class Results:
                 "rate_gflop_s": round(roofs.rate / 1e9, 1),
             }
         if path is not None and path.is_file():
-            self.data["works"] = json.loads(path.read_text())["works"]
+            earlier = json.loads(path.read_text())
+            self.data["about"] = earlier["about"] | self.data["about"]
+            self.data["works"] = earlier["works"]
         self.fresh: set[str] = set()
 
-    def add(self, work: str, rows: Iterable[dict[str, Any]], skipped: dict[str, str]) -> None:
-        """Append to a work; the first time, in place of what an earlier run found."""
+    def add(
+        self,
+        work: str,
+        rows: Iterable[dict[str, Any]],
+        skipped: dict[str, str],
+        title: str | None = None,
+    ) -> None:
+        """Append to a work; the first time, in place of what an earlier run found.
+
+        `title` is for works that are not in `WORKS`.
+        """
         if work not in self.fresh:
             self.fresh.add(work)
-            self.data["works"][work] = {"rows": [], "skipped": {}}
+            self.data["works"][work] = {
+                "title": title or WORKS[work].title, "rows": [], "skipped": {},
+            }  # fmt: skip
         entry = self.data["works"][work]
         entry["rows"] += rows
         entry["skipped"] |= skipped

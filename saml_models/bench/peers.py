@@ -90,9 +90,7 @@ def _peft_layer(base: nn.Module, adapters: int, rank: int, dtype: torch.dtype) -
     from peft import LoraConfig, get_peft_model
 
     with _silenced():
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=["linear"], init_lora_weights=False
-        )
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
         model: Any = get_peft_model(_Model(base), config, adapter_name="0")
         for e in range(1, adapters):
             model.add_adapter(str(e), config)

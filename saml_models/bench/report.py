@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from saml_kernels.errors import SAMLError
-from saml_models.bench.cases import WORKS
 from saml_models.files import atomic_path
 
 __all__ = ["geometric", "load", "markdown", "subjects", "tables", "write_readme"]
@@ -87,8 +86,7 @@ def tables(data: dict[str, Any]) -> Iterator[Table]:
     """For a terminal: every contender of every case, then whole models."""
     about = data["about"]
     for work, entry in data["works"].items():
-        title = WORKS[work].title if work in WORKS else work
-        rows = entry["rows"]
+        title, rows = entry["title"], entry["rows"]
         layers = [r for r in rows if "m" in r]
         if layers:
             table = Table(title=f"{work}: {title}; {about['device']}")
@@ -154,7 +152,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         lines += [f"**{device}**, {about['date']}, torch {about['versions']['torch']}:", ""]
         heads = ["layers with experts", "of the roofline", *(f"/ {b}" for b in BARS.values())]
         table = [
-            [f"{WORKS[work].title}, {what}", *_cells(rows)] for work, what, rows in subjects(data)
+            [f"{data['works'][work]['title']}, {what}", *_cells(rows)]
+            for work, what, rows in subjects(data)
         ]
         lines += _markdown_table(heads, table)
         for work, entry in data["works"].items():

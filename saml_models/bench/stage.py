@@ -52,7 +52,7 @@ class Stage:
             return 1
         if self.device.type == "cpu":
             return 4
-        return 8 if self.case.speakers > 1 else 32
+        return 8 if self.case.speakers > 1 else 16
 
     def forget(self, i: int, layer: Layer) -> None:
         """Drop the gradients of a training step."""
