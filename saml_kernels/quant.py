@@ -345,7 +345,8 @@ def quantize(
         codes = _pack(rank if format == "nf4" else order[rank])
     nested = offset = None
     if double_quant:
-        offset = absmax.mean()
+        # On the CPU: a mean is summed in another order elsewhere, and a model's hash must not be.
+        offset = absmax.cpu().mean().to(absmax.device)
         absmax, nested = _quantise_scales(absmax - offset)
     tensor = QuantizedTensor(codes, absmax, nested, offset, weight.shape, format, block_size)
     if double_quant and not torch.isfinite(tensor.scales()).all():
