@@ -91,11 +91,12 @@ def check_graph() -> None:
         torch.testing.assert_close(y, saml_linear(call.x, *arguments), rtol=0, atol=0)
 
 
-def time_layers(results: Path, works: list[str], full: bool, minutes: float) -> None:
-    device = torch.device("cuda")
+def time_layers(
+    device: torch.device, results: Path, works: list[str], full: bool, minutes: float
+) -> None:
     setting = Setting(device, short=not full)
     found = Results(device, setting.roofs, result_path(results, device))
-    cases = [c for w in works for c in cases_of(w, "cuda", not full)]
+    cases = [c for w in works for c in cases_of(w, device.type, not full)]
     done = run_cases(cases, setting, found, minutes, lambda case: print(case.label, flush=True))
     for table in tables(found.data):
         Console(width=150).print(table)
@@ -137,7 +138,7 @@ def main(
         print(f"tuning table: {table}, {rows} rows; a copy to ship: {copy}")
     if "layers" in steps:
         works = [w for w in work.split(",") if w in WORKS]
-        time_layers(results, works, full, (deadline - time.monotonic()) / 60)
+        time_layers(torch.device("cuda"), results, works, full, (deadline - time.monotonic()) / 60)
     if "models" in steps:
         time_models(results, data)
 

@@ -178,6 +178,7 @@ def test_peft_mixed_batch_computes_its_own_speaker():
     assert not skipped and rows[0]["error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_compiled_reference():
     contender = contenders()["torch.compile of the reference"]
     rows, skipped = run_case(Case("P4", "train", 6, 64, 64), setting({contender.name: contender}))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from saml_models.bench.cases import Case
 from saml_models.bench.contenders import contenders
+from saml_models.bench.peers import _int4
 from saml_models.bench.turns import answer, in_turn, record, stopwatch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -111,6 +113,21 @@ def test_the_gpu_script_says_that_there_is_none():
     assert done.stderr.strip() == "gpu_check: no CUDA device; run it on a machine that has one"
 
 
+def test_the_gpu_scripts_layers_on_a_cpu(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_check
+
+    case = Case("P3", "eager", 3, 64, 64)
+    monkeypatch.setattr(gpu_check, "cases_of", lambda *wanted: [case] if wanted[0] == "P3" else [])
+    monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
+    gpu_check.time_layers(CPU, tmp_path, ["P2", "P3"], True, 1.0)
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert list(data["works"]) == ["P3"] and data["about"]["bandwidth_gb_s"] > 0
+    assert "P3: the user's composition" in capsys.readouterr().out
+
+
 def test_report_script_writes_figures_and_readme(tmp_path):
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
@@ -125,3 +142,12 @@ def test_report_script_writes_figures_and_readme(tmp_path):
     assert "| saml | 2 | 1.5 to 2.5 | 3 |" in readme.read_text()
     assert {p.suffix for p in results.iterdir()} == {".json", ".png"}
     assert (results / "wer-bytes.png").is_file()
+
+
+def test_int4_peers_are_given_a_rounding_of_the_same_weight():
+    weight = torch.randn(8, 128)
+    codes, scales, zeros = _int4(weight)
+    assert codes.dtype == torch.uint8 and int(codes.max()) == 15 and int(codes.min()) == 0
+    rebuilt = (codes.unflatten(1, (-1, 64)) - zeros[..., None]) * scales[..., None]
+    apart = (rebuilt - weight.unflatten(1, (-1, 64))).abs()
+    assert (apart <= 0.5001 * scales[..., None]).all()

@@ -27,7 +27,8 @@ def device_name(device: torch.device) -> str:
     """Of the GPU, or of the processor and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{_processor()}, {count} thread{'s' * (count > 1)}"
 
 
 def about(device: torch.device) -> dict[str, Any]:

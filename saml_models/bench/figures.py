@@ -24,11 +24,14 @@ def plot_layers(data: dict[str, Any], path: Path) -> None:
     rows = [r for entry in data["works"].values() for r in entry["rows"] if "m" in r]
     figure = _figure(13.0, 5.5)
     left, right = figure.subplots(1, 2)
-    for name in dict.fromkeys(r["contender"] for r in rows):
+    names = dict.fromkeys(r["contender"] for r in rows)
+    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
+    for name in names:
         mine = [r for r in rows if r["contender"] == name]
         ours = name.startswith("saml")
         left.scatter(
             [r["floor_us"] for r in mine], [r["median_us"] for r in mine], label=name,
+            color=colours[name],
             marker="o" if ours else "x", s=26 if ours else 20, alpha=0.8,
         )  # fmt: skip
     if rows:
@@ -36,25 +39,33 @@ def plot_layers(data: dict[str, Any], path: Path) -> None:
         left.plot(ends, ends, color="black", linewidth=1, label="roofline")
     left.set(xscale="log", yscale="log", xlabel="floor of the shape (us)", ylabel="measured (us)")
     left.legend(frameon=False, fontsize=7)
-    _bars(right, data)
+    _bars(right, data, colours)
     about = data["about"]
     figure.suptitle(f"{about['device']}, {about['date']}")
     _save(figure, path)
 
 
-def _bars(axes: Any, data: dict[str, Any]) -> None:
-    """Our time with experts over each other contender's, by work: below 1 we are faster."""
+def _bars(axes: Any, data: dict[str, Any], colours: dict[str, str]) -> None:
+    """Our time with experts over each peer's, by work: below 1 we are faster."""
     heights: dict[str, dict[str, float]] = {}
     for work, entry in data["works"].items():
         rows = [r for r in entry["rows"] if r["contender"] == SUBJECT and "m" in r]
         for other in dict.fromkeys(name for r in rows for name in r["ratios"]):
+            if other.startswith("saml"):
+                continue
             ratios = [r["ratios"][other] for r in rows if other in r["ratios"]]
             heights.setdefault(other, {})[work] = geometric(ratios)
     works = [w for w in data["works"] if any(w in h for h in heights.values())]
     width = 0.8 / max(1, len(heights))
     for i, (other, found) in enumerate(heights.items()):
         places = [j + i * width for j, w in enumerate(works) if w in found]
-        axes.bar(places, [found[w] for w in works if w in found], width, label=other)
+        axes.bar(
+            places,
+            [found[w] for w in works if w in found],
+            width,
+            label=other,
+            color=colours.get(other),
+        )
     axes.axhline(1.0, color="black", linewidth=1)
     names = [f"{w}\n{data['works'][w]['title']}" for w in works]
     axes.set_xticks([j + 0.4 for j in range(len(works))], names, fontsize=7)
