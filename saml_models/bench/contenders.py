@@ -1,4 +1,4 @@
-"""What runs a case: this package, the dense layer, and peers that need no package of their own.
+"""What runs a case: this package, the dense layer, and the equation compiled by PyTorch.
 
 A contender builds a `Layer` from `Operands`; peers.py adds those that come from other packages.
 Gates are given to each [M, E]: no router is timed for anyone.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,10 @@ from saml_kernels import QuantizedTensor, quantize, saml_linear
 from saml_kernels.reference import saml_linear_reference
 from saml_models.bench.cases import Case
 
-__all__ = ["Contender", "Layer", "Operands", "contenders", "own_contenders"]
+__all__ = [
+    "Contender", "Layer", "Operands", "contenders", "nf4", "one_lora", "own_contenders",
+    "speaker_index",
+]  # fmt: skip
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # codes, 8-bit scales, their own scales: a weight
 
@@ -167,39 +169,9 @@ def _compiled(o: Operands) -> Layer:
     return Layer(lambda x, gates: run(x, weight, a, b, gates, bias), [a, b])
 
 
-class _ManualLoRA(torch.autograd.Function):
-    """Y = X W^T + (X A^T) B^T with a chain rule of its own, W dequantised anew in each direction.
-
-    With G = dY:  dX = G W + (G B) A,  dA = (G B)^T X,  dB = G^T (X A^T).
-    Source: the derivation that Unsloth publishes for its LoRA layers (its package runs on a GPU
-    only); additions in place, no gates, one adapter.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, a, b)
-        ctx.weight = weight
-        y = F.linear(x, weight.dequantize(x.dtype), bias)
-        return y.addmm_(x @ a.T, b.T)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, a, b = ctx.saved_tensors
-        down = dy @ b
-        da, db = down.T @ x, dy.T @ (x @ a.T)
-        dx = dy @ ctx.weight.dequantize(dy.dtype)
-        return dx.addmm_(down, a), None, da, db, None
-
-
 def one_lora(o: Operands) -> tuple[Tensor, Tensor]:
     """The first speaker's experts as one LoRA of rank E r: [R, K] and [N, R]."""
     return o.lora_a[0].flatten(0, 1), o.lora_b[0].permute(1, 0, 2).flatten(1)
-
-
-def _manual(o: Operands) -> Layer:
-    weight, (bias,) = nf4(o), o.cast(o.bias)
-    a, b = o.trainable(*one_lora(o))
-    return Layer(lambda x, gates: _ManualLoRA.apply(x, weight, a, b, bias), [a, b])
 
 
 def own_contenders() -> list[Contender]:
@@ -209,7 +181,6 @@ def own_contenders() -> list[Contender]:
         Contender("saml base", _saml_base, "nf4"),
         Contender("saml + experts", _saml, "nf4", "gated"),
         Contender("torch.compile of the reference", _compiled, "nf4", "gated", slow_build=True),
-        Contender("Unsloth's derivation", _manual, "nf4", "one"),
     ]
     for count in (1, 8, 64):
         name = f"saml, {count} speaker{'s' * (count > 1)}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_models.bench.contenders import Contender, Layer, Operands, one_lora, speaker_index
@@ -82,7 +83,9 @@ def bitsandbytes_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
         # In eval mode it would repack a CPU weight for bfloat16 and round its scales.
-        return layer.to(linear.weight.device).train()
+        layer.to(linear.weight.device).train()
+        layer.weight.quant_state.dtype = dtype  # as if made from a model of that dtype
+        return layer
 
 
 def _peft_layer(base: nn.Module, adapters: int, rank: int, dtype: torch.dtype) -> Any:
@@ -182,6 +185,43 @@ def _gated_peft(o: Operands) -> Layer:
     return Layer(module, _set_adapters(module.layer, o.lora_a[0], o.lora_b[0]))
 
 
+class _ManualLoRA(torch.autograd.Function):
+    """Y = X W^T + (X A^T) B^T with a chain rule of its own, W dequantised anew in each direction.
+
+    With G = dY:  dX = G W + (G B) A,  dA = (G B)^T X,  dB = G^T (X A^T).
+    Source: the derivation that Unsloth publishes for its LoRA layers; its package is for whole
+    language models, asks for a GPU as it is imported, and pins an older transformers. Additions
+    in place, no gates, one adapter, bitsandbytes' own dequantisation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.weight = weight
+        y = F.linear(x, _dequantised(weight), bias)
+        return y.addmm_(x @ a.T, b.T)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, a, b = ctx.saved_tensors
+        down = dy @ b
+        da, db = down.T @ x, dy.T @ (x @ a.T)
+        dx = dy @ _dequantised(ctx.weight)
+        return dx.addmm_(down, a), None, da, db, None
+
+
+def _dequantised(weight: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def _manual(o: Operands) -> Layer:
+    weight, (bias,) = bitsandbytes_linear(_float_linear(o), o.dtype).weight, o.cast(o.bias)
+    a, b = o.trainable(*one_lora(o))
+    return Layer(lambda x, gates: _ManualLoRA.apply(x, weight, a, b, bias), [a, b])
+
+
 def _mixed_batch(o: Operands) -> Layer:
     """PEFT's `adapter_names`: one LoRA of rank E r for each speaker, no gates."""
     base = bitsandbytes_linear(_float_linear(o), o.dtype)
@@ -266,7 +306,7 @@ def _torchao(o: Operands) -> Layer:
     layout: Any = "tile_packed_to_4d"
     quantize_(linear, Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format=layout))
     eye = torch.eye(o.case.k, device=o.device, dtype=torch.bfloat16)
-    stands_for = (linear(eye) - linear.bias).T.double()
+    stands_for = F.linear(eye, linear.weight).T.double()
     return Layer(lambda x, gates: linear(x.to(torch.bfloat16)).to(x.dtype), weight=stands_for)
 
 
@@ -306,6 +346,7 @@ def peer_contenders() -> list[Contender]:
     peft = _needs("bitsandbytes", "peft")
     return [
         Contender("bitsandbytes", _bitsandbytes, "nf4", package="bitsandbytes", why_not=bnb),
+        Contender("Unsloth's derivation", _manual, "nf4", "one", why_not=bnb),
         Contender("bitsandbytes + gated PEFT", _gated_peft, "nf4", "gated", None, "peft",
                   why_not=peft),
         Contender("bitsandbytes + PEFT, mixed batch of 64", _mixed_batch, "nf4", "one", 64, "peft",

@@ -20,6 +20,7 @@ BARS = {
     "dense": "dense", "bitsandbytes": "bitsandbytes", "bitsandbytes + gated PEFT": "+ gated PEFT",
     "saml, 1 speaker": "1 speaker",
 }  # fmt: skip
+COMPOSED = "bitsandbytes + gated PEFT"
 Row = dict[str, Any]
 
 
@@ -74,12 +75,18 @@ def _spread(values: Sequence[float]) -> str:
     return f"{geometric(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _cells(rows: list[Row]) -> list[str]:
-    """Share of the roofline, then times over each bar's."""
+def _cells(rows: list[Row], everyone: list[Row]) -> list[str]:
+    """Share of the roofline, times over each bar's, peak memory over the user's composition's."""
     cells = [_spread([r["of_roofline"] for r in rows])]
     for bar in BARS:
         cells.append(_spread([r["ratios"][bar] for r in rows if bar in r["ratios"]]))
+    peaks = {_shape(r): r["peak_bytes"] for r in everyone if r["contender"] == COMPOSED}
+    cells.append(_spread([r["peak_bytes"] / p for r in rows if (p := peaks.get(_shape(r)))]))
     return cells
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("mode", "m", "n", "k", "experts", "rank"))
 
 
 def tables(data: dict[str, Any]) -> Iterator[Table]:
@@ -151,8 +158,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         about = data["about"]
         lines += [f"**{device}**, {about['date']}, torch {about['versions']['torch']}:", ""]
         heads = ["layers with experts", "of the roofline", *(f"/ {b}" for b in BARS.values())]
+        heads.append("memory / + gated PEFT")
         table = [
-            [f"{data['works'][work]['title']}, {what}", *_cells(rows)]
+            [f"{data['works'][work]['title']}, {what}", *_cells(rows, data["works"][work]["rows"])]
             for work, what, rows in subjects(data)
         ]
         lines += _markdown_table(heads, table)
