@@ -124,7 +124,7 @@ def test_the_gpu_scripts_layers_on_a_cpu(tmp_path, monkeypatch, capsys):
     gpu_check.time_layers(CPU, tmp_path, ["P2", "P3"], True, 1.0)
     (path,) = tmp_path.glob("*.json")
     data = json.loads(path.read_text())
-    assert list(data["works"]) == ["P3"] and data["about"]["bandwidth_gb_s"] > 0
+    assert list(data["works"]) == ["P3"] and data["works"]["P3"]["bandwidth_gb_s"] > 0
     assert "P3: the user's composition" in capsys.readouterr().out
 
 

@@ -70,6 +70,7 @@ def _bars(axes: Any, data: dict[str, Any], colours: dict[str, str]) -> None:
     names = [f"{w}\n{data['works'][w]['title']}" for w in works]
     axes.set_xticks([j + 0.4 for j in range(len(works))], names, fontsize=7)
     axes.set(yscale="log", ylabel=f"time of {SUBJECT} / time of the other")
+    _plain_numbers(axes.yaxis)
     if heights:
         axes.legend(frameon=False, fontsize=7)
 
@@ -94,8 +95,14 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     for system, mark in marks.items():
         axes.scatter([], [], marker=mark, color="grey", label=system.replace("_", " "))
     axes.set(xscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
+    _plain_numbers(axes.xaxis)
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _plain_numbers(axis: Any) -> None:
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _figure(width: float, height: float) -> Any:

@@ -182,15 +182,15 @@ class Results:
     def __init__(self, device: torch.device, roofs: Roofs | None, path: Path | None = None) -> None:
         self.path = path
         self.data: dict[str, Any] = {"about": about(device), "works": {}}
+        # Works of one file may be of several runs: each keeps its own.
+        self.stamp: dict[str, Any] = {"commit": self.data["about"]["commit"]}
         if roofs is not None:
-            self.data["about"] |= {
+            self.stamp |= {
                 "bandwidth_gb_s": round(roofs.bandwidth / 1e9, 1),
                 "rate_gflop_s": round(roofs.rate / 1e9, 1),
             }
         if path is not None and path.is_file():
-            earlier = json.loads(path.read_text())
-            self.data["about"] = earlier["about"] | self.data["about"]
-            self.data["works"] = earlier["works"]
+            self.data["works"] = json.loads(path.read_text())["works"]
         self.fresh: set[str] = set()
 
     def add(
@@ -207,7 +207,7 @@ class Results:
         if work not in self.fresh:
             self.fresh.add(work)
             self.data["works"][work] = {
-                "title": title or WORKS[work].title, "rows": [], "skipped": {},
+                "title": title or WORKS[work].title, **self.stamp, "rows": [], "skipped": {},
             }  # fmt: skip
         entry = self.data["works"][work]
         entry["rows"] += rows
