@@ -124,6 +124,10 @@ def saml_linear(
     Raises:
         SAMLError: a shape, dtype or device does not fit, or the backend cannot run the call.
     """
+    if backend in (None, "cpu") and speakers is None and _only_result(x):
+        y = cpu.quick(x, weight, lora_a, lora_b, gates, None, bias, scaling)
+        if y is not None:
+            return y
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, gates = x.to(dtype), gates.to(dtype)
@@ -171,6 +175,10 @@ def saml_linear_routed(
     Raises:
         SAMLError: as `saml_linear`; a top_k outside 1..E; a temperature that is not positive.
     """
+    if backend in (None, "cpu") and speakers is None and _only_result(x):
+        y = cpu.quick(x, weight, lora_a, lora_b, None, router, bias, scaling, top_k, temperature)
+        if y is not None:
+            return y
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, router = x.to(dtype), router.to(dtype)
@@ -258,6 +266,18 @@ def _forward(name: str, *arguments: Any) -> Tensor:
         return backend.forward(*call, speakers)
     everything: list[Any] = [backend, *call, speakers]
     return grouping.forward(*everything)
+
+
+def _only_result(x: Tensor) -> bool:
+    """Whether a call is as plain as can be: no gradients, no autocast, no tracing, no transform."""
+    return not (
+        torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _plain_call(*tensors: Tensor | None) -> bool:

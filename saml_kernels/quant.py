@@ -51,6 +51,7 @@ class QuantizedTensor(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    native: Any = None  # the CPU backend's description of the layer that this weight is of
 
     def __init__(
         self,

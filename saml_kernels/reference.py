@@ -50,7 +50,8 @@ def gates_from_logits(logits: Tensor, top_k: int | None = None, temperature: flo
 
     Args:
         logits: [..., E].
-        top_k: gates to keep; their softmax is the whole one's share of them, renormalised.
+        top_k: gates to keep, the first of equals; their softmax is the whole one's share of them,
+            renormalised.
         temperature: the logits are divided by it.
 
     Returns:
@@ -60,7 +61,9 @@ def gates_from_logits(logits: Tensor, top_k: int | None = None, temperature: flo
     probabilities = torch.softmax(wide / temperature, dim=-1)
     if top_k is None or top_k >= probabilities.shape[-1]:
         return probabilities
-    values, index = probabilities.topk(top_k, dim=-1)
+    # Not topk, which takes any of equals: a router that has learnt nothing yet has only those.
+    index = probabilities.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    values = probabilities.gather(-1, index)
     values = values / values.sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, index, values)
 

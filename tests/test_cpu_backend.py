@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -16,28 +15,9 @@ from saml_kernels.cpu import native
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import FORMATS, QuantizedTensor, quantize
 
-# Ways to run: every instruction set that this machine has, and no native code at all.
-WAYS = (*native.LEVELS, "no native code")
 only_native = pytest.mark.parametrize("way", native.LEVELS, indirect=True)
 few = settings(max_examples=20, deadline=None)
 Inputs = tuple[Tensor, QuantizedTensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(params=WAYS, scope="module")
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the tests of this module in each way."""
-    if request.param == "no native code":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "_loaded", lambda: (None, "no native code: a test"))
-            yield request.param
-        return
-    if not native.available():
-        pytest.skip(native.native_status())
-    if native.select(request.param) != request.param:
-        native.select()
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.select()
 
 
 @cache

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from saml_kernels.cpu import native
 from saml_kernels.cpu.native import native_status
+from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.reference import stack_a, stack_b
 
-__all__ = ["backward", "forward", "native_status", "unsupported"]
+__all__ = ["backward", "forward", "native_status", "quick", "unsupported"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -56,9 +57,9 @@ def forward(
     """
     dtype = _compute_dtype(x)
     if dtype == torch.float32 and native.fits(x.shape[0], weight):
-        x32, a, b, g = _plain(x), _plain(lora_a), _plain(lora_b), _plain(gates)
         wide_bias = None if bias is None else _plain(bias)
-        return native.linear(x32, weight, a, b, g, wide_bias, scaling).to(x.dtype)
+        layer = native.Layer(weight, _plain(lora_a), _plain(lora_b), None, wide_bias, scaling)
+        return layer(_plain(x), _plain(gates)).to(x.dtype)
 
     wide = x.to(dtype)
     y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
@@ -68,6 +69,55 @@ def forward(
         hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
         y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
     return y.to(x.dtype)
+
+
+def quick(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor | None:
+    """The whole operator in one call to C, or None where a call is out of the ordinary.
+
+    Ordinary is float32, contiguous, on the CPU, nothing but the result wanted. A layer's own
+    tensors are checked when they are first seen; a token is a matter of microseconds.
+
+    Args:
+        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1; or None.
+        router: [E, K] where there are no gates.
+        weight, lora_a, lora_b, bias, scaling: as in `forward`; top_k, temperature: of the router.
+    """
+    if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()):
+        return None
+    layer = weight.native
+    if layer is None or not layer.holds(
+        weight, lora_a, lora_b, router, bias, scaling, top_k, temperature
+    ):
+        if not native.serves(weight) or not 0.0 < temperature < float("inf"):
+            return None
+        try:
+            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, top_k, temperature)
+        except SAMLError:  # said better by the checks of the whole way, or converted there
+            return None
+        weight.native = layer
+    columns = layer.columns
+    rows = x.numel() // columns
+    if x.dim() == 0 or x.shape[-1] != columns or not 0 < rows <= layer.most_rows:
+        return None
+    if gates is not None:
+        if gates.dtype != torch.float32 or not gates.is_cpu or not gates.is_contiguous():
+            return None
+        shape = gates.shape
+        alike = shape[:-1] == x.shape[:-1] or gates.numel() == layer.experts
+        if not shape or shape[-1] != layer.experts or len(shape) > x.dim() or not alike:
+            return None
+    return layer(x, gates)
 
 
 def backward(

@@ -1,22 +1,26 @@
-/* Native half of the CPU backend: dequantise a weight, and multiply a few rows by it.
+/* Native half of the CPU backend: dequantise a weight, and multiply rows by it, experts included.
  *
  * Plain C, no Python and no torch headers: native.py loads it with ctypes and passes addresses.
- * The instruction set (AVX-512, AVX2, portable C) is chosen when the library is loaded.
+ * The instruction set (AVX-512, AVX2, NEON, portable C) is chosen when the library is loaded.
  * Threads are borrowed from the OpenMP runtime that torch uses: native.py hands its GOMP entry
  * points to saml_set_threads, so there is one pool, and nothing is linked here.
  *
- * A 4-bit weight stores two codes a byte, the first in the high nibble. The products below do not
- * undo that order. They take 64 codes as 16 words of 16 bits, one word a lane, and shift by 0, 4, 8
- * and 12: the four shifts hold elements 4*lane + {1, 0, 3, 2}. x is laid out likewise, once a call.
+ * The product works on a few rows of W at a time, in one of two ways. A few rows of x meet codes
+ * that are decoded in registers. With more, the rows of W are decoded once to scratch in the first
+ * cache, and all rows of x that fit the second meet them there. The dequantised weight is never
+ * written anywhere else.
  *
  * Compile with -ffp-contract=off: dequantised values then equal the reference bit for bit.
  */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 1, MAX_SCALES = 1024 }; /* both stand in native.py too */
-enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2 };
+enum { ABI = 2, MAX_SCALES = 1024 }; /* both stand in native.py too */
+enum { CACHE = 384 * 1024 };         /* bytes of x at a time: half of a common second-level cache */
+enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2, HAS_NEON = 3 };
 enum { FOUR_BIT = 0, INT8 = 1, FLOAT32 = 2 };
 
 typedef struct {
@@ -31,10 +35,31 @@ typedef struct {
     int format;
 } Weight;
 
+/* What one tile reads: `rows` rows of codes (or floats), their scales, `m` rows of x. */
+typedef struct {
+    const uint8_t *codes; /* of the first row */
+    int64_t stride;       /* bytes from row to row */
+    const float *scales;  /* MAX_SCALES floats a row; for codes alone */
+    const float *x;       /* [m, columns], in the order of the codes */
+    const float *table;
+    int64_t columns;
+    int shift;            /* group of 64 >> shift is its scale; -1: two scales a group */
+    /* The experts' share, absent for the projection itself (experts = 0). */
+    int64_t experts, rank;
+    const float *hidden;  /* [m, experts * rank], rows hidden_stride apart */
+    const float *lora_b;  /* of the first row; rows lora_row, experts lora_stride floats apart */
+    int64_t hidden_stride, lora_row, lora_stride;
+    const float *open;    /* [experts]: one that is 0 is not read */
+} Tile;
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SAML_X86 1
 #include <immintrin.h>
 #include "native_x86.h"
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define SAML_NEON 1
+#include <arm_neon.h>
+#include "native_neon.h"
 #endif
 
 /* ---------------------------------------------------------------- threads */
@@ -80,6 +105,8 @@ int saml_select(int wanted) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = HAS_AVX2;
     if (best && __builtin_cpu_supports("avx512f")) best = HAS_AVX512;
+#elif defined(SAML_NEON)
+    best = wanted < HAS_NEON ? PORTABLE : HAS_NEON; /* every aarch64 has it */
 #endif
     level = wanted < best ? wanted : best;
     return level;
@@ -94,6 +121,8 @@ int64_t saml_most_rows(void) {
 #ifdef SAML_X86
     if (level == HAS_AVX512) return __builtin_cpu_is("amd") ? INT64_MAX : 32;
     if (level == HAS_AVX2) return 16;
+#elif defined(SAML_NEON)
+    if (level == HAS_NEON) return 32; /* not measured: its BLAS is OpenBLAS or Arm's */
 #endif
     return 0;
 }
@@ -126,6 +155,8 @@ static void run(const Weight *w, int64_t first, int64_t count, float scale, floa
         done += run_avx512(w, first + done, count - done, scale, out + done);
     else if (level == HAS_AVX2)
         done += run_avx2(w, first + done, count - done, scale, out + done);
+#elif defined(SAML_NEON)
+    if (level == HAS_NEON) done += run_neon(w, first + done, count - done, scale, out + done);
 #endif
     run_portable(w, first + done, count - done, scale, out + done);
 }
@@ -181,22 +212,7 @@ void saml_dequantise(const Weight *w, int64_t first_row, int64_t last_row, void 
 
 /* ---------------------------------------------------------------- y = x W^T + H B^T + bias */
 
-#ifdef SAML_X86
-
-typedef struct {
-    const Weight *weight;
-    const float *x;      /* [m, columns] */
-    const float *lora_a; /* [experts * rank, columns] */
-    const float *lora_b; /* [experts, rows, rank] */
-    const float *gates;  /* [m, experts] */
-    const float *bias;   /* [rows] or NULL */
-    float *y;            /* [m, rows] */
-    float *packed;       /* [threads, slab, columns]: x in the order of the codes */
-    float *hidden;       /* [slab, experts * rank]: scaling * gate * (x A^T) */
-    int64_t m, slab, rows, experts, rank;
-    float scaling;
-    int threads, apart;
-} LinearJob;
+#if defined(SAML_X86) || defined(SAML_NEON)
 
 static void expand_scales(const Weight *w, int64_t row, float *out) {
     const int64_t count = w->columns / w->block, first = row * count;
@@ -204,84 +220,226 @@ static void expand_scales(const Weight *w, int64_t row, float *out) {
     for (int64_t i = 0; i < count; i++) out[i] = scale_of(w, first + i) * unit;
 }
 
+typedef struct {
+    Weight weight;       /* [rows, columns] */
+    const float *lora_a; /* [experts * rank, columns] */
+    const float *lora_b; /* [experts, rows, rank] */
+    const float *router; /* [experts, columns], or NULL: the gates are given */
+    const float *bias;   /* [rows] or NULL */
+    int64_t rows, experts, rank, top_k;
+    float scaling, temperature;
+} Layer;
 
-/* Rows of x a tile takes: an even split of m into the fewest tiles that the registers hold. */
-static int tile_width(int64_t m) {
-    const int64_t most = level == HAS_AVX512 ? 6 : 4, tiles = (m + most - 1) / most;
+typedef struct {
+    const Layer *layer;
+    const float *x;     /* [m, columns] */
+    const float *gates; /* [m, experts], rows gate_stride apart (0: one for all) */
+    int64_t gate_stride;
+    float *y;           /* [m, rows] */
+    /* Shared by the threads that work on the same slab: */
+    float *packed;      /* [slab, columns]: x in the order of the codes, where that differs */
+    float *hidden;      /* [slab, experts * rank]: scaling * gate * (x A^T) */
+    /* A thread's own: */
+    float *own_gates;   /* [slab, experts]: made by the router */
+    float *open;        /* [experts]: 0 where an expert's gate is zero in the whole slab */
+    float *beside;      /* [4, experts * rank]: rows of B with the experts side by side */
+    float *decoded;     /* [4, columns]: rows of W */
+    int64_t m, slab;
+    int threads, apart;
+} LinearJob;
+
+static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; } /* 64 bytes */
+
+static int64_t private_floats(const Layer *l, int64_t slab) {
+    return aligned(4 * l->weight.columns + 4 * l->experts * l->rank + (slab + 1) * l->experts);
+}
+
+/* Rows of W and of x that a tile takes: what the registers hold. */
+typedef struct {
+    int rows, most;
+} Shape;
+
+static Shape tile_shape(int64_t m, int fused) {
+    const Shape few = level == HAS_AVX2 ? (Shape){1, 8} : (Shape){2, 8};
+    const Shape many = level == HAS_AVX512 ? (Shape){4, 6}
+                       : level == HAS_AVX2 ? (Shape){2, 4}
+                                           : (Shape){4, 4};
+    return fused && m > many.most && m <= 8 ? few : many; /* codes are decoded once */
+}
+
+/* An even split of m into the fewest tiles. */
+static int tile_width(int64_t m, int most) {
+    const int64_t tiles = (m + most - 1) / most;
     return (int)((m + tiles - 1) / tiles);
 }
 
 static void any_tile(const Tile *t, int rows, int64_t ms, int format, float *sums) {
+#ifdef SAML_X86
     if (level == HAS_AVX512)
         any_tile_avx512(t, rows, (int)ms, format, sums);
     else
         any_tile_avx2(t, rows, (int)ms, format, sums);
+#else
+    (void)format; /* codes are decoded first */
+    any_tile_neon(t, rows, (int)ms, sums);
+#endif
 }
 
-/* x in the order of the codes, and the experts' hidden: this thread's share of one slab. */
-static void prepare(const LinearJob *job) {
-    const int64_t columns = job->weight->columns, width = job->experts * job->rank;
-    const int most = tile_width(job->m);
-    int64_t begin, end;
-    if (job->packed != job->x) {
-        share(job->m * columns, 64, job->threads, &begin, &end);
-        for (int64_t g = begin; g < end; g += 64)
-            for (int l = 0; l < 16; l++) {
-                const float *from = job->x + g + 4 * l;
-                float *to = job->packed + g + l;
-                to[0] = from[1];
-                to[16] = from[0];
-                to[32] = from[3];
-                to[48] = from[2];
-            }
+/* Whether codes are decoded in registers, as they are multiplied. */
+static int in_registers(const LinearJob *job) {
+#ifdef SAML_X86
+    return job->m <= (level == HAS_AVX512 ? 24 : 16); /* as measured, bench/cpu_linear.py */
+#else
+    (void)job;
+    return 0;
+#endif
+}
+
+/* Gates of every row from its logits: softmax, over the top_k largest alone (the first of equals). */
+static void softmax_rows(const Layer *l, int64_t m, float *gates) {
+    for (int64_t i = 0; i < m; i++, gates += l->experts) {
+        float largest = -INFINITY, sum = 0.0f;
+        for (int64_t e = 0; e < l->experts; e++) {
+            gates[e] /= l->temperature;
+            if (gates[e] > largest || gates[e] != gates[e]) largest = gates[e];
+        }
+        for (int64_t e = 0; e < l->experts; e++) gates[e] = expf(gates[e] - largest);
+        for (int64_t left = l->experts - l->top_k; left > 0; left--) {
+            int64_t least = -1;
+            for (int64_t e = l->experts - 1; e >= 0; e--)
+                if (gates[e] >= 0.0f && (least < 0 || gates[e] < gates[least])) least = e;
+            if (least >= 0) gates[least] = -1.0f;
+        }
+        for (int64_t e = 0; e < l->experts; e++) {
+            if (gates[e] < 0.0f) gates[e] = 0.0f;
+            sum += gates[e];
+        }
+        for (int64_t e = 0; e < l->experts; e++) gates[e] /= sum;
     }
-    Tile t = {.columns = columns};
-    share(width, 1, job->threads, &begin, &end);
-    for (int64_t row = begin; row < end; row++) {
-        const float *gate = job->gates + row / job->rank;
-        int open = 0;
-        for (int64_t m = 0; m < job->m; m++) open |= gate[m * job->experts] != 0.0f;
-        t.codes = (const uint8_t *)(job->lora_a + row * columns);
+}
+
+/* out[i, row] = matrix[row] . x[i] for rows [begin, end), i < m; `out` has `width` columns. */
+static void project(const LinearJob *job, const float *matrix, int64_t begin, int64_t end,
+                    int64_t width, float *out) {
+    const int64_t columns = job->layer->weight.columns;
+    const Shape shape = tile_shape(job->m, 0);
+    const int height = shape.rows, most = tile_width(job->m, shape.most);
+    Tile t = {.columns = columns, .stride = columns * 4};
+    float sums[24];
+    for (int64_t row = begin, rows; row < end; row += rows) {
+        rows = end - row >= height ? height : 1;
+        t.codes = (const uint8_t *)(matrix + row * columns);
         for (int64_t m = 0, ms; m < job->m; m += ms) {
-            float sums[6] = {0};
             ms = job->m - m < most ? job->m - m : most;
             t.x = job->x + m * columns;
-            if (open) any_tile(&t, 1, ms, FLOAT32, sums); /* a closed expert is not read */
-            for (int64_t i = m; i < m + ms; i++)
-                job->hidden[i * width + row] = sums[i - m] * gate[i * job->experts] * job->scaling;
+            any_tile(&t, (int)rows, ms, FLOAT32, sums);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < ms; i++) out[(m + i) * width + row + r] = sums[r * ms + i];
         }
     }
 }
 
+/* Gates, x in the order of the codes, the experts' hidden: this thread's share of one slab. */
+static void prepare(LinearJob *job) {
+    const Layer *l = job->layer;
+    const int64_t width = l->experts * l->rank;
+    int64_t begin, end;
+#ifdef SAML_X86
+    if (job->packed != job->x) {
+        share(job->m * l->weight.columns, 64, job->threads, &begin, &end);
+        pack_x86(job->x, begin, end, job->packed);
+    }
+#endif
+    if (l->router) { /* a few rows: each thread makes all gates rather than wait for another's */
+        project(job, l->router, 0, l->experts, l->experts, job->own_gates);
+        softmax_rows(l, job->m, job->own_gates);
+        job->gates = job->own_gates;
+        job->gate_stride = l->experts;
+    }
+    for (int64_t e = 0; e < l->experts; e++) {
+        job->open[e] = 0.0f;
+        for (int64_t i = 0; i < job->m; i++)
+            if (job->gates[i * job->gate_stride + e] != 0.0f) job->open[e] = 1.0f;
+    }
+    share(width, 1, job->threads, &begin, &end);
+    for (int64_t row = begin, stop; row < end; row = stop) { /* an expert, or what of it is ours */
+        const int64_t e = row / l->rank;
+        stop = (e + 1) * l->rank < end ? (e + 1) * l->rank : end;
+        if (job->open[e] != 0.0f) project(job, l->lora_a, row, stop, width, job->hidden);
+        for (int64_t i = 0; i < job->m; i++)
+            for (int64_t r = row; r < stop; r++) {
+                float *h = job->hidden + i * width + r; /* a closed expert is not read */
+                *h = job->open[e] != 0.0f
+                         ? *h * job->gates[i * job->gate_stride + e] * l->scaling
+                         : 0.0f;
+            }
+    }
+}
+
+/* The experts of rows [row, row + rows) of B, side by side: [rows, experts * rank]. */
+static void lay_beside(const LinearJob *job, int64_t row, int64_t rows) {
+    const Layer *l = job->layer;
+    float *to = job->beside;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t e = 0; e < l->experts; e++) {
+            const float *from = l->lora_b + (e * l->rows + row + r) * l->rank;
+            if (job->open[e] != 0.0f)
+                for (int64_t k = 0; k < l->rank; k++) *to++ = from[k];
+            else
+                for (int64_t k = 0; k < l->rank; k++) *to++ = 0.0f;
+        }
+}
+
 /* This thread's share of the rows of W, times one slab of x. */
 static void multiply(const LinearJob *job) {
-    const Weight *w = job->weight;
-    const int height = level == HAS_AVX512 ? 4 : 2;
-    const int most = tile_width(job->m);
+    const Layer *l = job->layer;
+    const Weight *w = &l->weight;
+    const int fused = in_registers(job);
+    const Shape shape = tile_shape(job->m, fused);
+    const int height = shape.rows, most = tile_width(job->m, shape.most);
+    const int64_t width = l->experts * l->rank;
+    const float everything = 1.0f;
     float scales[4 * MAX_SCALES], sums[24];
     Tile t = {.columns = w->columns, .scales = scales, .table = w->table, .shift = -1};
-    t.stride = w->format == INT8 ? w->columns : w->columns / 2;
-    t.experts = job->experts;
-    t.rank = job->rank;
-    t.lora_stride = job->rows * job->rank;
+    t.experts = l->experts;
+    t.rank = l->rank;
+    t.hidden_stride = width;
+    t.lora_stride = l->rows * l->rank;
+    t.lora_row = l->rank;
+    t.open = job->open;
+    if (width && job->m > 8) { /* the experts as one of their whole width */
+        t.experts = 1;
+        t.rank = t.lora_row = width;
+        t.open = &everything;
+    }
+    t.stride = !fused ? w->columns * 4 : w->format == INT8 ? w->columns : w->columns / 2;
     for (int64_t size = w->block; size >= 64; size /= 2) t.shift++;
     int64_t begin, end;
-    share(job->rows, height, job->threads, &begin, &end);
+    share(l->rows, height, job->threads, &begin, &end);
     for (int64_t row = begin, rows; row < end; row += rows) {
         rows = end - row >= height ? height : 1;
-        for (int r = 0; r < rows; r++) expand_scales(w, row + r, scales + r * MAX_SCALES);
-        t.codes = w->codes + row * t.stride;
-        t.lora_b = job->lora_b + row * job->rank;
+        if (fused) {
+            for (int r = 0; r < rows; r++) expand_scales(w, row + r, scales + r * MAX_SCALES);
+            t.codes = w->codes + row * t.stride;
+        } else {
+            for (int64_t at = row * w->columns, i = 0; i < rows * w->columns; i += w->block)
+                run(w, at + i, w->block, scale_of(w, (at + i) / w->block), job->decoded + i);
+            t.codes = (const uint8_t *)job->decoded;
+        }
+        t.lora_b = l->lora_b + row * l->rank;
+        if (t.open == &everything) {
+            lay_beside(job, row, rows);
+            t.lora_b = job->beside;
+        }
         for (int64_t m = 0, ms; m < job->m; m += ms) {
             ms = job->m - m < most ? job->m - m : most;
-            t.x = job->packed + m * w->columns;
-            t.hidden = job->hidden + m * job->experts * job->rank;
-            t.gates = job->gates + m * job->experts;
-            any_tile(&t, (int)rows, ms, w->format, sums);
+            t.x = (fused ? job->packed : job->x) + m * w->columns;
+            t.hidden = job->hidden + m * width;
+            any_tile(&t, (int)rows, ms, fused ? w->format : FLOAT32, sums);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t i = 0; i < ms; i++)
-                    job->y[(m + i) * job->rows + row + r] =
-                        sums[r * ms + i] + (job->bias ? job->bias[row + r] : 0.0f);
+                    job->y[(m + i) * l->rows + row + r] =
+                        sums[r * ms + i] + (l->bias ? l->bias[row + r] : 0.0f);
         }
     }
 }
@@ -290,20 +448,29 @@ static void multiply(const LinearJob *job) {
  * (and its own scratch) and waits for nobody; with few, all threads share the rows of W. */
 static void linear_region(void *argument) {
     const LinearJob *whole = argument;
+    const Layer *l = whole->layer;
+    const int64_t columns = l->weight.columns, width = l->experts * l->rank;
+    const int index = whole->threads > 1 ? pool_index() : 0;
     LinearJob job = *whole;
     int64_t begin = 0, end = whole->m;
     if (whole->apart) {
         share(whole->m, 6, whole->threads, &begin, &end);
         job.threads = 1;
-        job.packed += pool_index() * whole->slab * whole->weight->columns;
-        job.hidden += pool_index() * whole->slab * whole->experts * whole->rank;
+        job.packed += index * whole->slab * columns;
+        job.hidden += index * whole->slab * width;
     }
+    job.decoded += index * private_floats(l, whole->slab);
+    job.beside = job.decoded + 4 * columns;
+    job.own_gates = job.beside + 4 * width;
+    job.open = job.own_gates + whole->slab * l->experts;
+    float *const packed = job.packed;
     for (int64_t m = begin; m < end; m += whole->slab) {
         job.m = end - m < whole->slab ? end - m : whole->slab;
-        job.x = whole->x + m * whole->weight->columns;
-        job.gates = whole->gates + m * whole->experts;
-        job.y = whole->y + m * whole->rows;
-        if (whole->weight->format == INT8) job.packed = (float *)job.x; /* in order already */
+        job.x = whole->x + m * columns;
+        job.gates = whole->gates + m * whole->gate_stride;
+        job.gate_stride = whole->gate_stride;
+        job.y = whole->y + m * l->rows;
+        job.packed = in_registers(&job) && l->weight.format == FOUR_BIT ? packed : (float *)job.x;
         if (m > begin && job.threads > 1) pool_barrier();
         prepare(&job);
         if (job.threads > 1) pool_barrier();
@@ -311,22 +478,33 @@ static void linear_region(void *argument) {
     }
 }
 
-/* y = x W^T + scaling * sum over experts of gate * (x A^T) B^T + bias, all float32 and contiguous.
- * Works through `slab` rows of x at a time: `packed` has room for [threads, slab, columns] and
- * `hidden` for [threads, slab, experts * rank]. Returns 0, or 1 where the weight is not served (native.py: fits). */
-int saml_linear(const Weight *w, const float *x, const float *lora_a, const float *lora_b,
-                const float *gates, const float *bias, float *y, float *packed, float *hidden,
-                int64_t m, int64_t slab, int64_t rows, int64_t experts, int64_t rank,
-                float scaling, int threads) {
-    const int64_t columns = w->columns, block = w->block;
-    if (level == PORTABLE || block < 32 || (block & (block - 1)) || columns % 64 || columns % block ||
-        columns / block > MAX_SCALES)
+/* y = x W^T + scaling * sum over experts of gate * (x A^T) B^T + bias, all float32 and contiguous;
+ * the gates [m, experts] in rows gate_stride apart, or softmax(x V^T / temperature) by the layer's
+ * router V. Returns 0; 1 where the weight is not served (native.py: serves); 2 without memory. */
+int saml_linear(const Layer *l, const float *x, const float *gates, int64_t gate_stride, float *y,
+                int64_t m, int threads) {
+    const int64_t columns = l->weight.columns, block = l->weight.block;
+    if (level == PORTABLE || block < 32 || (block & (block - 1)) || columns % 64 ||
+        columns % block || columns / block > MAX_SCALES)
         return 1;
-    LinearJob job = {w,      x, lora_a, lora_b, gates,   bias, y,       packed,
-                     hidden, m, slab,   rows,   experts, rank, scaling, threads, 0};
-    if (!pool_run || m * rows * columns < 1 << 20) job.threads = 1; /* done before they wake up */
+    LinearJob job = {.layer = l, .x = x, .gates = gates, .gate_stride = gate_stride, .y = y};
+    job.m = m;
+    job.threads = threads;
+    if (!pool_run || m * l->rows * columns < 1 << 19) job.threads = 1; /* done before they wake up */
     job.apart = job.threads > 1 && m >= 12 * (int64_t)job.threads;
+    job.slab = CACHE / (4 * columns) / 12 * 12;
+    if (job.slab < 12) job.slab = 12;
+    if (job.slab > m) job.slab = m;
+    const int64_t width = l->experts * l->rank, own = private_floats(l, job.slab);
+    const int64_t shared = aligned(job.slab * (columns + width) * (job.apart ? job.threads : 1));
+    const size_t bytes = (size_t)(shared + own * job.threads) * sizeof(float);
+    float *scratch = aligned_alloc(64, bytes);
+    if (!scratch) return 2;
+    job.packed = scratch;
+    job.hidden = scratch + job.slab * columns * (job.apart ? job.threads : 1);
+    job.decoded = scratch + shared;
     parallel(linear_region, &job, job.threads);
+    free(scratch);
     return 0;
 }
 #endif

@@ -12,6 +12,7 @@ from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import NESTED_CODE, QuantizedTensor, code_table
 
-__all__ = ["available", "dequantize", "fits", "linear", "native_status", "select"]
+__all__ = ["Layer", "available", "dequantize", "fits", "native_status", "select", "serves"]
 
-CACHE = 384 * 1024  # bytes of x worked on at a time: half of a common second-level cache
-ABI = 1  # the same number stands in native.c
+ABI = 2  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
-LEVELS = ("portable C", "AVX2", "AVX-512")
+LEVELS = ("portable C", "AVX2", "AVX-512", "NEON")
 FORMATS = {"nf4": 0, "fp4": 0, "int4": 0, "int8": 1}
+PARTS = ("codes", "absmax", "nested_absmax", "offset")
 POOL = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+_selections = 0  # calls of `select`; a layer described before one has to be described anew
 
 
 class _Weight(ctypes.Structure):
@@ -42,6 +45,24 @@ class _Weight(ctypes.Structure):
         ("block", c_int64),
         ("columns", c_int64),
         ("format", c_int),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native.c."""
+
+    _fields_ = (
+        ("weight", _Weight),
+        ("lora_a", c_void_p),
+        ("lora_b", c_void_p),
+        ("router", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int64),
+        ("experts", c_int64),
+        ("rank", c_int64),
+        ("top_k", c_int64),
+        ("scaling", c_float),
+        ("temperature", c_float),
     )
 
 
@@ -64,21 +85,25 @@ def select(level: str | None = None) -> str:
     Returns:
         The one now in use. For tests and benchmarks; it holds for the whole process.
     """
+    global _selections
+    _selections += 1
     wanted = len(LEVELS) - 1 if level is None else LEVELS.index(level)
     return LEVELS[_library().saml_select(wanted)]
 
 
-def fits(m: int, weight: QuantizedTensor) -> bool:
-    """Whether `linear` serves this weight, and is the fastest way to multiply it by m >= 1 rows.
-
-    It needs whole blocks and whole groups of 64 in every row of the weight.
-    """
-    if not available() or not 0 < m <= _library().saml_most_rows():
+def serves(weight: QuantizedTensor) -> bool:
+    """Whether `Layer` takes this weight: whole blocks and whole groups of 64 in every row."""
+    if not available() or _library().saml_most_rows() == 0 or len(weight.shape) != 2:
         return False
     columns, block = weight.shape[1], weight.block_size
     aligned = columns % 64 == 0 and columns % block == 0 and columns > 0
     power = block >= 32 and block & (block - 1) == 0
     return aligned and power and columns // block <= MAX_SCALES
+
+
+def fits(m: int, weight: QuantizedTensor) -> bool:
+    """Whether `Layer` is the fastest way to multiply this weight by m >= 1 rows."""
+    return serves(weight) and 0 < m <= _library().saml_most_rows()
 
 
 def dequantize(weight: QuantizedTensor, first: int, last: int, out: Tensor) -> Tensor:
@@ -97,49 +122,121 @@ def dequantize(weight: QuantizedTensor, first: int, last: int, out: Tensor) -> T
     return out
 
 
-def linear(
-    x: Tensor,
-    weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gates: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """The whole operator in one pass over the packed weight, which is never written out.
+class Layer:
+    """The operator on one layer's tensors, checked and described to C once, called many times.
 
-    All tensors float32 and contiguous, and `fits(M, weight)`; shapes as in `reference.py`.
-    An expert whose gate is zero for all rows that are worked on together is not read.
+    Where the same tensors come again, `holds` says so in a microsecond, which is what one token
+    has. It refers to the tensors, so that their memory stays; it is never copied or saved with a
+    model.
     """
-    m, columns = x.shape
-    rows = weight.shape[0]
-    experts, rank, _ = lora_a.shape
-    threads = torch.get_num_threads()
-    slab = min(m, max(12, CACHE // (4 * columns) // 12 * 12))
-    y = torch.empty(m, rows)
-    scratch = torch.empty(threads * slab * (columns + experts * rank))
-    address = scratch.data_ptr()
-    refused = _library().saml_linear(
-        byref(_describe(weight)),
-        x.data_ptr(),
-        lora_a.data_ptr(),
-        lora_b.data_ptr(),
-        gates.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        address,
-        address + 4 * threads * slab * columns,
-        m,
-        slab,
-        rows,
-        experts,
-        rank,
-        scaling,
-        threads,
-    )
-    if refused:
-        raise RuntimeError(f"native code refused x {tuple(x.shape)}, weight {tuple(weight.shape)}")
-    return y
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        lora_a: Tensor | QuantizedTensor,
+        lora_b: Tensor | QuantizedTensor,
+        router: Tensor | None,
+        bias: Tensor | None,
+        scaling: float,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        """Everything float32 and contiguous on the CPU, and `serves(weight)`.
+
+        Args:
+            weight: [N, K].
+            lora_a: [E, r, K]; lora_b: [E, N, r].
+            router: [E, K] of a token router, or None where gates are given to the call.
+            bias: [N] or None.
+            scaling: s.
+            top_k, temperature: of the router, as in `saml_linear_routed`.
+
+        Raises:
+            SAMLError: a tensor is not what C will take it for.
+        """
+        rows, columns = weight.shape
+        if not isinstance(lora_a, Tensor) or lora_a.dim() != 3:
+            raise SAMLError("lora_a: expected a tensor [E, r, K]")
+        experts, rank = lora_a.shape[:2]
+        if top_k is not None and not 1 <= top_k <= experts:
+            raise SAMLError(f"top_k: {top_k}; expected 1..{experts} or None")
+        wanted = {
+            "lora_a": (lora_a, (experts, rank, columns)),
+            "lora_b": (lora_b, (experts, rows, rank)),
+            "router": (router, (experts, columns)),
+            "bias": (bias, (rows,)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tensor is not None and not (
+                isinstance(tensor, Tensor)
+                and tensor.shape == shape
+                and tensor.dtype == torch.float32
+                and tensor.is_cpu
+                and tensor.is_contiguous()
+            ):
+                raise SAMLError(f"{name}: expected contiguous float32 {shape} on the CPU")
+        parts: dict[str, Any] = weight._buffers
+        self.tensors = (*(parts[n] for n in PARTS), lora_a, lora_b, router, bias)
+        self.addresses = [None if t is None else t.data_ptr() for t in self.tensors]
+        self.settings = (scaling, top_k, temperature)
+        self.selection = _selections
+        self.rows, self.columns, self.experts = rows, columns, experts
+        self.most_rows = _library().saml_most_rows()
+        self.call = _library().saml_linear
+        kept = experts if top_k is None else top_k
+        self.described = _Layer(
+            _describe(weight), *self.addresses[4:], rows, experts, rank, kept, scaling, temperature
+        )
+        self.pointer = byref(self.described)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """None: a copied weight is described anew."""
+
+    def __reduce__(self) -> Any:
+        """None, for the same reason."""
+        return type(None), ()
+
+    def holds(
+        self,
+        weight: QuantizedTensor,
+        lora_a: Tensor | QuantizedTensor,
+        lora_b: Tensor | QuantizedTensor,
+        router: Tensor | None,
+        bias: Tensor | None,
+        *settings: Any,
+    ) -> bool:
+        """Whether it was made for these very tensors, which lie where they lay."""
+        parts: dict[str, Any] = weight._buffers
+        given = (
+            parts["codes"], parts["absmax"], parts["nested_absmax"], parts["offset"],
+            lora_a, lora_b, router, bias,
+        )  # fmt: skip
+        if settings != self.settings or self.selection != _selections:
+            return False
+        for own, address, tensor in zip(self.tensors, self.addresses, given, strict=True):
+            if own is not tensor or (tensor is not None and tensor.data_ptr() != address):
+                return False
+        return True
+
+    def __call__(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        """y [..., N] of x [..., K] by gates [..., E] or [E] for all; without gates by the router.
+
+        x and gates float32 and contiguous, which the caller sees to. An expert whose gate is zero
+        for all rows that are worked on together is not read.
+        """
+        y = x.new_empty((*x.shape[:-1], self.rows))
+        m = x.numel() // self.columns
+        address, stride = None, 0
+        if gates is not None:
+            address = gates.data_ptr()
+            stride = self.experts if gates.numel() == m * self.experts else 0
+        refused = self.call(
+            self.pointer, x.data_ptr(), address, stride, y.data_ptr(), m, torch.get_num_threads()
+        )
+        if refused:
+            why = "out of memory" if refused == 2 else "weight not served"
+            raise RuntimeError(f"native code: {why}: x {tuple(x.shape)}, {self.rows} rows")
+        return y
 
 
 def _describe(weight: QuantizedTensor) -> _Weight:
@@ -206,14 +303,10 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     library.saml_dequantise.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int, c_int]
     library.saml_dequantise.restype = None
     library.saml_most_rows.restype = c_int64
-    if hasattr(library, "saml_linear"):  # x86-64 only
+    if hasattr(library, "saml_linear"):  # x86-64 and aarch64
         library.saml_linear.argtypes = [
-            POINTER(_Weight),
-            *([c_void_p] * 8),
-            *([c_int64] * 5),
-            c_float,
-            c_int,
-        ]
+            c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int,
+        ]  # fmt: skip
     pool = _torch_threads()
     if pool is None:
         return library, "one thread (torch's OpenMP runtime has no GOMP entry points)"

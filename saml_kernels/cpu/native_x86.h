@@ -1,7 +1,7 @@
 /* The vector forms behind native.c: AVX-512 and AVX2, each compiled for its own target.
  *
  * Two things: `run_*` dequantises a stretch of codes in order; `any_tile_*` multiplies a few rows
- * of W by a few rows of x without writing the dequantised weight anywhere.
+ * of W, packed or decoded, by a few rows of x.
  */
 #define AVX512 __attribute__((target("avx512f,fma")))
 #define AVX2 __attribute__((target("avx2,fma")))
@@ -66,27 +66,35 @@ AVX2 static int64_t run_avx2(const Weight *w, int64_t first, int64_t count, floa
 
 /* ---------------------------------------------------------------- tiles */
 
-/* What one tile reads: `rows` rows of codes (or floats), their scales, `m` rows of x. */
-typedef struct {
-    const uint8_t *codes; /* of the first row */
-    int64_t stride;       /* bytes from row to row */
-    const float *scales;  /* MAX_SCALES floats a row */
-    const float *x;       /* [m, columns], in the order of the codes */
-    const float *table;
-    int64_t columns;
-    int shift;            /* group of 64 >> shift is its scale; -1: two scales a group */
-    /* The experts' share, absent for the projection itself (experts = 0). */
-    int64_t experts, rank;
-    const float *hidden;  /* [m, experts * rank] */
-    const float *lora_b;  /* of the first row; experts lie lora_stride floats apart */
-    int64_t lora_stride;
-    const float *gates;   /* [m, experts]: an expert closed for the whole tile is not read */
-} Tile;
+/* The products do not undo the order of 4-bit codes. They take 64 codes as 16 words of 16 bits, one
+ * word a lane, and shift by 0, 4, 8 and 12: the four shifts hold elements 4*lane + {1, 0, 3, 2}.
+ * x is laid out likewise, once a call: elements [begin, end), multiples of 64. */
+static void pack_x86(const float *x, int64_t begin, int64_t end, float *packed) {
+    for (int64_t g = begin; g < end; g += 64)
+        for (int l = 0; l < 16; l++) {
+            const float *from = x + g + 4 * l;
+            float *to = packed + g + l;
+            to[0] = from[1];
+            to[16] = from[0];
+            to[32] = from[3];
+            to[48] = from[2];
+        }
+}
 
-INLINE int is_open(const Tile *t, int ms, int64_t expert) {
-    int open = 0;
-    for (int m = 0; m < ms; m++) open |= t->gates[m * t->experts + expert] != 0.0f;
-    return open;
+/* The dense form: rows of floats, and x in order. */
+AVX512 INLINE void dense_avx512(const Tile *t, const int rows, const int ms, __m512 *acc) {
+    for (int64_t k = 0; k < t->columns; k += 16) {
+        __m512 x[6];
+#pragma GCC unroll 6
+        for (int m = 0; m < ms; m++) x[m] = _mm512_loadu_ps(t->x + m * t->columns + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const __m512 w = _mm512_loadu_ps((const float *)(t->codes + r * t->stride) + k);
+#pragma GCC unroll 6
+            for (int m = 0; m < ms; m++)
+                acc[r * ms + m] = _mm512_fmadd_ps(w, x[m], acc[r * ms + m]);
+        }
+    }
 }
 
 /* One tile: sums[r * ms + m] = W[r] . x[m] + sum over experts of B[e][r] . hidden[m][e].
@@ -98,15 +106,15 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
     __m512 acc[24];
 #pragma GCC unroll 24
     for (int i = 0; i < rows * ms; i++) acc[i] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < t->columns / 64; g++) {
+    if (format == FLOAT32) dense_avx512(t, rows, ms, acc);
+    for (int64_t g = 0; format != FLOAT32 && g < t->columns / 64; g++) {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const uint8_t *codes = t->codes + r * t->stride;
             const float *scales = t->scales + r * MAX_SCALES;
-            __m512 scale = _mm512_setzero_ps(), part[2];
+            __m512 scale = _mm512_set1_ps(t->shift < 0 ? scales[2 * g] : scales[g >> t->shift]);
+            __m512 part[2];
             __m512i words = _mm512_setzero_si512();
-            if (format != FLOAT32)
-                scale = _mm512_set1_ps(t->shift < 0 ? scales[2 * g] : scales[g >> t->shift]);
             if (format == FOUR_BIT) {
                 words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(codes + 32 * g)));
                 if (t->shift < 0)
@@ -117,15 +125,13 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
                 __m512 w;
                 if (format == FOUR_BIT) {
                     w = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
-                } else if (format == INT8) {
+                } else {
                     __m128i bytes = _mm_loadu_si128((const void *)(codes + 64 * g + 16 * j));
                     w = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
                     if (t->shift < 0) scale = _mm512_set1_ps(scales[2 * g + j / 2]);
-                } else {
-                    w = _mm512_loadu_ps((const float *)codes + 64 * g + 16 * j);
                 }
-                if (format != FLOAT32 && !late) w = _mm512_mul_ps(w, scale);
-#pragma GCC unroll 6
+                if (!late) w = _mm512_mul_ps(w, scale);
+#pragma GCC unroll 8
                 for (int m = 0; m < ms; m++) {
                     __m512 x = _mm512_loadu_ps(t->x + m * t->columns + 64 * g + 16 * j);
                     if (!late)
@@ -140,16 +146,16 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
         }
     }
     for (int64_t e = 0; e < t->experts; e++)
-        for (int64_t k = is_open(t, ms, e) ? 0 : t->rank; k < t->rank; k += 16) {
+        for (int64_t k = t->open[e] != 0.0f ? 0 : t->rank; k < t->rank; k += 16) {
             const int64_t left = t->rank - k;
             const __mmask16 mask = (__mmask16)(left < 16 ? (1u << left) - 1u : 0xffffu);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const float *b = t->lora_b + e * t->lora_stride + r * t->rank + k;
+                const float *b = t->lora_b + e * t->lora_stride + r * t->lora_row + k;
                 const __m512 w = _mm512_maskz_loadu_ps(mask, b);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int m = 0; m < ms; m++) {
-                    const float *h = t->hidden + (m * t->experts + e) * t->rank + k;
+                    const float *h = t->hidden + m * t->hidden_stride + e * t->rank + k;
                     const __m512 x = _mm512_maskz_loadu_ps(mask, h);
                     acc[r * ms + m] = _mm512_fmadd_ps(w, x, acc[r * ms + m]);
                 }
@@ -165,8 +171,24 @@ AVX2 INLINE float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
 
+AVX2 INLINE void dense_avx2(const Tile *t, const int rows, const int ms, __m256 *acc) {
+    for (int64_t k = 0; k < t->columns; k += 8) {
+        __m256 x[4];
+#pragma GCC unroll 4
+        for (int m = 0; m < ms; m++) x[m] = _mm256_loadu_ps(t->x + m * t->columns + k);
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; r++) {
+            const __m256 w = _mm256_loadu_ps((const float *)(t->codes + r * t->stride) + k);
+#pragma GCC unroll 4
+            for (int m = 0; m < ms; m++)
+                acc[r * ms + m] = _mm256_fmadd_ps(w, x[m], acc[r * ms + m]);
+        }
+    }
+}
+
 AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const int format,
                            float *sums) {
+    const int late = format == FOUR_BIT && ms <= 2; /* scale a group's sum, not its weights */
     __m256 low = _mm256_setzero_ps(), high = low, acc[8];
     if (format == FOUR_BIT) {
         low = _mm256_loadu_ps(t->table);
@@ -174,17 +196,18 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows * ms; i++) acc[i] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < t->columns / 64; g++)
+    if (format == FLOAT32) dense_avx2(t, rows, ms, acc);
+    for (int64_t g = 0; format != FLOAT32 && g < t->columns / 64; g++)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) /* 8 lanes of words, or 4 vectors in order */
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
                 const uint8_t *codes = t->codes + r * t->stride;
                 const float *scales = t->scales + r * MAX_SCALES;
-                __m256 scale = _mm256_setzero_ps();
+                const __m256 scale =
+                    _mm256_set1_ps(scales[t->shift < 0 ? 2 * g + half : g >> t->shift]);
                 __m256i words = _mm256_setzero_si256();
-                if (format != FLOAT32)
-                    scale = _mm256_set1_ps(scales[t->shift < 0 ? 2 * g + half : g >> t->shift]);
+                __m256 part[2];
                 if (format == FOUR_BIT)
                     words = _mm256_cvtepu16_epi32(
                         _mm_loadu_si128((const void *)(codes + 32 * g + 16 * half)));
@@ -195,33 +218,38 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
                     if (format == FOUR_BIT) {
                         w = look_up(low, high, _mm256_srli_epi32(words, 4 * j),
                                     _mm256_slli_epi32(words, 28 - 4 * j));
-                    } else if (format == INT8) {
+                    } else {
                         __m128i bytes = _mm_loadl_epi64((const void *)(codes + in_order));
                         w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-                    } else {
-                        w = _mm256_loadu_ps((const float *)codes + in_order);
                     }
-                    if (format != FLOAT32) w = _mm256_mul_ps(w, scale);
+                    if (!late) w = _mm256_mul_ps(w, scale);
                     const float *x = t->x + (format == FOUR_BIT ? 64 * g + 16 * j + 8 * half
                                                                 : in_order);
-#pragma GCC unroll 4
-                    for (int m = 0; m < ms; m++)
-                        acc[r * ms + m] = _mm256_fmadd_ps(
-                            w, _mm256_loadu_ps(x + m * t->columns), acc[r * ms + m]);
+#pragma GCC unroll 8
+                    for (int m = 0; m < ms; m++) {
+                        const __m256 v = _mm256_loadu_ps(x + m * t->columns);
+                        if (!late)
+                            acc[r * ms + m] = _mm256_fmadd_ps(w, v, acc[r * ms + m]);
+                        else
+                            part[m] = j ? _mm256_fmadd_ps(w, v, part[m]) : _mm256_mul_ps(w, v);
+                    }
                 }
+                if (late)
+                    for (int m = 0; m < ms; m++)
+                        acc[r * ms + m] = _mm256_fmadd_ps(part[m], scale, acc[r * ms + m]);
             }
     for (int64_t e = 0; e < t->experts; e++)
-        for (int64_t k = is_open(t, ms, e) ? 0 : t->rank; k < t->rank; k += 8) {
+        for (int64_t k = t->open[e] != 0.0f ? 0 : t->rank; k < t->rank; k += 8) {
             const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             const int left = t->rank - k < 8 ? (int)(t->rank - k) : 8;
             const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), lane);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-                const float *b = t->lora_b + e * t->lora_stride + r * t->rank + k;
+                const float *b = t->lora_b + e * t->lora_stride + r * t->lora_row + k;
                 const __m256 w = _mm256_maskload_ps(b, mask);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int m = 0; m < ms; m++) {
-                    const float *h = t->hidden + (m * t->experts + e) * t->rank + k;
+                    const float *h = t->hidden + m * t->hidden_stride + e * t->rank + k;
                     const __m256 x = _mm256_maskload_ps(h, mask);
                     acc[r * ms + m] = _mm256_fmadd_ps(w, x, acc[r * ms + m]);
                 }
@@ -239,20 +267,27 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
     CASE(tile_avx512, ROWS, 1, FORMAT) CASE(tile_avx512, ROWS, 2, FORMAT)             \
     CASE(tile_avx512, ROWS, 3, FORMAT) CASE(tile_avx512, ROWS, 4, FORMAT)             \
     CASE(tile_avx512, ROWS, 5, FORMAT) CASE(tile_avx512, ROWS, 6, FORMAT)
+#define WIDER_512(ROWS, FORMAT)                                                       \
+    CASE(tile_avx512, ROWS, 7, FORMAT) CASE(tile_avx512, ROWS, 8, FORMAT)
 #define CASES_256(ROWS, FORMAT)                                                       \
     CASE(tile_avx2, ROWS, 1, FORMAT) CASE(tile_avx2, ROWS, 2, FORMAT)                 \
     CASE(tile_avx2, ROWS, 3, FORMAT) CASE(tile_avx2, ROWS, 4, FORMAT)
+#define WIDER_256(ROWS, FORMAT)                                                       \
+    CASE(tile_avx2, ROWS, 5, FORMAT) CASE(tile_avx2, ROWS, 6, FORMAT)                 \
+    CASE(tile_avx2, ROWS, 7, FORMAT) CASE(tile_avx2, ROWS, 8, FORMAT)
 
 AVX512 static void any_tile_avx512(const Tile *t, int rows, int ms, int format, float *sums) {
     switch (format * 100 + rows * 10 + ms) {
         CASES_512(4, FOUR_BIT) CASES_512(1, FOUR_BIT) CASES_512(4, INT8) CASES_512(1, INT8)
-        CASES_512(1, FLOAT32)
+        WIDER_512(2, FOUR_BIT) WIDER_512(1, FOUR_BIT) WIDER_512(2, INT8) WIDER_512(1, INT8)
+        CASES_512(4, FLOAT32) CASES_512(1, FLOAT32)
     }
 }
 
 AVX2 static void any_tile_avx2(const Tile *t, int rows, int ms, int format, float *sums) {
     switch (format * 100 + rows * 10 + ms) {
         CASES_256(2, FOUR_BIT) CASES_256(1, FOUR_BIT) CASES_256(2, INT8) CASES_256(1, INT8)
-        CASES_256(1, FLOAT32)
+        WIDER_256(1, FOUR_BIT) WIDER_256(1, INT8)
+        CASES_256(2, FLOAT32) CASES_256(1, FLOAT32)
     }
 }

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from saml_kernels import reference
 from saml_kernels.quant import QuantizedTensor, quantize
 
+EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
+many = settings(
+    max_examples=EXAMPLES, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+NAMES = ("y", "dx", "da", "db", "dgates")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -98,3 +109,29 @@ def assert_close(
     scale = (expected if size is None else size).norm().clamp(min=1e-9)
     error = (found - expected).norm() / scale
     assert error < tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def draw_case(draw: Any, device: str = "cpu") -> Case:
+    """A case of any shape, format and dtype; `draw` is that of hypothesis."""
+    experts = draw(st.integers(1, 16), "E")
+    rank = draw(st.integers(1, 64 if experts <= 4 else 8), "r")
+    block_size = draw(st.sampled_from((32, 64, 128)), "block")
+    k = draw(st.one_of(st.sampled_from((block_size, 2 * block_size)), st.integers(1, 150)), "K")
+    return make_case(
+        draw(st.integers(0, 2**32), "seed"), draw(st.integers(0, 200), "M"),
+        draw(st.integers(1, 130), "N"), k, experts, rank,
+        format=draw(st.sampled_from(("nf4", "fp4", "int8", "int4")), "format"),
+        dtype=draw(st.sampled_from(tuple(TOLERANCE)), "dtype"),
+        block_size=block_size, double_quant=draw(st.booleans(), "double_quant"),
+        top_k=draw(st.sampled_from((None, 1, 2)), "top_k"),
+        speakers=draw(st.sampled_from((None, None, 1, 3, 7)), "speakers"),
+        bias=draw(st.booleans(), "bias"), device=device,
+    )  # fmt: skip
+
+
+def check_answers(case: Case, found: Sequence[Tensor | None]) -> None:
+    """y, dx, da, db, dgates against the truth."""
+    answers = zip(NAMES, found, truth(case), truth(case, absolute=True), strict=True)
+    for name, tensor, expected, size in answers:
+        assert tensor is not None and tensor.dtype == case.x.dtype
+        assert_close(tensor, expected, TOLERANCE[case.x.dtype], name, size)

@@ -1,7 +1,6 @@
 """Kernels run in Triton's interpreter (TRITON_INTERPRET=1) or on a CUDA device, else not at all."""
 
 import pytest
-import torch
 
 from saml_kernels import triton as backend
 from saml_kernels.triton.dispatch import interpreting
@@ -21,9 +20,5 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """What a kernel forgets to write is NaN, not what happened to lie there."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def every_test_poisoned(poisoned):
+    """See tests/conftest.py."""

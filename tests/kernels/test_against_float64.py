@@ -1,18 +1,13 @@
 """Output and every gradient of the Triton backend against float64, on random shapes."""
 
-import os
-
 import pytest
 import torch
-from cases import TOLERANCE, assert_close, make_case, truth
-from hypothesis import HealthCheck, Phase, given, settings
+from cases import assert_close, check_answers, draw_case, make_case, many, truth
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saml_kernels import triton as backend
 from saml_kernels.triton.configs import ROUTES
-
-EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
-NAMES = ("y", "dx", "da", "db", "dgates")
 
 
 def check(case, route):
@@ -23,34 +18,14 @@ def check(case, route):
             case.dy, case.x, *arguments, case.scaling, (True,) * 4, case.speakers, route=route
         ),
     ]
-    answers = zip(NAMES, found, truth(case), truth(case, absolute=True), strict=True)
-    for name, tensor, expected, size in answers:
-        assert tensor is not None and tensor.dtype == case.x.dtype
-        assert_close(tensor, expected, TOLERANCE[case.x.dtype], name, size)
+    check_answers(case, found)
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many
 @given(data=st.data())
 def test_random_shapes(data, device):
     draw = data.draw
-    experts = draw(st.integers(1, 16), "E")
-    rank = draw(st.integers(1, 64 if experts <= 4 else 8), "r")
-    block_size = draw(st.sampled_from((32, 64, 128)), "block")
-    k = draw(st.one_of(st.sampled_from((block_size, 2 * block_size)), st.integers(1, 150)), "K")
-    case = make_case(
-        draw(st.integers(0, 2**32), "seed"), draw(st.integers(0, 200), "M"),
-        draw(st.integers(1, 130), "N"), k, experts, rank,
-        format=draw(st.sampled_from(("nf4", "fp4", "int8", "int4")), "format"),
-        dtype=draw(st.sampled_from(tuple(TOLERANCE)), "dtype"),
-        block_size=block_size, double_quant=draw(st.booleans(), "double_quant"),
-        top_k=draw(st.sampled_from((None, 1, 2)), "top_k"),
-        speakers=draw(st.sampled_from((None, None, 1, 3, 7)), "speakers"),
-        bias=draw(st.booleans(), "bias"), device=device,
-    )  # fmt: skip
-    check(case, draw(st.sampled_from((None, *ROUTES)), "route"))
+    check(draw_case(draw, device), draw(st.sampled_from((None, *ROUTES)), "route"))
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -2,72 +2,15 @@
 
 import pytest
 import torch
-from cases import TOLERANCE, assert_close, make_case
-from hypothesis import HealthCheck, Phase, given, settings
+from cases import assert_close, draw_case, make_case, many
+from hypothesis import given
 from hypothesis import strategies as st
-from test_against_float64 import EXAMPLES
+from routed_cases import NAMES, check_answers, make_router, truth
 
-from saml_kernels import reference, saml_linear_routed
+from saml_kernels import saml_linear_routed
 from saml_kernels import triton as backend
 from saml_kernels.ops import _parts
 from saml_kernels.triton.configs import ROUTES
-
-NAMES = ("y", "dx", "da", "db", "drouter")
-
-
-def make_router(case, seed, top_k, temperature):
-    """A router whose k-th and next largest logits are well apart in every row of the case."""
-    g = torch.Generator().manual_seed(seed)
-    shape = case.lora_a.shape[:-2] + case.lora_a.shape[-1:]
-    k = shape[-1]
-    router = (torch.randn(*shape, generator=g) * (2 / k) ** 0.5).to(case.x).contiguous()
-    kept = top_k or shape[-2]
-    if kept < shape[-2] and len(case.x):
-        index = None if case.speakers is None else case.speakers.cpu()
-        gates = reference.route(case.x.double().cpu(), router.double().cpu(), None, 1.0, index)
-        logits = gates.log().sort(-1, descending=True).values
-        clear = (logits[:, kept - 1] - logits[:, kept]) > 0.05
-        case.x[(~clear).to(case.x.device)] = 0  # all logits equal: no gradient tells them apart
-        case.dy[(~clear).to(case.x.device)] = 0
-    return router
-
-
-def truth(case, router, top_k, temperature, absolute=False):
-    """y, dx, da, db, drouter in float64 by autograd; `absolute` as in cases.truth."""
-
-    def wide(tensor):
-        return tensor.detach().double().cpu()
-
-    index = None if case.speakers is None else case.speakers.cpu()
-    x, a, b, v = (wide(t).requires_grad_() for t in (case.x, case.lora_a, case.lora_b, router))
-    dense, bias = wide(case.weight.dequantize()), None if case.bias is None else wide(case.bias)
-    dy = wide(case.dy)
-    gates = reference.route(x, v, top_k, temperature, index)
-    if absolute:
-        gates = gates.detach()
-        dense, dy = dense.abs(), dy.abs()
-        bias = None if bias is None else bias.abs()
-        x, a, b = (t.detach().abs().requires_grad_() for t in (x, a, b))
-        gates.requires_grad_()
-    y = torch.zeros(len(x), len(dense), dtype=torch.float64) + 0 * x.sum()
-    for s in range(1 if index is None else len(a)):
-        own = (a, b) if index is None else (a[s], b[s])
-        part = reference.saml_linear_reference(x, dense, *own, gates, bias, case.scaling)
-        mine = torch.ones(len(x), dtype=torch.bool) if index is None else index == s
-        y = torch.where(mine.unsqueeze(1), part, y)
-    y.backward(dy)
-    if absolute:  # what the logits' gradient sums up, then the router's own product
-        flow = gates * gates.grad * 2 / temperature
-        people = torch.zeros(len(x), dtype=torch.long) if index is None else index.long()
-        dv = torch.zeros(*wide(router).reshape(-1, *router.shape[-2:]).shape, dtype=torch.float64)
-        for s in range(len(dv)):
-            mine = people == s
-            dv[s] = flow[mine].detach().T @ x[mine].detach()
-        full = wide(router).abs().reshape(dv.shape)
-        dx = x.grad + torch.einsum("me,mek->mk", flow.detach(), full[people])
-        return y.detach(), dx, a.grad, b.grad, dv.reshape(router.shape)
-    zero = (torch.zeros_like(t) if t.grad is None else t.grad for t in (x, a, b, v))
-    return y.detach(), *zero
 
 
 def check(case, seed, top_k, temperature, route):
@@ -79,34 +22,17 @@ def check(case, seed, top_k, temperature, route):
         backend.forward(case.x, *arguments, case.bias, case.scaling, **how),
         *backend.backward(case.dy, case.x, *arguments, case.scaling, (True,) * 4, **how),
     ]
-    expected = truth(case, router, top_k, temperature)
-    sizes = truth(case, router, top_k, temperature, absolute=True)
-    for name, tensor, wanted, size in zip(NAMES, found, expected, sizes, strict=True):
-        assert tensor is not None and tensor.dtype == case.x.dtype
-        assert_close(tensor, wanted, 2 * TOLERANCE[case.x.dtype], name, size)
+    check_answers(case, router, top_k, temperature, found)
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many
 @given(data=st.data())
 def test_random_shapes(data, device):
     draw = data.draw
-    experts = draw(st.integers(1, 16), "E")
-    rank = draw(st.integers(1, 64 if experts <= 4 else 8), "r")
-    seed = draw(st.integers(0, 2**32), "seed")
-    case = make_case(
-        seed, draw(st.integers(0, 200), "M"), draw(st.integers(1, 130), "N"),
-        draw(st.one_of(st.sampled_from((64, 128)), st.integers(1, 150)), "K"), experts, rank,
-        format=draw(st.sampled_from(("nf4", "fp4", "int8", "int4")), "format"),
-        dtype=draw(st.sampled_from(tuple(TOLERANCE)), "dtype"),
-        speakers=draw(st.sampled_from((None, None, 1, 3, 7)), "speakers"),
-        bias=draw(st.booleans(), "bias"), device=device,
-    )  # fmt: skip
+    case, seed = draw_case(draw, device), draw(st.integers(0, 2**32), "router")
     top_k = draw(st.sampled_from((None, 1, 2)), "top_k")
     temperature = draw(st.sampled_from((1.0, 0.5, 2.0)), "temperature")
-    check(case, seed + 1, top_k, temperature, draw(st.sampled_from((None, *ROUTES)), "route"))
+    check(case, seed, top_k, temperature, draw(st.sampled_from((None, *ROUTES)), "route"))
 
 
 @pytest.mark.parametrize("route", ROUTES)
