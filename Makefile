@@ -27,6 +27,10 @@ fuzz: $(VENV)/.test
 sanitize: $(VENV)/.test
 	tests/sanitize.sh $(CURDIR)/$(BIN)/python
 
+# Its NEON form, under an emulator where this is no aarch64; skipped without one.
+emulate:
+	tests/emulate.sh
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -10,7 +10,8 @@ from setuptools import Extension, setup
 native = Extension(
     "saml_kernels.cpu._native",
     sources=["saml_kernels/cpu/native.c"],
-    depends=["saml_kernels/cpu/native_x86.h"],
+    depends=["saml_kernels/cpu/native_x86.h", "saml_kernels/cpu/native_neon.h"],
+    libraries=["m"],
     extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off"],
     optional=True,
 )

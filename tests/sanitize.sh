@@ -13,7 +13,10 @@ include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 # -O1 keeps the checks; the flags that decide bits are those of setup.py.
 gcc -shared -fPIC -g -O1 -std=gnu11 -ffp-contract=off -fno-omit-frame-pointer \
     -fsanitize=address,undefined -fno-sanitize-recover=undefined -I"$include" \
-    saml_kernels/cpu/native.c -o "$copy/saml_kernels/cpu/_native$suffix"
+    saml_kernels/cpu/native.c -lm -o "$copy/saml_kernels/cpu/_native$suffix"
+gcc -g -O1 -std=gnu11 -ffp-contract=off -fsanitize=address,undefined \
+    -fno-sanitize-recover=undefined tests/native_check.c -lm -o "$copy/check"
+"$copy/check"
 cd "$copy"
 # Python's own allocations are not ours to judge: leaks are not looked for.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
@@ -25,4 +28,4 @@ import os
 assert saml_kernels.__file__.startswith(os.environ["PYTHONPATH"]), saml_kernels.__file__
 print(native_status())
 CHECK
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_backend.py
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_backend.py tests/test_cpu_properties.py

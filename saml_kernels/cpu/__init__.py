@@ -2,7 +2,8 @@
 
 Forward takes one of two ways, whichever was measured to be faster (`saml bench --work P6`):
 
-* native: one pass over the packed weight in compiled code, experts included (native.py, native.c);
+* native: one pass over the packed weight in compiled code, the experts and a token's router
+  included (native.py, native.c);
 * dense: the weight dequantised to scratch (by compiled code where there is some), then torch's
   matrix products.
 

@@ -1,0 +1,120 @@
+/* native.c on its own, against plain loops in double: every format, block, and class of shape.
+ *
+ * Built for another machine and run under an emulator by tests/emulate.sh; no Python.
+ */
+#include <math.h>
+#include <stdio.h>
+
+#include "../saml_kernels/cpu/native.c"
+
+static uint32_t seed = 1;
+static float next(void) { /* in [-1, 1) */
+    seed = seed * 1664525u + 1013904223u;
+    return (float)(seed >> 8) / 8388608.0f - 1.0f;
+}
+
+static float *floats(int64_t count) {
+    float *values = malloc((size_t)(count ? count : 1) * sizeof *values);
+    for (int64_t i = 0; i < count; i++) values[i] = next();
+    return values;
+}
+
+static int failures;
+static void expect(int good, const char *what, int64_t m, const Layer *l) {
+    if (good) return;
+    failures++;
+    printf("%s: m %ld, %ld x %ld, block %ld, format %d, experts %ld, rank %ld, top %ld\n", what,
+           (long)m, (long)l->rows, (long)l->weight.columns, (long)l->weight.block,
+           l->weight.format, (long)l->experts, (long)l->rank, (long)l->top_k);
+}
+
+static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int format, int nested,
+                  int64_t experts, int64_t rank, int64_t top_k, int routed, int biased) {
+    const int64_t size = rows * columns, blocks = (size + block - 1) / block;
+    uint8_t *codes = malloc((size_t)size), *absmax8 = malloc((size_t)blocks);
+    for (int64_t i = 0; i < size; i++) codes[i] = (uint8_t)(next() * 127.0f);
+    for (int64_t i = 0; i < blocks; i++) absmax8[i] = (uint8_t)(next() * 127.0f + 128.0f);
+    float *absmax = floats(blocks), *nests = floats(blocks / 256 + 1), *offset = floats(1);
+    float *nested_code = floats(256), *table = floats(16), *x = floats(m * columns);
+    float *a = floats(experts * rank * columns), *b = floats(experts * rows * rank);
+    float *router = floats(experts * columns), *gates = floats(m * experts), *bias = floats(rows);
+    if (experts > 1)
+        for (int64_t i = 0; i < m; i++) gates[i * experts + 1] = 0.0f; /* a closed one */
+    Weight w = {codes, nested ? (void *)absmax8 : (void *)absmax, nested ? nests : NULL, offset,
+                nested_code, table, block, columns, format};
+    Layer l = {w, a, b, routed ? router : NULL, biased ? bias : NULL, rows, experts, rank, top_k,
+               0.75f, 1.5f};
+
+    float *dense = malloc((size_t)size * sizeof *dense), *y = floats(m * rows);
+    saml_dequantise(&w, 0, rows, dense, 0, 1);
+    int same = 1;
+    for (int64_t i = 0; i < size; i++) {
+        const float exact = code_at(&w, i) * scale_of(&w, i / block);
+        same &= dense[i] == exact;
+    }
+    expect(same, "dequantised otherwise", m, &l);
+    const int refused = saml_linear(&l, x, gates, experts, y, m, 1);
+    expect(!refused, "refused", m, &l);
+
+    double worst = 0.0, largest = 1e-3, *g = malloc((size_t)(experts + 1) * sizeof *g);
+    for (int64_t i = 0; i < m && !refused; i++) {
+        double total = 0.0, kept = 0.0;
+        for (int64_t e = 0; e < experts; e++) {
+            g[e] = gates[i * experts + e];
+            if (!routed) continue;
+            g[e] = 0.0;
+            for (int64_t k = 0; k < columns; k++)
+                g[e] += (double)router[e * columns + k] * x[i * columns + k];
+            total += g[e] = exp(g[e] / 1.5);
+        }
+        for (int64_t left = experts - top_k; routed && left > 0; left--) {
+            int64_t least = -1;
+            for (int64_t e = 0; e < experts; e++)
+                if (g[e] > 0.0 && (least < 0 || g[e] <= g[least])) least = e;
+            g[least] = 0.0;
+        }
+        for (int64_t e = 0; e < experts; e++) kept += g[e];
+        for (int64_t e = 0; routed && e < experts; e++) g[e] /= kept;
+        for (int64_t n = 0; n < rows; n++) {
+            double sum = biased ? bias[n] : 0.0;
+            for (int64_t k = 0; k < columns; k++)
+                sum += (double)dense[n * columns + k] * x[i * columns + k];
+            for (int64_t e = 0; e < experts; e++)
+                for (int64_t r = 0; r < rank; r++) {
+                    double p = 0.0;
+                    for (int64_t k = 0; k < columns; k++)
+                        p += (double)a[(e * rank + r) * columns + k] * x[i * columns + k];
+                    sum += 0.75 * g[e] * p * b[(e * rows + n) * rank + r];
+                }
+            largest = fmax(largest, fabs(sum));
+            worst = fmax(worst, fabs(sum - y[i * rows + n]));
+        }
+    }
+    expect(worst <= 2e-5 * largest, "product is off", m, &l);
+    free(codes), free(absmax8), free(absmax), free(nests), free(offset), free(nested_code);
+    free(table), free(x), free(a), free(b), free(router), free(gates), free(bias), free(dense);
+    free(y), free(g);
+}
+
+static int all(void) {
+    static const int64_t sizes[] = {1, 2, 3, 4, 5, 7, 9, 17, 26};
+    int done = 1;
+    for (int format = FOUR_BIT; format <= INT8; format++)
+        for (int nested = 0; nested < 2; nested++)
+            for (int64_t block = 32; block <= 128; block *= 2)
+                for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++, done += 3) {
+                    const int64_t m = sizes[i], columns = 128 * (1 + i % 3);
+                    check(m, 7 + i, columns, block, format, nested, 4, 8, 4, 0, 1);
+                    check(m, 5, columns, block, format, nested, 3, 5, 2, 1, 0);
+                    check(m, 4, columns, block, format, nested, 0, 1, 0, 0, i % 2);
+                }
+    check(300, 9, 1536, 64, FOUR_BIT, 1, 2, 20, 2, 0, 1); /* more than one slab of x */
+    return done;
+}
+
+int main(void) {
+    for (int wanted = HAS_AVX2; wanted <= HAS_NEON; wanted++)
+        if (saml_select(wanted) == wanted)
+            printf("level %d: %d calls, %d wrong\n", wanted, all(), failures);
+    return failures != 0;
+}
