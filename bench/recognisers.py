@@ -124,6 +124,7 @@ def openai_whisper(model: str, device: torch.device) -> Texts:
 Recogniser = Callable[[str, torch.device, int, Path], Texts]
 RECOGNISERS: dict[str, Recogniser] = {
     "saml": lambda m, d, t, f: saml(m, d, f),
+    "saml, compiled": lambda m, d, t, f: transformers(str(f), d, compiled=True),
     "faster-whisper int8": lambda m, d, t, f: faster_whisper(m, d, t, 1),
     "faster-whisper int8, beam 5": lambda m, d, t, f: faster_whisper(m, d, t, 5),
     "openai-whisper": lambda m, d, t, f: openai_whisper(m, d),
