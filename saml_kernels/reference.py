@@ -159,8 +159,7 @@ def backward(
         zeros = (torch.zeros_like(t) for t in (lora_a, lora_b, gates))
         da, db, dg = (z if need else None for z, need in zip(zeros, needs[1:], strict=True))
         return dx, da, db, dg
-    more, da, db, dg = experts_backward(dy, x, lora_a, lora_b, gates, scaling, needs)
-    return dx if dx is None or more is None else dx + more, da, db, dg
+    return experts_backward(dy, x, lora_a, lora_b, gates, scaling, needs, dx)
 
 
 def experts_backward(
@@ -171,23 +170,34 @@ def experts_backward(
     gates: Tensor,
     scaling: float,
     needs: tuple[bool, bool, bool, bool],
+    base: Tensor | None = None,
 ) -> Gradients:
-    """The experts' part of `backward`, without the base."""
+    """The experts' part of `backward`, all tensors in one dtype.
+
+    Args:
+        dy, x, lora_a, lora_b, gates, scaling, needs: as in `backward`.
+        base: dY W [M, K], to which the experts' part of dX is added in place; None is zero.
+    """
     need_x, need_a, need_b, need_gates = needs
     experts, rank, _ = lora_a.shape
     a, b = stack_a(lora_a), stack_b(lora_b)
     repeated = gates.repeat_interleave(rank, dim=-1)
-    dh = scaling * (dy @ b)
-    dp = dh * repeated
-    dx = dp @ a if need_x else None
-    projected = x @ a.T
-    da = (dp.T @ x).view_as(lora_a) if need_a else None
-    db = dg = None
-    if need_b:
-        stacked = scaling * (dy.T @ (projected * repeated))  # [N, R]
-        db = stacked.view(-1, experts, rank).permute(1, 0, 2).contiguous()
-    if need_gates:
-        dg = (projected * dh).view(-1, experts, rank).sum(-1)
+    dx, da, db, dg = base, None, None, None
+    if need_x or need_a or need_gates:
+        dh = (dy @ b).mul_(scaling)
+        dp = dh * repeated
+        if need_x:
+            dx = dp @ a if base is None else base.addmm_(dp, a)
+        if need_a:
+            da = (dp.T @ x).view_as(lora_a)
+    if need_b or need_gates:
+        projected = x @ a.T
+        if need_b:
+            stacked = (dy.T @ (projected * repeated)).mul_(scaling)  # [N, R]
+            db = stacked.view(len(b), experts, rank).permute(1, 0, 2).contiguous()
+        if need_gates:  # R numbers are summed: in float32 at least
+            wide = projected if projected.dtype == torch.float64 else projected.float()
+            dg = (wide * dh).view(len(x), experts, rank).sum(-1).to(gates.dtype)
     return dx, da, db, dg
 
 

@@ -23,11 +23,9 @@ from saml_kernels.cpu import native
 from saml_kernels.cpu.native import native_status
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import stack_a, stack_b
+from saml_kernels.reference import Gradients, experts_backward, stack_a, stack_b
 
 __all__ = ["backward", "forward", "native_status", "quick", "unsupported"]
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
@@ -140,31 +138,15 @@ def backward(
         Four tensors in the shapes and dtypes of their inputs, or None. The chain rule is the one
         in `reference.py`.
     """
-    need_x, need_a, need_b, need_gates = needs
     dtype = _compute_dtype(x)
-    dy = dy.to(dtype)
-    dx = dy @ _dense(weight, dtype) if need_x else None
-    da = db = dg = None
-    experts, rank, _ = lora_a.shape
-    a, b = stack_a(lora_a).to(dtype), stack_b(lora_b).to(dtype)
-    repeated = gates.to(dtype).repeat_interleave(rank, dim=-1)
-    if need_x or need_a or need_gates:
-        dh = (dy @ b).mul_(scaling)
-        dp = dh * repeated
-        if dx is not None and experts:
-            dx.addmm_(dp, a)
-        if need_a:
-            da = (dp.T @ x.to(dtype)).view_as(lora_a).to(lora_a.dtype)
-    if need_b or need_gates:
-        projected = x.to(dtype) @ a.T
-        if need_b:
-            stacked = (dy.T @ (projected * repeated)).mul_(scaling)  # [N, R]
-            apart = stacked.view(weight.shape[0], experts, rank)
-            db = apart.transpose(0, 1).contiguous().to(lora_b.dtype)
-        if need_gates:
-            product = projected.float() * dh.float()
-            dg = product.view(x.shape[0], experts, rank).sum(-1).to(gates.dtype)
-    return None if dx is None else dx.to(x.dtype), da, db, dg
+    inputs = (x, lora_a, lora_b, gates)
+    dy, *wide = (t.to(dtype) for t in (dy, *inputs))
+    dx = dy @ _dense(weight, dtype) if needs[0] else None
+    found = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+    dx, da, db, dg = (
+        None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
+    )
+    return dx, da, db, dg
 
 
 def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
