@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
+from saml_models.identification import embed
 from saml_models.speakers import SpeakerProfile, kept_experts
+from saml_models.surgery import expert_parameters, routers_of
 from saml_models.training import Sample, TrainingOptions, fit
 from saml_models.transcripts import in_model_style
 
-__all__ = ["ADAPTATION", "adapt", "training_samples"]
+__all__ = ["ADAPTATION", "GATES", "adapt", "options_for", "training_samples"]
 
 # What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
 ADAPTATION = TrainingOptions(
     learning_rate=5e-4, epochs=8, batch_seconds=30.0, max_batch=4, average=0.3
 )
 
+# A few hundred numbers: they bear large steps, and cannot learn a transcript by heart.
+GATES = replace(ADAPTATION, learning_rate=3e-2)
+
 MAX_SECONDS = 30.0  # what Whisper hears at once
+
+
+def options_for(kind: str) -> TrainingOptions:
+    """The defaults for a kind of profile.
+
+    Raises:
+        SAMLError: there is no such kind.
+    """
+    found = {"experts": ADAPTATION, "gates": GATES}.get(kind)
+    if found is None:
+        raise SAMLError(f"kind {kind!r}: expected experts or gates")
+    return found
 
 
 def training_samples(
@@ -75,6 +96,7 @@ def adapt(
     options: TrainingOptions | None = None,
     *,
     speaker: str | None = None,
+    kind: str = "experts",
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
@@ -84,8 +106,9 @@ def adapt(
         model: treated by `apply_saml`, best with pretrained experts.
         processor: of that model.
         utterances: of one speaker, each with text and at most 30 s long.
-        options: `ADAPTATION` unless given.
+        options: `options_for(kind)` unless given.
         speaker: name for the profile; the utterances' own unless given.
+        kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
 
@@ -102,13 +125,15 @@ def adapt(
         raise SAMLError(
             f"adapt: utterances of {len(names)} speakers ({names[0]}, {names[1]}, ...); choose one"
         )
-    options = options or ADAPTATION
+    options = options or options_for(kind)
+    make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with kept_experts(model):
         samples = training_samples(model, processor, utterances)
         # The original weights have never seen a short window; the experts learn it as they train.
         model.saml_short_windows = True  # type: ignore[assignment]
-        report = fit(model, processor, samples, options, checkpoint, on_step)
-        return SpeakerProfile.of(
+        with nullcontext() if kind == "experts" else _offsets_alone(model):
+            report = fit(model, processor, samples, options, checkpoint, on_step)
+        profile = make(
             model,
             speaker=speaker or names[0],
             model=str(getattr(model.config, "_name_or_path", "")),
@@ -119,3 +144,23 @@ def adapt(
             steps=report.steps,
             loss=round(report.last_loss, 4),
         )
+    return replace(profile, embedding=embed(model, processor, [s.load() for s in samples]))
+
+
+@contextmanager
+def _offsets_alone(model: Any) -> Iterator[None]:
+    """Experts and routers are frozen; each router has an offset, from zero, that learns."""
+    parameters = expert_parameters(model).values()
+    routers = routers_of(model).values()
+    if not routers:
+        raise SAMLError("gates: the layers have no router of their own; learn experts instead")
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for router in routers:
+            count = router.weight.shape[0]
+            router.offset = torch.zeros(count, device=router.weight.device, requires_grad=True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

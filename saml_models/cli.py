@@ -6,30 +6,35 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from saml_models.quiet import quiet_libraries
+from saml_models.speaker_commands import Store
+from saml_models.terminal import (
+    Device,
+    Epochs,
+    LearningRate,
+    Model,
+    Seed,
+    changed,
+    check_file,
+    checkpoint_of,
+    device_named,
+    print_result,
+    print_rows,
+    progress,
+    resumable,
+)
 
 # torch and transformers are imported inside the commands, so that `saml --help` answers at once.
-if TYPE_CHECKING:
-    from saml_models.training import TrainingOptions
-
 __all__ = ["app", "main"]
 
 FORMATS = ("txt", "json", "srt", "vtt", "tsv", "all")
 INTERRUPTED = 130
-
-
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what the user has to know as its message."""
 
 
 class _Commands(TyperGroup):
@@ -61,25 +66,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Whisper at a seventh of its size, and experts that learn a voice.",
 )
-speakers = typer.Typer(no_args_is_help=True, help="Look into speaker profiles.")
-app.add_typer(speakers, name="speakers")
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="openai-whisper's name (tiny.en, base, ...), a Hugging Face id, or a folder in "
-        "Hugging Face, CTranslate2 or `saml quantize` layout."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the utterances.")]
-LearningRate = Annotated[float | None, typer.Option(min=1e-9, help="AdamW's peak.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.")]
 
 
 @app.command()
 def transcribe(
-    audio: Annotated[list[Path], typer.Argument(help="Audio files, or folders of them.")],
+    audio: Annotated[
+        list[Path] | None, typer.Argument(help="Audio files, or folders of them.")
+    ] = None,
     model: Model = "tiny.en",
     output_format: Annotated[
         str | None, typer.Option("--output_format", help=f"Write files: {', '.join(FORMATS)}.")
@@ -97,7 +90,14 @@ def transcribe(
     word_timestamps: Annotated[
         bool, typer.Option("--word_timestamps", help="Also find when each word was said.")
     ] = False,
-    speaker: Annotated[Path | None, typer.Option(help="A profile that `saml adapt` made.")] = None,
+    speaker: Annotated[
+        str | None, typer.Option(help="An enrolled speaker, a profile's file, or auto.")
+    ] = None,
+    speakers: Annotated[
+        Path | None,
+        typer.Option(help="CSV of audio,speaker: who is heard where, all in the same batches."),
+    ] = None,
+    store: Store = None,
     device: Device = None,
 ) -> None:
     """Speech to text on standard output; files too with --output_format or --output_dir."""
@@ -106,8 +106,8 @@ def transcribe(
     quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.audio import load_audio
-    from saml_models.loading import load_adaptable, load_model, profile_config
-    from saml_models.speakers import SpeakerProfile
+    from saml_models.loading import load_for_speakers
+    from saml_models.speaker_choice import choose_speakers, read_map
     from saml_models.transcription import transcribe_many
     from saml_models.writers import write_transcript
 
@@ -115,22 +115,24 @@ def transcribe(
         raise SAMLError(f"--output_format {output_format}: expected one of {', '.join(FORMATS)}")
     if output_dir.exists() and not output_dir.is_dir():
         raise SAMLError(f"{output_dir}: is a file; expected a folder to write to")
-    files = _recordings(audio)
+    if speaker is not None and speakers is not None:
+        raise SAMLError("--speaker and --speakers: give one of them")
+    listed = read_map(speakers) if speakers is not None else None
+    if not audio and listed is None:
+        raise SAMLError("nothing to transcribe: give audio files, or a list with --speakers")
+    files = _recordings(audio) if audio else list(listed or {})
     if writes:
         _check_stems(files)
-    profile = SpeakerProfile.load(speaker) if speaker else None
+    heard_as = choose_speakers(files, speaker, listed, store)
     # A damaged file is reported now, not after the hours that the ones before it take.
-    with _progress("reading") as show:
+    with progress("reading") as show:
         for number, file in enumerate(files, start=1):
             load_audio(file)
             show(number, len(files))
-    if profile is None:
-        network, processor = load_model(model, _device(device))
-    else:
-        config = profile_config(profile)
-        network, processor = load_adaptable(model, config, speaker, _device(device))
+    network, processor = load_for_speakers(model, heard_as.profiles, device_named(device))
+    chosen = heard_as.for_files(network, processor, files)
     timed = word_timestamps or (writes and output_format != "txt")
-    with _progress("transcribing") as show:
+    with progress("transcribing") as show:
 
         def on_progress(number: int, done: float, seconds: float) -> None:
             if len(files) == 1:
@@ -142,7 +144,7 @@ def transcribe(
             network,
             processor,
             files,
-            profile,
+            chosen,
             language=language,
             task=task,
             beam_size=beam_size,
@@ -154,63 +156,6 @@ def transcribe(
             typer.echo(heard.text if len(files) == 1 else f"{file}\t{heard.text}")
             if writes:
                 write_transcript(heard, output_dir, file.stem, output_format)
-
-
-@app.command()
-def adapt(
-    data: Annotated[Path, typer.Option(help="Speech with its text: a corpus, manifest or folder.")],
-    out: Annotated[Path, typer.Option(help="The profile to write (safetensors).")],
-    model: Model = "tiny.en",
-    speaker: Annotated[
-        str | None, typer.Option(help="Whose voice; not needed where the data has one speaker.")
-    ] = None,
-    adapt_utterances: Annotated[
-        int | None, typer.Option(min=1, help="Use the speaker's first K utterances; default: all.")
-    ] = None,
-    experts: Annotated[
-        Path | None, typer.Option(help="Pretrained experts to start from; default: those shipped.")
-    ] = None,
-    epochs: Epochs = None,
-    learning_rate: LearningRate = None,
-    seed: Seed = None,
-    device: Device = None,
-) -> None:
-    """Learn one speaker's voice; a killed run resumes when it is started again."""
-    quiet_libraries()
-    from saml_kernels.errors import SAMLError
-    from saml_models.adaptation import ADAPTATION
-    from saml_models.adaptation import adapt as learn
-    from saml_models.corpora import by_speaker, load_corpus
-    from saml_models.loading import load_adaptable
-
-    _check_file(out)
-    utterances = load_corpus(data, [speaker] if speaker else None)
-    voices = by_speaker(utterances)
-    if len(voices) > 1:
-        shown = ", ".join(list(voices)[:8])
-        raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
-    utterances = utterances[:adapt_utterances]
-    network, processor = load_adaptable(model, experts=experts, device=_device(device))
-    options = _options(ADAPTATION, epochs, learning_rate, seed)
-    checkpoint = _checkpoint(out)
-    with _resumable(checkpoint), _progress("adapting") as show:
-        profile = learn(
-            network,
-            processor,
-            utterances,
-            options,
-            speaker=speaker,
-            checkpoint=checkpoint,
-            on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
-        )
-    profile.save(out)
-    about = profile.about
-    typer.echo(
-        f"learnt {about['speaker']} from {about['utterances']} utterances "
-        f"({about['seconds']:g} s of speech)"
-    )
-    _print_result(network, profile, out)
-    typer.echo(f"try it: saml transcribe --model {model} --speaker {out} FILE")
 
 
 @app.command()
@@ -237,16 +182,16 @@ def pretrain(
     from saml_models.pretraining import pretrain as learn
     from saml_models.surgery import apply_saml
 
-    _check_file(out)
+    check_file(out)
     kept_out = {name.strip() for name in exclude_speakers.split(",")}
     found = [utterance for path in data for utterance in load_corpus(path)]
     utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
-    options = _options(PRETRAINING, epochs, learning_rate, seed)
-    network, processor = load_model(model, _device(device))
-    teacher = load_model(model, _device(device))[0] if options.distil > 0 else None
+    options = changed(PRETRAINING, epochs, learning_rate, seed)
+    network, processor = load_model(model, device_named(device))
+    teacher = load_model(model, device_named(device))[0] if options.distil > 0 else None
     typer.echo(apply_saml(network, SAMLConfig()))
-    checkpoint = _checkpoint(out)
-    with _resumable(checkpoint), _progress("pretraining") as show:
+    checkpoint = checkpoint_of(out)
+    with resumable(checkpoint), progress("pretraining") as show:
         profile = learn(
             network,
             processor,
@@ -262,7 +207,7 @@ def pretrain(
         f"learnt from {about['speakers']} speakers, {about['utterances']} utterances "
         f"({about['seconds'] / 3600:.2f} h of speech)"
     )
-    _print_result(network, profile, out)
+    print_result(network, profile, out)
     typer.echo(f"use it: saml adapt --model {model} --experts {out} ...")
 
 
@@ -299,31 +244,13 @@ def quantize(
     )
 
 
-@speakers.command("show")
-def show_speaker(
-    profile: Annotated[Path, typer.Argument(metavar="FILE", help="A speaker profile.")],
-) -> None:
-    """Print what a profile's header says."""
-    from saml_models.speakers import SpeakerProfile
-
-    found = SpeakerProfile.load(profile)
-    rows = {
-        **found.about,
-        "hash": found.hash,
-        "bytes": f"{found.nbytes:,}",
-        "base weights": found.weight_hash,
-        **{f"config.{key}": value for key, value in found.config.items()},
-    }
-    _print_rows([(key, str(value)) for key, value in rows.items()])
-
-
 @app.command()
 def doctor() -> None:
     """What this machine has, and which backends it will use."""
     quiet_libraries()
     from saml_models.doctor import report
 
-    _print_rows(report())
+    print_rows(report())
 
 
 def main() -> None:
@@ -335,12 +262,6 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _recordings(paths: list[Path]) -> list[Path]:
@@ -372,76 +293,9 @@ def _check_stems(files: list[Path]) -> None:
             raise SAMLError(f"{twin}, {file}: would be written to the same name; run them apart")
 
 
-def _check_file(out: Path) -> None:
-    from saml_kernels.errors import SAMLError
+from saml_models import adapt_command, benchmark, protocol, speaker_commands  # noqa: E402 - they register on the finished app
 
-    if out.is_dir():
-        raise SAMLError(f"{out}: is a folder; expected the name of a file to write")
-
-
-def _checkpoint(out: Path) -> Path:
-    return out.with_name(f"{out.name}.checkpoint.safetensors")
-
-
-@contextmanager
-def _resumable(checkpoint: Path) -> Iterator[None]:
-    """Ctrl-C says where the work done so far is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not checkpoint.exists():
-            raise
-        raise _Interrupted(
-            f"interrupted; {checkpoint} holds the progress: run the same command to go on"
-        ) from None
-
-
-def _options(
-    defaults: TrainingOptions, epochs: int | None, learning_rate: float | None, seed: int | None
-) -> TrainingOptions:
-    given = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    return replace(defaults, **changes)
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[..., None]]:
-    """A bar on standard error, where that is a terminal: yields show(done, total, note)."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(label, total=None, note="")
-
-        def show(done: float, total: float, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
-
-        yield show
-
-
-def _print_result(network: Any, profile: Any, out: Path) -> None:
-    from saml_models.surgery import expert_parameters
-
-    trainable = sum(p.numel() for p in expert_parameters(network).values())
-    typer.echo(f"trainable parameters: {trainable:,}; the base is frozen")
-    typer.echo(f"written: {out} ({out.stat().st_size:,} bytes, hash {profile.hash[:16]})")
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
-
-
-from saml_models import benchmark, protocol  # noqa: E402 - they register on the finished app
-
+adapt_command.add_commands(app)
+speaker_commands.add_commands(app)
 protocol.add_commands(app)
 benchmark.add_commands(app)

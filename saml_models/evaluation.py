@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from saml_models.scoring import WordErrors, bootstrap_interval, bootstrap_ratio,
 from saml_models.speakers import SpeakerProfile
 from saml_models.training import TrainingOptions
 
-__all__ = ["SYSTEMS", "Evaluation", "Fold", "evaluate", "make_folds"]
+__all__ = ["SYSTEMS", "Evaluation", "Fold", "evaluate", "make_folds", "with_word_errors"]
 
 # The columns of the table, in order.
 SYSTEMS = {
@@ -214,6 +214,25 @@ def evaluate(
                 texts += decode_clips(saml, processor, part, beam_size=beam_size, on_done=done)
         record(system, texts, started)
     return result
+
+
+def with_word_errors(
+    profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
+) -> SpeakerProfile:
+    """The profile with `wer_before` and `wer_after` (per cent) noted: without it, and with it.
+
+    Args:
+        profile: made for `model`.
+        model, processor: with the experts that adaptation started from.
+        utterances: with text, that it has not learnt from, each at most 30 s long.
+    """
+    clips, said = [u.load() for u in utterances], [u.text for u in utterances]
+    heard = [
+        decode_clips(model, processor, clips, speakers=[p] * len(clips)) for p in (None, profile)
+    ]
+    before, after = (round(float(pooled(word_errors(said, texts)).wer), 2) for texts in heard)
+    noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
+    return replace(profile, about=profile.about | noted)
 
 
 def _other(folds: Sequence[Fold], i: int) -> int:

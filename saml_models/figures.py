@@ -8,7 +8,7 @@ from typing import Any
 from saml_kernels.errors import SAMLError
 from saml_models.files import atomic_path
 
-__all__ = ["plot_speakers"]
+__all__ = ["plot_pruning", "plot_speakers"]
 
 _SHOWN = {
     "full_precision": ("full precision", "#4c566a"),
@@ -24,14 +24,9 @@ def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
     Raises:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SAMLError(
-            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
-        ) from error
+    figure_class = _figure()
     names = list(result["speakers"])
-    figure = Figure(figsize=(max(6.0, 1.0 + 0.9 * len(names)), 4.0), layout="constrained")
+    figure = figure_class(figsize=(max(6.0, 1.0 + 0.9 * len(names)), 4.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(_SHOWN)
     for i, (system, (label, colour)) in enumerate(_SHOWN.items()):
@@ -50,3 +45,41 @@ def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
     axes.legend(frameon=False, ncols=2)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
+    """A PNG of a speaker's pruning: WER against experts kept, and the gates, layers x experts.
+
+    Args:
+        result: what `saml speakers prune --json` writes: `speaker`, `curve`, `layers`, `gates`.
+        path: of the PNG.
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    layers, curve = result["layers"], result["curve"]
+    figure = _figure()(figsize=(10.0, max(4.0, 0.13 * len(layers))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([p["experts"] for p in curve], [p["wer"] for p in curve], "o-", color="#2e7d4f")
+    left.set_xlabel("experts kept, of all layers")
+    left.set_ylabel("word error rate (%)")
+    left.set_ylim(bottom=0)
+    left.set_title(f"speaker {result['speaker']}")
+    left.spines[["top", "right"]].set_visible(False)
+    image = right.imshow(result["gates"], aspect="auto", cmap="viridis", vmin=0)
+    right.set_xlabel("expert")
+    right.set_yticks(range(len(layers)), layers, fontsize=4)
+    right.set_title("mean gate")
+    figure.colorbar(image, ax=right)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SAMLError(
+            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
+        ) from error
+    return Figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,7 +19,14 @@ from saml_models.storage import DESCRIPTION, load_saml
 from saml_models.surgery import SurgeryReport, apply_saml
 from saml_models.whisper import load_whisper
 
-__all__ = ["load_adaptable", "load_model", "make_adaptable", "profile_config", "shipped_experts"]
+__all__ = [
+    "load_adaptable",
+    "load_for_speakers",
+    "load_model",
+    "make_adaptable",
+    "profile_config",
+    "shipped_experts",
+]
 
 
 def load_model(
@@ -76,6 +84,36 @@ def load_adaptable(
     return model, processor
 
 
+def load_for_speakers(
+    name_or_path: str | os.PathLike[str],
+    profiles: Mapping[str, SpeakerProfile],
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """A model that can speak with these profiles, or plain where there are none.
+
+    Args:
+        name_or_path, device: as for `load_model`.
+        profiles: by name or file; the first one's configuration is the model's, unless the experts
+            that ship with the package have it too: those are then loaded, for gates and for clips
+            of nobody.
+
+    Raises:
+        SAMLError: as `load_model` does, or the profiles do not fit the model.
+    """
+    if not profiles:
+        return load_model(name_or_path, device)
+    shipped = shipped_experts(os.fspath(name_or_path))
+    config = profile_config(next(iter(profiles.values())))
+    fits = shipped is not None and profile_config(shipped).to_dict() == config.to_dict()
+    model, processor = load_adaptable(name_or_path, None if fits else config, device=device)
+    for name, profile in profiles.items():
+        try:
+            profile.check(model)
+        except SAMLError as error:
+            raise SAMLError(f"{name}: {error}") from error
+    return model, processor
+
+
 def make_adaptable(
     model: Any,
     name: str,
@@ -126,6 +164,8 @@ def profile_config(profile: SpeakerProfile) -> SAMLConfig:
         SAMLError: a value is not allowed, or asks for more experts than the file holds.
     """
     config = SAMLConfig.from_dict(profile.config)
+    if profile.kind == "gates":
+        return config
     if config.num_experts * config.rank > sum(t.numel() for t in profile.tensors.values()):
         raise SAMLError(
             f"profile: says {config.num_experts} experts of rank {config.rank}, more than the "

@@ -58,7 +58,7 @@ class SpeakerProfile:
         beside: of kind "gates": the hash of the experts whose gates these are.
         kept: of a pruned profile: the experts that are left, by layer; a layer that is not named
             has them all.
-        embedding: float16 [layers, d], how the speaker sounds (`identification.embed`), or None.
+        embedding: float16 [2, d], how the speaker sounds (`identification.embed`), or None.
     """
 
     tensors: dict[str, Tensor]

@@ -28,6 +28,7 @@ from saml_models.families import Family, Outputs, family_of
 from saml_models.memory import keep_freed_memory
 from saml_models.prefetch import ahead
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
+from saml_models.surgery import routers_of
 
 __all__ = ["Sample", "TrainingOptions", "TrainingReport", "fit", "mixed_precision"]
 
@@ -169,9 +170,15 @@ def _ctc_loss(found: Outputs, targets: Tensor, kept: Tensor) -> Tensor:
     return total / lengths.sum().clamp(min=1)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what `fit` changes: experts and routers, or all of a model without them."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """By name, what `fit` changes: experts and routers, routers' offsets, or a plain model."""
+    found: dict[str, Tensor] = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()
+    }
+    for name, router in routers_of(model).items():
+        if router.offset is not None and router.offset.requires_grad:
+            found[f"{name}.offset"] = router.offset
+    return found
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

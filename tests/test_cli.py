@@ -204,7 +204,7 @@ def test_transcribe_refuses_what_it_cannot_write_apart(tmp_path, clips):
 def test_interrupted_adaptation_says_where_it_is_and_goes_on(
     tmp_path, model, manifest, monkeypatch
 ):
-    from saml_models import adaptation, cli
+    from saml_models import adapt_command, adaptation
 
     options = replace(adaptation.ADAPTATION, max_batch=1, checkpoint_every=1)
     monkeypatch.setattr(adaptation, "ADAPTATION", options)
@@ -221,7 +221,7 @@ def test_interrupted_adaptation_says_where_it_is_and_goes_on(
     def impatient(label):
         yield stop
 
-    monkeypatch.setattr(cli, "_progress", impatient)
+    monkeypatch.setattr(adapt_command, "progress", impatient)
     command = ("adapt", "--model", model, "--data", manifest, "--out", out, "--epochs", 1)
     assert_refused(saml(*command), checkpoint, "same command", code=130)
     assert list(tmp_path.iterdir()) == [checkpoint]

@@ -1,0 +1,170 @@
+"""The command `saml adapt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saml_models.quiet import quiet_libraries
+from saml_models.speaker_commands import Store
+from saml_models.terminal import (
+    Device,
+    Epochs,
+    LearningRate,
+    Model,
+    Seed,
+    changed,
+    check_file,
+    checkpoint_of,
+    device_named,
+    print_result,
+    progress,
+    resumable,
+)
+
+__all__ = ["add_commands"]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register `adapt`."""
+    app.command()(adapt)
+
+
+def adapt(
+    data: Annotated[
+        Path | None, typer.Option(help="Speech with its text: a corpus, manifest or folder.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The profile to write; default: enrol the speaker.")
+    ] = None,
+    model: Model = "tiny.en",
+    speaker: Annotated[
+        str | None, typer.Option(help="Whose voice; not needed where the data has one speaker.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="experts: the speaker's own; gates: router offsets, a few KB.")
+    ] = "experts",
+    adapt_utterances: Annotated[
+        int | None, typer.Option(min=1, help="Use the speaker's first K utterances; default: all.")
+    ] = None,
+    test_utterances: Annotated[
+        int, typer.Option(min=0, help="Keep the last K out, and note their WER before and after.")
+    ] = 0,
+    unsupervised: Annotated[
+        bool, typer.Option(help="Without transcripts: learn from what the model is sure of.")
+    ] = False,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Instead of --data: speech of many speakers, each of whom is enrolled."),
+    ] = None,
+    ray: Annotated[bool, typer.Option(help="With --manifest: in parallel, with Ray.")] = False,
+    experts: Annotated[
+        Path | None, typer.Option(help="Pretrained experts to start from; default: those shipped.")
+    ] = None,
+    store: Store = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    device: Device = None,
+) -> None:
+    """Learn one speaker's voice, or many's; a killed run resumes when it is started again."""
+    quiet_libraries()
+    from saml_kernels.errors import SAMLError
+    from saml_models.adaptation import adapt as learn
+    from saml_models.adaptation import options_for
+    from saml_models.corpora import by_speaker, load_corpus
+    from saml_models.evaluation import with_word_errors
+    from saml_models.loading import load_adaptable
+    from saml_models.store import ProfileStore
+    from saml_models.unsupervised import adapt_unsupervised
+
+    if (data is None) == (manifest is None):
+        raise SAMLError("adapt: give --data for one speaker or --manifest for many")
+    options = changed(options_for(kind), epochs, learning_rate, seed)
+    if manifest is not None:
+        if out is not None or speaker is not None or test_utterances:
+            raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
+        _adapt_many(
+            manifest, ProfileStore(store), ray, model=model, kind=kind, options=options,
+            experts=experts and str(experts), device=device_named(device),
+            unsupervised=unsupervised,
+        )  # fmt: skip
+        return
+    assert data is not None
+    utterances = load_corpus(data, [speaker] if speaker else None)
+    voices = by_speaker(utterances)
+    if len(voices) > 1:
+        shown = ", ".join(list(voices)[:8])
+        raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
+    out = out or ProfileStore(store).path(next(iter(voices)))
+    check_file(out)
+    if test_utterances >= len(utterances):
+        raise SAMLError(
+            f"--test-utterances {test_utterances}: there are {len(utterances)}, none is left"
+        )
+    kept = len(utterances) - test_utterances
+    utterances, held = utterances[:kept][:adapt_utterances], utterances[kept:]
+    network, processor = load_adaptable(model, experts=experts, device=device_named(device))
+    checkpoint = checkpoint_of(out)
+    with resumable(checkpoint), progress("adapting") as show:
+
+        def on_step(done: int, steps: int, loss: float) -> None:
+            show(done, steps, f"loss {loss:.3f}")
+
+        common: dict[str, Any] = {"speaker": speaker, "kind": kind, "on_step": on_step}
+        if unsupervised:
+            profile = adapt_unsupervised(network, processor, utterances, options, **common)
+        else:
+            profile = learn(
+                network, processor, utterances, options, checkpoint=checkpoint, **common
+            )
+    if held:
+        profile = with_word_errors(profile, network, processor, held)
+    profile.save(out)
+    about = profile.about
+    typer.echo(
+        f"learnt {about['speaker']} from {about['utterances']} utterances "
+        f"({about['seconds']:g} s of speech)"
+    )
+    if not about.get("adapted", True):
+        typer.echo(
+            "the held-back clips do not say that it helps: the profile is the unadapted one "
+            f"({about['guard']})"
+        )
+    if held:
+        typer.echo(
+            f"WER on {len(held)} others: {about['wer_before']:.2f} % before, "
+            f"{about['wer_after']:.2f} % after"
+        )
+    print_result(network, profile, out)
+    typer.echo(f"try it: saml transcribe --model {model} --speaker {out} FILE")
+
+
+def _adapt_many(manifest: Path, store: Any, ray: bool, **how: Any) -> None:
+    """Every speaker of a manifest; ends with exit code 1 where some failed."""
+    from dataclasses import asdict
+
+    from saml_models.corpora import load_corpus
+    from saml_models.files import write_json
+    from saml_models.fleet import adapt_fleet, make_jobs
+
+    jobs = make_jobs(load_corpus(manifest), how.pop("model"), store, **how)
+    with progress("adapting") as show:
+        count = 0
+
+        def on_done(outcome: Any) -> None:
+            nonlocal count
+            count += 1
+            show(count, len(jobs), outcome.speaker)
+            said = f": {outcome.reason}" if outcome.reason else f" in {outcome.seconds:g} s"
+            typer.echo(f"{outcome.speaker}: {outcome.status}{said}")
+
+        outcomes = adapt_fleet(jobs, ray, on_done)
+    report = store.folder / "fleet.json"
+    write_json(report, [asdict(outcome) for outcome in outcomes])
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    typer.echo(f"{len(outcomes) - failed} of {len(outcomes)} speakers in {store.folder}; {report}")
+    if failed:
+        raise typer.Exit(1)

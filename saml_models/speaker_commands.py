@@ -1,0 +1,212 @@
+"""The commands `saml speakers`: who is enrolled, and profiles in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saml_models.quiet import quiet_libraries
+from saml_models.terminal import Model, print_rows
+
+__all__ = ["Store", "add_commands"]
+
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of enrolled speakers; default: $SAML_SPEAKERS, or one among the user's data."
+    ),
+]
+Who = Annotated[str, typer.Argument(metavar="SPEAKER", help="An enrolled speaker, or a file.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the group `speakers`."""
+    group = typer.Typer(no_args_is_help=True, help="Speakers' profiles: enrolled, in, and out.")
+    group.command("list")(list_speakers)
+    group.command("show")(show)
+    group.command("remove")(remove)
+    group.command("export")(export)
+    group.command("import")(import_)
+    group.command("prune")(prune)
+    app.add_typer(group, name="speakers")
+
+
+def list_speakers(store: Store = None) -> None:
+    """Who is enrolled: one line each."""
+    from saml_kernels.errors import SAMLError
+    from saml_models.speakers import SpeakerProfile
+    from saml_models.store import ProfileStore
+
+    enrolled = ProfileStore(store)
+    names = enrolled.names()
+    if not names:
+        typer.echo(f"nobody in {enrolled.folder}; `saml adapt` enrols", err=True)
+        return
+    rows: list[tuple[str, ...]] = [
+        ("speaker", "kind", "model", "date", "bytes", "WER before", "after")
+    ]
+    for name in names:
+        path = enrolled.find(name)
+        try:
+            found = SpeakerProfile.load(path)
+        except SAMLError as error:  # one damaged file does not hide the others
+            rows.append((name, f"damaged: {error}", "", "", "", "", ""))
+            continue
+        said = [str(found.about.get(k, "")) for k in ("wer_before", "wer_after")]
+        about = (str(found.about.get("model", "")), str(found.about.get("date", "")))
+        rows.append((name, found.kind, *about, f"{path.stat().st_size:,}", *said))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def show(profile: Who, store: Store = None) -> None:
+    """Print what a profile's header says."""
+    from saml_models.speakers import SpeakerProfile
+    from saml_models.store import ProfileStore
+
+    path = ProfileStore(store).resolve(profile)
+    found = SpeakerProfile.load(path)
+    experts = [len(left) for left in found.kept.values()]
+    rows: dict[str, Any] = {
+        **found.about,
+        "file": path,
+        "kind": found.kind,
+        "hash": found.hash,
+        "bytes": f"{found.nbytes:,}",
+        "base weights": found.weight_hash,
+        **({"experts kept": f"{sum(experts)} in {len(experts)} layers"} if experts else {}),
+        **{f"config.{key}": value for key, value in found.config.items()},
+    }
+    print_rows([(key, str(value)) for key, value in rows.items()])
+
+
+def remove(
+    speaker: Annotated[str, typer.Argument(help="An enrolled speaker.")], store: Store = None
+) -> None:
+    """Delete an enrolled speaker's profile."""
+    from saml_models.store import ProfileStore
+
+    enrolled = ProfileStore(store)
+    enrolled.remove(speaker)
+    typer.echo(f"removed {speaker} from {enrolled.folder}")
+
+
+def export(
+    profile: Who,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file, or with --peft a folder.")],
+    peft: Annotated[
+        bool, typer.Option(help="Write each expert as a PEFT LoRA adapter: OUT/expert-0, ...")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --peft; default: the one that the profile names.")
+    ] = None,
+    store: Store = None,
+) -> None:
+    """Copy a profile out of the store, or write its experts for PEFT."""
+    quiet_libraries()
+    from saml_models.loading import load_for_speakers
+    from saml_models.peft_adapters import export_experts
+    from saml_models.speakers import SpeakerProfile
+    from saml_models.store import ProfileStore
+    from saml_models.terminal import check_file
+
+    found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
+    if not peft:
+        check_file(out)
+        found.save(out)
+        typer.echo(f"written: {out} ({out.stat().st_size:,} bytes)")
+        return
+    network, _ = load_for_speakers(
+        model or str(found.about.get("model") or "tiny.en"), {profile: found}
+    )
+    written = export_experts(found, network, out)
+    typer.echo(f"written: {', '.join(str(path) for path in written)}")
+    typer.echo("PEFT has no router: each adapter is one expert at a gate of 1")
+
+
+def import_(
+    source: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="A profile, or PEFT LoRA folders: one an expert."),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Of the speaker; default: the profile's.")
+    ] = None,
+    model: Model = "tiny.en",
+    store: Store = None,
+) -> None:
+    """Enrol a profile from elsewhere, or PEFT LoRA adapters as a speaker's experts."""
+    quiet_libraries()
+    from saml_kernels.errors import SAMLError
+    from saml_models.loading import load_adaptable
+    from saml_models.peft_adapters import import_adapters
+    from saml_models.speakers import SpeakerProfile
+    from saml_models.store import ProfileStore, check_name
+
+    enrolled = ProfileStore(store)
+    if not source[0].is_dir():
+        if len(source) > 1:
+            raise SAMLError(f"{source[1]}: one profile at a time")
+        profile = SpeakerProfile.load(source[0])
+    else:
+        if name is None:
+            raise SAMLError("--name: adapters do not say whose they are; give a name")
+        check_name(name)
+        network, _ = load_adaptable(model)
+        profile = import_adapters(source, network, name)
+    path = enrolled.save(profile, name)
+    typer.echo(f"enrolled: {path} ({path.stat().st_size:,} bytes)")
+
+
+def prune(
+    profile: Who,
+    data: Annotated[Path, typer.Option(help="The speaker's speech with its text.")],
+    out: Annotated[Path, typer.Option(help="The smaller profile to write.")],
+    max_loss: Annotated[
+        float, typer.Option(min=0.0, help="WER that may be lost, in per cent absolute.")
+    ] = 0.5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Curve and gates.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="PNG of both; default beside --json.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the one that the profile names.")
+    ] = None,
+    store: Store = None,
+) -> None:
+    """Drop the experts that a speaker does not use."""
+    quiet_libraries()
+    from saml_models.corpora import load_corpus
+    from saml_models.figures import plot_pruning
+    from saml_models.files import write_json
+    from saml_models.loading import load_for_speakers
+    from saml_models.pruning import prune_curve
+    from saml_models.speakers import SpeakerProfile
+    from saml_models.store import ProfileStore
+    from saml_models.terminal import check_file
+
+    check_file(out)
+    found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
+    utterances = load_corpus(data)
+    named = model or str(found.about.get("model") or "tiny.en")
+    network, processor = load_for_speakers(named, {profile: found})
+    smaller, usage, curve = prune_curve(network, processor, utterances, found, max_loss)
+    smaller.save(out)
+    for point in curve:
+        typer.echo(f"{point.experts:>5} experts  {point.bytes:>9,} bytes  WER {point.wer:.2f} %")
+    typer.echo(f"written: {out} ({found.nbytes:,} -> {smaller.nbytes:,} bytes of tensors)")
+    if json_file is not None:
+        result = {
+            "speaker": found.name,
+            "max_loss": max_loss,
+            "curve": [vars(point) for point in curve],
+            "layers": usage.layers,
+            "gates": [[round(g, 4) for g in row] for row in usage.gates.tolist()],
+            "shares": [[round(g, 5) for g in row] for row in usage.shares.tolist()],
+        }
+        write_json(json_file, result)
+        typer.echo(f"JSON: {json_file}")
+        figure = figure or json_file.with_suffix(".png")
+        plot_pruning(result, figure)
+        typer.echo(f"figure: {figure}")

@@ -1,0 +1,250 @@
+"""Gates alone, no transcripts, many speakers, fewer experts: on real speech and a real model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from saml_kernels import SAMLError
+from saml_models import unsupervised
+from saml_models.adaptation import GATES, adapt
+from saml_models.cli import app
+from saml_models.corpora import load_corpus
+from saml_models.decoding import decode_clips
+from saml_models.forced import confidence
+from saml_models.identification import distance, embed, identify
+from saml_models.loading import load_adaptable
+from saml_models.pruning import measure_usage, prune
+from saml_models.speakers import SpeakerProfile
+from saml_models.store import ProfileStore
+from saml_models.surgery import expert_parameters, routed_layers
+from saml_models.training import TrainingOptions
+from saml_models.unsupervised import Filter, Label, adapt_unsupervised, believed, pseudo_labels
+
+QUICK = TrainingOptions(epochs=1, max_batch=2, batch_seconds=20.0)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return load_adaptable("tiny.en")
+
+
+@pytest.fixture(scope="module")
+def utterances(speech_root):
+    """The six shortest of each of two readers, by reader."""
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688", "1998"])
+    by = {s: [u for u in found if u.speaker == s] for s in ("1688", "1998")}
+    return {s: sorted(us, key=lambda u: len(u.load()))[:6] for s, us in by.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(experts, utterances):
+    """A profile of experts."""
+    return adapt(*experts, utterances["1688"][:2], QUICK)
+
+
+def test_gates_learn_and_leave_the_experts_alone(experts, utterances, tmp_path):
+    model = experts[0]
+    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    losses = []
+    profile = adapt(
+        *experts, utterances["1688"][:2], replace(GATES, epochs=2), kind="gates",
+        on_step=lambda done, steps, loss: losses.append(loss),
+    )  # fmt: skip
+    after = expert_parameters(model)
+    assert all(torch.equal(before[n], after[n]) and after[n].requires_grad for n in before)
+    assert profile.kind == "gates" and profile.tensors["gates"].abs().max() > 0.01
+    path = tmp_path / "g.safetensors"
+    profile.save(path)
+    assert path.stat().st_size < 5000  # half of it is the embedding and the header
+    with SpeakerProfile.load(path).applied(model):
+        offsets = [layer.router.offset for layer in routed_layers(model).values()]
+        assert all(offset is not None for offset in offsets)
+    with pytest.raises(SAMLError, match="expected experts or gates"):
+        adapt(*experts, utterances["1688"][:1], kind="doors")
+
+
+def test_a_true_text_is_surer_than_a_false_one(experts, utterances):
+    clip = utterances["1688"][0].load()
+    (heard,) = decode_clips(*experts, [clip])
+    model = experts[0]
+    right, wrong = (confidence(*experts, clip, t) for t in (heard, "Colourless green ideas."))
+    assert wrong.log_prob < right.log_prob - 1 < 0
+    assert 0 <= right.entropy < wrong.entropy
+    assert model.saml_routing.mask is None
+
+
+def test_which_labels_are_believed():
+    sure, unsure = Label("a b", -0.1, 0.2, 1.0), Label("a b", -0.9, 0.2, 1.0)
+    torn, vague, silent = (
+        replace(sure, agreement=0.5), replace(sure, entropy=2.0), replace(sure, text=" "),
+    )  # fmt: skip
+    assert believed([sure, unsure, torn, vague, silent, sure, sure], Filter(share=0.2)) == [0, 5, 6]
+    assert believed([unsure, replace(unsure, log_prob=-2.0)], Filter()) == [0]
+    assert believed([silent], Filter()) == []
+
+
+def test_without_transcripts(experts, utterances, monkeypatch):
+    chosen = [replace(u, text="") for u in utterances["1688"][:5]]
+    answers = iter([(10.0, 20), (8.0, 20), (10.0, 20), (10.0, 20), (10.0, 20), (1.0, 3)])
+    monkeypatch.setattr(unsupervised, "disagreement", lambda *_: next(answers))
+    learnt = adapt_unsupervised(*experts, chosen, QUICK, rounds=1)
+    assert learnt.about["adapted"] and learnt.about["clips_believed"][0] >= 2
+    start = SpeakerProfile.of(experts[0]).hash
+    assert learnt.hash != start
+    # No better than before, or better by saying less: what there was is kept.
+    for _ in range(2):
+        kept = adapt_unsupervised(*experts, chosen, QUICK, rounds=1)
+        assert not kept.about["adapted"] and kept.hash == start
+    with pytest.raises(SAMLError, match="at least 5 clips"):
+        adapt_unsupervised(*experts, chosen[:4], QUICK)
+
+
+def test_the_guard_counts_words_that_change_with_the_speed(experts, utterances):
+    clips = [u.load() for u in utterances["1688"][:2]]
+    changed, words = unsupervised.disagreement(*experts, clips, None)
+    assert 0 <= changed < 100
+    assert words == sum(len(t.split()) for t in decode_clips(*experts, clips))
+    labels = pseudo_labels(*experts, clips, beam_size=2)
+    assert all(label.text and 0 <= label.agreement <= 1 for label in labels)
+
+
+def test_the_nearest_of_the_enrolled(experts, utterances):
+    clips = {s: [u.load() for u in us] for s, us in utterances.items()}
+    found = {s: embed(*experts, c[:4]) for s, c in clips.items()}
+    profiles = [
+        replace(SpeakerProfile.of(experts[0], speaker=s), embedding=e) for s, e in found.items()
+    ]
+    for speaker, own in clips.items():
+        match = identify(*experts, own[5], profiles)
+        assert match.nearest == speaker and match.margin > 0 and speaker in str(match)
+    assert distance(found["1688"], found["1688"]) == 0
+    silence = torch.randn(32000, generator=torch.Generator().manual_seed(0)).numpy() * 0.3
+    nobody = identify(*experts, silence, profiles)
+    assert nobody.profile is None and str(nobody).startswith("none of them")
+    with pytest.raises(SAMLError, match="no embedding"):
+        identify(*experts, own[5], [replace(profiles[0], embedding=None)])
+
+
+def test_pruned_profiles_shrink_and_speak(experts, utterances, whole, tmp_path):
+    model = experts[0]
+    clips = [u.load() for u in utterances["1688"][:2]]
+    usage = measure_usage(*experts, clips, whole)
+    layers = len(usage.layers)
+    torch.testing.assert_close(usage.gates.sum(1), torch.ones(layers), rtol=1e-3, atol=1e-3)
+    assert (usage.shares > 0).all()
+    half = prune(whole, model, usage, 2 * layers)
+    assert half.nbytes < 0.55 * whole.nbytes
+    least = prune(whole, model, usage, layers)
+    assert all(len(left) == 1 for left in least.kept.values()) and len(least.kept) == layers
+    path = tmp_path / "half.safetensors"
+    half.save(path)
+    again = SpeakerProfile.load(path)
+    assert again.kept == half.kept and again.hash == half.hash
+    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    with again.applied(model):
+        left = sum(len(layer.lora_a) for layer in routed_layers(model).values())
+        assert left == 2 * layers
+        alone = decode_clips(*experts, clips)
+        with pytest.raises(SAMLError, match="pruned profile"):
+            SpeakerProfile.of(model)
+    after = expert_parameters(model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert decode_clips(*experts, clips, speakers=[again, again]) == alone
+    for wrong, message in ((layers - 1, "expected"), (4 * layers + 1, "expected")):
+        with pytest.raises(SAMLError, match=message):
+            prune(whole, model, usage, wrong)
+    with pytest.raises(SAMLError, match="whole profile"):
+        prune(half, model, usage, layers)
+
+
+@pytest.fixture(scope="module")
+def manifest(utterances, tmp_path_factory):
+    """Two good speakers, and one whose audio is none."""
+    path = tmp_path_factory.mktemp("fleet") / "people.jsonl"
+    rows = [
+        {"audio": str(u.audio), "text": u.text, "speaker": s}
+        for s, us in utterances.items()
+        for u in us[:2]
+    ]
+    (path.parent / "eve.wav").write_text("this is no audio\n" * 100)
+    rows.insert(2, {"audio": "eve.wav", "text": "x", "speaker": "eve"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_fleet_in_turn_resumes_and_reports(manifest, tmp_path):
+    arguments = ["adapt", "--manifest", manifest, "--store", tmp_path, "--epochs", "1"]
+    first = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert first.exit_code == 1, (first.output, first.exception)
+    report = json.loads((tmp_path / "fleet.json").read_text())
+    assert [(o["speaker"], o["status"]) for o in report] == [
+        ("1688", "adapted"), ("eve", "failed"), ("1998", "adapted"),
+    ]  # fmt: skip
+    assert "eve.wav" in report[1]["reason"]
+    assert ProfileStore(tmp_path).names() == ["1688", "1998"]
+    again = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert "1688: there already" in again.stdout and "eve: failed" in again.stdout
+    both = CliRunner().invoke(app, ["adapt", "--manifest", str(manifest), "--data", "x"])
+    assert both.exit_code == 2
+
+
+KILL_A_WORKER = """
+import json, os, signal, sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+import ray
+from saml_models.corpora import load_corpus
+from saml_models.fleet import adapt_fleet, make_jobs
+from saml_models.store import ProfileStore
+from saml_models.training import TrainingOptions
+
+store = ProfileStore(sys.argv[2])
+options = TrainingOptions(epochs=3, max_batch=1, checkpoint_every=1)
+jobs = make_jobs(load_corpus(sys.argv[1]), "tiny.en", store, options=options)
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+killed = []
+def kill():
+    progress = Path(sys.argv[2]) / ".progress" / "1688.safetensors"
+    while not progress.exists():
+        time.sleep(0.01)
+    for worker in ours():
+        os.kill(worker, signal.SIGKILL)
+        killed.append(worker)
+
+def ours():
+    # Workers that run a job, below the raylet that this process started.
+    parents, running = {}, []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name = (entry / "cmdline").read_bytes()
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            parents[int(entry.name)] = parent
+            if name.startswith(b"ray::run"):
+                running.append(int(entry.name))
+    return [p for p in running if os.getpid() in (parents.get(parents[p]), parents[p])]
+
+thread = threading.Thread(target=kill, daemon=True)
+thread.start()
+outcomes = adapt_fleet(jobs, ray=True)
+print(json.dumps([killed, [[o.speaker, o.status] for o in outcomes]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_killed_half_way_is_replaced(manifest, tmp_path):
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'saml-kernels[ray]'")
+    command = [sys.executable, "-c", KILL_A_WORKER, manifest, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    killed, outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert killed
+    assert outcomes == [["1688", "adapted"], ["eve", "failed"], ["1998", "adapted"]]
