@@ -243,7 +243,7 @@ print(json.dumps([killed, [[o.speaker, o.status] for o in outcomes]]))
 def test_a_worker_killed_half_way_is_replaced(manifest, tmp_path):
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'saml-kernels[ray]'")
     command = [sys.executable, "-c", KILL_A_WORKER, manifest, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     killed, outcomes = json.loads(done.stdout.splitlines()[-1])
     assert killed
