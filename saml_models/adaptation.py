@@ -21,7 +21,7 @@ from saml_models.surgery import expert_parameters, routers_of
 from saml_models.training import Sample, TrainingOptions, fit
 from saml_models.transcripts import in_model_style
 
-__all__ = ["ADAPTATION", "GATES", "adapt", "options_for", "training_samples"]
+__all__ = ["ADAPTATION", "GATES", "adapt", "model_name", "options_for", "training_samples"]
 
 # What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
 ADAPTATION = TrainingOptions(
@@ -44,6 +44,11 @@ def options_for(kind: str) -> TrainingOptions:
     if found is None:
         raise SAMLError(f"kind {kind!r}: expected experts or gates")
     return found
+
+
+def model_name(model: Any) -> str:
+    """What a model was loaded by; empty where nobody knows."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def training_samples(
@@ -136,7 +141,7 @@ def adapt(
         profile = make(
             model,
             speaker=speaker or names[0],
-            model=str(getattr(model.config, "_name_or_path", "")),
+            model=model_name(model),
             method="SAML adaptation",
             date=datetime.date.today().isoformat(),
             utterances=len(samples),

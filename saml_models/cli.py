@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +61,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Whisper at a seventh of its size, and experts that learn a voice.",
+    help="Whisper and Conformer at a seventh of their size, and experts that learn a voice.",
 )
 
 
@@ -168,6 +165,8 @@ def pretrain(
     exclude_speakers: Annotated[
         str, typer.Option(help="Comma-separated: kept for adaptation and tests.")
     ] = "",
+    num_experts: Annotated[int, typer.Option(min=1, help="1 is a single LoRA.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Of one expert.")] = 4,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
@@ -221,22 +220,15 @@ def quantize(
 ) -> None:
     """Write a low-bit model with its experts as a folder that --model takes."""
     quiet_libraries()
-    from saml_kernels.errors import SAMLError
+    from saml_models.files import atomic_folder, check_new_folder
     from saml_models.loading import load_model, make_adaptable
     from saml_models.storage import save_saml
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SAMLError(f"{out}: is there already; remove it or give a new folder")
+    check_new_folder(out)
     network, processor = load_model(model)
     report = make_adaptable(network, model, experts=experts)
-    # The folder appears when everything in it is written.
-    target = out.resolve()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with atomic_folder(out) as temporary:
         stored = save_saml(network, processor, temporary)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     typer.echo(report)
     typer.echo(
         f"{out}: {stored / 1e6:.2f} MB on disk with everything, {report.full_bytes / stored:.2f}x "
@@ -293,9 +285,16 @@ def _check_stems(files: list[Path]) -> None:
             raise SAMLError(f"{twin}, {file}: would be written to the same name; run them apart")
 
 
-from saml_models import adapt_command, benchmark, protocol, speaker_commands  # noqa: E402 - they register on the finished app
+from saml_models import (  # noqa: E402 - they register on the finished app
+    adapt_command,
+    base_command,
+    benchmark,
+    protocol,
+    speaker_commands,
+)
 
 adapt_command.add_commands(app)
 speaker_commands.add_commands(app)
 protocol.add_commands(app)
 benchmark.add_commands(app)
+base_command.add_commands(app)

@@ -137,7 +137,8 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         SAMLError: it is of no family known here.
     """
-    return family_named(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    own = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return family_named(getattr(model, "saml_family", own))
 
 
 def family_named(model_type: Any) -> Family:
@@ -155,4 +156,8 @@ def family_named(model_type: Any) -> Family:
         from saml_models.conformer_family import ConformerFamily
 
         return ConformerFamily()
+    if model_type == "espnet":
+        from saml_models.espnet import EspnetFamily
+
+        return EspnetFamily()
     raise SAMLError(f"model type {model_type!r}: expected whisper or canary")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.adaptation import training_samples
+from saml_models.adaptation import model_name, training_samples
 from saml_models.corpora import Utterance, by_speaker
 from saml_models.speakers import SpeakerProfile
 from saml_models.training import TrainingOptions, fit
@@ -59,7 +59,7 @@ def pretrain(
     return SpeakerProfile.of(
         model,
         speaker="pretrained",
-        model=str(getattr(model.config, "_name_or_path", "")),
+        model=model_name(model),
         method="SAML pretraining",
         date=datetime.date.today().isoformat(),
         speakers=len(by_speaker(utterances)),

@@ -209,6 +209,8 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     Raises:
         SAMLError: the model has no SAML layers, or the folder cannot be written.
     """
+    if not hasattr(model, "config"):
+        raise SAMLError(f"{type(model).__name__}: stays in its own files; save a profile instead")
     target = Path(folder)
     round_experts(model)
     tensors = _stored_form(model, family_of(model))

@@ -26,7 +26,11 @@ __all__ = [
     "routing_of",
 ]
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
+# Whisper's, Canary's and ESPnet's names; a block has four of them.
+ATTENTION_PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
+    *("linear_q", "linear_k", "linear_v", "linear_out"),
+)
 # These project positions, of which no voice has its own: low bits, but no experts.
 POSITION_PROJECTIONS = ("relative_k_proj", "linear_pos")
 
