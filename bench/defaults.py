@@ -26,6 +26,7 @@ from rich.table import Table
 
 from saml_kernels import SAMLConfig
 from saml_models.adaptation import ADAPTATION, training_samples
+from saml_models.calibration import input_moments, start_experts
 from saml_models.corpora import Utterance, by_speaker, load_corpus
 from saml_models.decoding import decode_clips
 from saml_models.evaluation import Fold, make_folds
@@ -45,6 +46,7 @@ READERS = ("163", "332", "1867", "3526", "7859", "8629")
 VARIANTS: dict[str, dict[str, Any]] = {
     "token": {},
     "token from LoRA's start": {"config": {"expert_init": "lora"}},
+    "token from LoftQ's start": {"calibrated": False},
     "token top 2": {"config": {"top_k": 2}},
     "token 2 x rank 8": {"config": {"num_experts": 2, "rank": 8}},
     "token 8 x rank 2": {"config": {"num_experts": 8, "rank": 2}},
@@ -127,6 +129,10 @@ class Bench:
         if start:
             SpeakerProfile.load(start).apply(model)
         else:
+            if config.expert_init != "lora" and variant.get("calibrated", True):
+                original, _ = load_model(self.name)
+                moments = input_moments(original, self.processor, self.stage_one, first)
+                start_experts(model, original, moments)
             fit(model, self.processor, self.stage_one, first)
             SpeakerProfile.of(model, speaker="pretrained").save(profile)
         seconds = {"stage 1": time.monotonic() - started}

@@ -18,6 +18,8 @@ from saml_kernels.routing import Router, Routing, SpeakerRouter, TokenRouter, Ut
 
 __all__ = ["BlockGates", "SAMLLinear", "SAMLPointwiseConv1d", "Voices"]
 
+REGULAR = 1e-3  # of the inputs' mean square, added to each direction's
+
 
 @dataclass
 class BlockGates:
@@ -122,19 +124,26 @@ class SAMLLinear(nn.Module):
         return layer
 
     @torch.no_grad()
-    def start_at_quantisation_error(self, original: Tensor) -> None:
+    def start_at_quantisation_error(self, original: Tensor, moment: Tensor | None = None) -> None:
         """Set the experts to the low-rank part of W - dequantise(Wq) under equal gates.
 
         With mix="sum" the E experts share the R = E * r largest singular directions, dealt out in
         turn; with mix="merged" each gets the same r directions, told apart by a little noise.
 
-        Source: LoftQ (arXiv 2310.08659), one step, with the experts in place of one LoRA.
+        Args:
+            original: W [N, K].
+            moment: E[x x^T] [K, K] of the layer's inputs x. With it, the error that is made small
+                is that of the output on such inputs, instead of that of the weight.
+
+        Source: LoftQ (arXiv 2310.08659), one step, with the experts in place of one LoRA; with
+        `moment` QERA (arXiv 2410.06040), theorem 1.
         """
         config = self.config
         experts, rank = config.num_experts, config.rank
-        error = original.float() - self.weight.dequantize(torch.float32)
-        u, s, v = torch.linalg.svd(error, full_matrices=False)
-        a_all, b_all = s.sqrt()[:, None] * v, u * s.sqrt()
+        error = original.double() - self.weight.dequantize(torch.float64)
+        root, inverse = _roots(moment, error)
+        u, s, v = torch.linalg.svd(error @ root, full_matrices=False)
+        a_all, b_all = _balanced(s[:, None] * v @ inverse, u)
         merged = config.mix == "merged"
         needed = rank if merged else experts * rank
         if a_all.shape[0] < needed:
@@ -224,6 +233,26 @@ class SAMLLinear(nn.Module):
             f"bias={self.bias is not None}, format={self.weight.format}, "
             f"experts={len(self.lora_a)}, rank={c.rank}, router={c.router}, mix={c.mix}"
         )
+
+
+def _roots(moment: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of E[x x^T] [K, K], made regular, and its inverse; else I, I."""
+    if moment is None:
+        identity = torch.eye(like.shape[1]).to(like)
+        return identity, identity
+    wide = moment.to(like)
+    wide = wide + REGULAR * wide.diagonal().mean() * torch.eye(len(wide)).to(like)
+    values, vectors = torch.linalg.eigh(wide)
+    root = values.clamp(min=torch.finfo(like.dtype).tiny).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a [R, K] and b [N, R] with b a unchanged and each pair of vectors of one length."""
+    a_length, b_length = a.norm(dim=1), b.norm(dim=0)
+    shift = (b_length / a_length).sqrt()
+    shift = torch.where(a_length * b_length == 0, 1.0, shift)
+    return a * shift[:, None], b / shift
 
 
 def _summed(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:

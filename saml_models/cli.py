@@ -187,7 +187,7 @@ def pretrain(
     utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
     options = changed(PRETRAINING, epochs, learning_rate, seed)
     network, processor = load_model(model, device_named(device))
-    teacher = load_model(model, device_named(device))[0] if options.distil > 0 else None
+    original, _ = load_model(model, device_named(device))
     typer.echo(apply_saml(network, SAMLConfig()))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("pretraining") as show:
@@ -198,7 +198,7 @@ def pretrain(
             options,
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
-            teacher=teacher,
+            original=original,
         )
     profile.save(out)
     about = profile.about

@@ -9,8 +9,10 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.adaptation import model_name, training_samples
+from saml_models.calibration import input_moments, start_experts
 from saml_models.corpora import Utterance, by_speaker
 from saml_models.speakers import SpeakerProfile
+from saml_models.surgery import config_of
 from saml_models.training import TrainingOptions, fit
 
 __all__ = ["PRETRAINING", "pretrain"]
@@ -28,9 +30,12 @@ def pretrain(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int], None] | None = None,
-    teacher: Any | None = None,
+    original: Any | None = None,
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
+
+    Unless `SAMLConfig.expert_init` asks for LoRA's start, they start where, on some of this speech,
+    they undo most of what rounding the weights did to the layers' outputs.
 
     Args:
         model: treated by `apply_saml`.
@@ -40,7 +45,8 @@ def pretrain(
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
         on_heard: called with a number of clips as their style is looked up before training.
-        teacher: the full-precision model, for `TrainingOptions.distil`.
+        original: the same model at full precision, for the start and for
+            `TrainingOptions.distil`; None starts from the experts that `model` has.
 
     Returns:
         The experts as a profile, to start adaptations from.
@@ -55,7 +61,10 @@ def pretrain(
     samples = training_samples(
         model, processor, utterances, keep_audio=False, skip_long=True, on_done=on_heard
     )
-    report = fit(model, processor, samples, options or PRETRAINING, checkpoint, on_step, teacher)
+    options = options or PRETRAINING
+    if original is not None and config_of(model).expert_init != "lora":
+        start_experts(model, original, input_moments(original, processor, samples, options))
+    report = fit(model, processor, samples, options, checkpoint, on_step, original)
     return SpeakerProfile.of(
         model,
         speaker="pretrained",

@@ -320,3 +320,20 @@ def test_layers_of_a_model_share_their_routing() -> None:
     assert len(routing.balance) == 2
     assert routing.balance_loss() is not None
     assert routing.balance_loss() is None
+
+
+def test_experts_can_start_at_the_error_of_the_output() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 32)
+    x = torch.randn(4096, 12) @ torch.randn(12, 128) + 0.05 * torch.randn(4096, 128)
+    config = SAMLConfig(num_experts=2, rank=3)
+    wanted, errors = linear(x), {}
+    for name, moment in {"weight": None, "output": x.T @ x / len(x)}.items():
+        layer = SAMLLinear.from_linear(linear, config)
+        layer.start_at_quantisation_error(linear.weight, moment)
+        errors[name] = float((layer(x) - wanted).detach().square().mean())
+    # Rank 6 of the inputs' 12 directions: the best that any six can do, to a per cent.
+    base = SAMLLinear.from_linear(linear, SAMLConfig(num_experts=0))
+    left = torch.linalg.svdvals((base(x) - wanted).detach())[6:].square().sum() / wanted.numel()
+    assert errors["output"] < 0.5 * errors["weight"]
+    assert errors["output"] == pytest.approx(float(left), rel=0.05)
