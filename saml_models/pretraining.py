@@ -18,7 +18,7 @@ from saml_models.training import TrainingOptions, fit
 __all__ = ["PRETRAINING", "pretrain"]
 
 # What made the experts that ship with the package; see README, "Pretrained experts".
-PRETRAINING = TrainingOptions(learning_rate=1e-3, epochs=1)
+PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=1)
 
 
 def pretrain(
