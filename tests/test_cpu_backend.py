@@ -118,6 +118,12 @@ def test_half_precision(way: str, dtype: torch.dtype, m: int) -> None:
     check(make(m, 48, 256, 3, 4, dtype=dtype), 1.0, dtype)
 
 
+@pytest.mark.parametrize("m", [5, 40])
+def test_autocast_around_the_call_changes_nothing(way: str, m: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        check(make(m, 24, 96, 2, 3), 0.5)
+
+
 def test_strided_and_broadcast_inputs(way: str) -> None:
     x, weight, a, b, gates, bias = make(6, 24, 128, 2, 4)
     strided = torch.stack([x, x], dim=-1)[..., 0]

@@ -61,12 +61,13 @@ def forward(
         return layer(_plain(x), _plain(gates)).to(x.dtype)
 
     wide = x.to(dtype)
-    y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
-    experts, rank, _ = lora_a.shape
-    if experts:
-        projected = F.linear(wide, stack_a(lora_a).to(dtype))
-        hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
-        y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
+    with torch.autocast("cpu", enabled=False):  # `dtype` is chosen already
+        y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
+        experts, rank, _ = lora_a.shape
+        if experts:
+            projected = F.linear(wide, stack_a(lora_a).to(dtype))
+            hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
+            y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
     return y.to(x.dtype)
 
 
@@ -141,8 +142,9 @@ def backward(
     dtype = _compute_dtype(x)
     inputs = (x, lora_a, lora_b, gates)
     dy, *wide = (t.to(dtype) for t in (dy, *inputs))
-    dx = dy @ _dense(weight, dtype) if needs[0] else None
-    found = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+    with torch.autocast("cpu", enabled=False):
+        dx = dy @ _dense(weight, dtype) if needs[0] else None
+        found = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
     dx, da, db, dg = (
         None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
     )
