@@ -1,12 +1,14 @@
 """One call for whoever has a GPU, at most ten minutes each: checks, tuning, layers, models.
 
-    python bench/gpu_check.py                              # checks, then the layers' short run
+    python bench/gpu_check.py                              # checks, tunes, the layers' short run
     python bench/gpu_check.py --do tune --minutes 9        # this device's tiles, a copy to ship
     python bench/gpu_check.py --do layers --work P2 --full # one question, every shape
     python bench/gpu_check.py --do models --data LibriSpeech/train-clean-5
 
-* checks: tests/kernels compiled for this device, compute-sanitizer (memcheck, racecheck) on a small
-  case where it is installed, CUDA-graph capture and replay. Nothing is timed if one fails.
+* checks (gpu_checks.py): tests/kernels compiled for this device, on all cores (outputs, gradients,
+  CUDA-graph capture and replay, streams, 2^31 elements); compute-sanitizer (memcheck, racecheck) on
+  a small case of every kernel, where it is installed; what projecting again costs backward. Nothing
+  is timed if one fails.
 * tune: as `saml bench --tune`, with a copy of the table among the results.
 * layers: P1 to P5 beside every peer that is installed (`pip install --group bench-gpu`).
 * models: training_step.py, and with --data transcription.py and adaptation.py.
@@ -16,79 +18,46 @@ Results so far are on disk whenever it stops: <device>-<date>.json, which bench/
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from gpu_checks import check_kernels, recomputation, sanitize, small_case
 from rich.console import Console
 
-from saml_kernels import saml_linear, saml_linear_routed
 from saml_kernels.triton import configs
-from saml_kernels.triton.tuning import Problem, tune
+from saml_kernels.triton.tuning import tune
 from saml_models.bench.cases import WIDTHS, WORKS, cases_of
-from saml_models.bench.environment import result_path
+from saml_models.bench.environment import about, result_path
 from saml_models.bench.harness import Results, Setting, run_cases
 from saml_models.bench.report import tables
+from saml_models.files import write_json
 
 HERE = Path(__file__).resolve().parent
-EXPERTS, RANK = 4, 16
 LIMIT = 590.0  # seconds that one script of `models` may take
 
 
-def check_correctness() -> dict[str, str]:
-    """Name of each check -> "passed", or why it was not run. Stops at a failure."""
-    found: dict[str, str] = {}
-    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FUZZ": "60"}
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels", "tests/test_lookup.py"]
-    subprocess.run(tests, check=True, env=plain, cwd=HERE.parent)
-    found["tests/kernels"] = "passed"
-    sanitizer = shutil.which("compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        if sanitizer is None:
-            found[tool] = "not run: compute-sanitizer is not installed"
-            continue
-        case = [sys.executable, __file__, "--do", "small-case"]
-        subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "9", *case], check=True)
-        found[tool] = "passed"
-    check_graph()
-    found["CUDA graph"] = "passed"
-    return found
-
-
-def small_case() -> None:
-    """Every kernel once, for the sanitizers."""
-    torch.manual_seed(0)
-    call = Problem(40, 128, 192, experts=EXPERTS, rank=RANK, copies=1)
-    router = torch.randn(EXPERTS, 192, device="cuda", dtype=torch.float16, requires_grad=True)
-    for route in configs.ROUTES:
-        call.forward(route)
-        call.backward(route)
-    rest = (call.weights[0], call.a, call.b, router)
-    saml_linear_routed(call.x, *rest, backend="triton").sum().backward()
-    torch.cuda.synchronize()
-
-
-def check_graph() -> None:
-    """Captured and replayed on new input, the operator gives what it gives eagerly."""
-    call = Problem(5, 512, 512, experts=EXPERTS, rank=RANK, copies=1)
-    arguments = (call.weights[0], call.a, call.b, call.gates, call.bias, 1.0, "triton")
-    with torch.no_grad():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):  # compiles outside the capture
-            saml_linear(call.x, *arguments)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = saml_linear(call.x, *arguments)
-        call.x.copy_(torch.randn_like(call.x))
-        graph.replay()
-        torch.testing.assert_close(y, saml_linear(call.x, *arguments), rtol=0, atol=0)
+def check(results: Path, minutes: float) -> bool:
+    """Write checks-<device>-<date>.json; whether nothing failed."""
+    device = torch.device("cuda")
+    path = result_path(results, device)
+    path = path.with_name(f"checks-{path.name}")
+    found: dict[str, Any] = {"about": about(device), "checks": {}}
+    checks: dict[str, str] = found["checks"]
+    for step in (lambda: {"tests/kernels": check_kernels(minutes)}, sanitize):
+        checks |= step()
+        write_json(path, found)
+        if checks["tests/kernels"].startswith("failed"):
+            break
+    else:
+        found["recomputation"] = recomputation()
+        write_json(path, found)
+    print(*(f"{name}: {said}" for name, said in checks.items()), f"results: {path}", sep="\n")
+    return not any(said.startswith("failed") for said in checks.values())
 
 
 def time_layers(
@@ -114,7 +83,7 @@ def time_models(results: Path, data: Path | None) -> None:
 
 def main(
     do: Annotated[str, typer.Option(help="checks, tune, layers, models; by commas.")] = (
-        "checks,layers"
+        "checks,tune,layers"
     ),
     work: Annotated[str, typer.Option(help="Of the layers, by commas.")] = "P2,P1,P3,P4,P5",
     full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
@@ -128,11 +97,13 @@ def main(
     deadline, steps = time.monotonic() + 60 * minutes, do.split(",")
     if "small-case" in steps:
         small_case()
-    if "checks" in steps:
-        print(check_correctness())
+    fine = check(results, minutes / 3) if "checks" in steps else True
+    if not fine:
+        steps = []  # nothing is timed that is wrong
     if "tune" in steps:
         shapes = [(n, k) for d in WIDTHS for n, k in ((d, d), (4 * d, d), (d, 4 * d))]
-        table, rows = tune(shapes, minutes=(deadline - time.monotonic()) / 60)
+        left = (deadline - time.monotonic()) / 60
+        table, rows = tune(shapes, minutes=left / 2 if "layers" in steps else left)
         copy = results / f"{configs.device_traits(torch.device('cuda', 0))[0]}.json"
         copy.write_text(table.read_text())
         print(f"tuning table: {table}, {rows} rows; a copy to ship: {copy}")
@@ -141,6 +112,7 @@ def main(
         time_layers(torch.device("cuda"), results, works, full, (deadline - time.monotonic()) / 60)
     if "models" in steps:
         time_models(results, data)
+    raise typer.Exit(int(not fine))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,32 +25,22 @@ import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.quant import QuantizedTensor
 from saml_kernels.triton.configs import pretending
-from saml_kernels.triton.dispatch import (
-    ALIGNMENT,
-    Launch,
-    interpreting,
-    kernel,
-    key_of,
-    load_kernels,
-    recording,
-    signature,
-)
+from saml_kernels.triton.dispatch import interpreting, kernel, load_kernels, recording
 from saml_kernels.triton.prebuilt import MANIFEST
+from saml_kernels.triton.signature import ALIGNMENT, Launch, key_of, signature
 
 __all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
 
-# Multiprocessors of a typical card: they decide how far a small product is split.
-ARCHITECTURES = {
-    "sm_80": 108, "sm_86": 84, "sm_87": 16, "sm_89": 128,
-    "sm_90": 132, "sm_100": 148, "sm_110": 20, "sm_120": 170,
-}  # fmt: skip
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
 WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
-# Both ends of each rule of the default tuning table: a product may be split at one of them only.
-TOKENS = (1, 16, 17, 64, 65, 256, 257, 1024, 1500)
+VOCABULARY = 51865  # Whisper's, of the output head; the others differ in nothing a kernel sees
+# Noting down a call costs nothing, so every rule of a tuning table is met by asking often; devices
+# of one architecture differ in size, which decides how far a product is split.
+TOKENS = (*range(1, 33), *(int(32 * 1.1**i) for i in range(1, 52)))
+PROCESSORS = (1, 8, 20, 132, 1000)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SCRATCH_TOKENS = 64  # the scratch route's kernels are the same for any number
 EXPERT_FORMATS = ("float", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
@@ -93,6 +84,7 @@ def build(
     rank: int = 4,
     expert_format: str = "float",
     router: str = "token",
+    top_k: int | None = None,
     speakers: bool = False,
     train: bool = False,
 ) -> Iterator[Built]:
@@ -106,11 +98,12 @@ def build(
         experts, rank: E and r.
         expert_format: "float" (the activations' type) or "int8", which cannot be trained.
         router: "token" (the kernels make the gates) or "given" (they are an argument).
+        top_k: of the token router; None keeps all gates.
         speakers: rows of many speakers in a call.
         train: the backward kernels too.
 
     Raises:
-        SAMLError: an unknown name, no Triton, or kernels are being interpreted.
+        SAMLError: an unknown name, a number out of range, no Triton, or kernels are interpreted.
     """
     for what, value, known in (
         ("arch", arch, ARCHITECTURES), ("model", model, WIDTHS), ("dtype", dtype, DTYPES),
@@ -118,6 +111,12 @@ def build(
     ):  # fmt: skip
         if value not in known:
             raise SAMLError(f"--{what} {value}: expected one of {', '.join(known)}")
+    if experts < 1 or rank < 1:
+        raise SAMLError(f"--experts {experts} --rank {rank}: expected positive numbers")
+    if top_k is not None and not 1 <= top_k <= experts:
+        raise SAMLError(f"--top-k {top_k}: expected 1..{experts}")
+    if train and expert_format == "int8":
+        raise SAMLError("--train: int8 experts have no backward; leave one of the two out")
     if interpreting():
         raise SAMLError("TRITON_INTERPRET is set: nothing is compiled; unset it")
     try:
@@ -128,13 +127,11 @@ def build(
         ) from error
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Built] = {}
-    if train and expert_format == "int8":
-        raise SAMLError("--train: int8 experts have no backward; leave one of the two out")
-    shape = (WIDTHS[model], experts, rank)
-    formats = (format, expert_format)
-    for launch in _launches(
-        arch, shape, DTYPES[dtype], formats, router == "token", speakers, train
-    ):
+    layers = _Layers(
+        WIDTHS[model], DTYPES[dtype], format, experts, rank, expert_format == "int8",
+        (top_k, 1.0) if router == "token" else None, speakers, train,
+    )  # fmt: skip
+    for launch in layers.launches(arch):
         key = key_of(launch)
         if key not in done:
             done[key] = _compile(launch, key, arch, out)
@@ -148,46 +145,68 @@ def build(
     temporary.replace(out / MANIFEST)
 
 
-def _launches(
-    arch: str, shape: tuple[int, int, int], dtype: torch.dtype, formats: tuple[str, str],
-    routed: bool, many: bool, train: bool,
-) -> Iterator[Any]:  # fmt: skip
-    """What the backend would launch for each layer of (width, E, r) and number of tokens."""
-    width, experts, rank = shape
-    backend: Any = import_module("saml_kernels.triton")
+@dataclass(frozen=True)
+class _Layers:
+    """The layers of one Whisper, as tensors without memory."""
 
-    for k, n in ((width, width), (width, 4 * width), (4 * width, width)):
-        weight: QuantizedTensor = quantize(torch.ones(n, k), formats[0])
-        lead = (2,) if many else ()
-        lora_a: Tensor | QuantizedTensor = torch.zeros(*lead, experts, rank, k, dtype=dtype)
-        lora_b: Tensor | QuantizedTensor = torch.zeros(*lead, experts, n, rank, dtype=dtype)
-        if formats[1] == "int8":
-            lora_a, lora_b = (
-                QuantizedTensor.empty(t.shape, "int8", 128, False) for t in (lora_a, lora_b)
-            )
-        bias = torch.zeros(n, dtype=dtype)
-        for m, route in (*((m, _route(m)) for m in TOKENS), (SCRATCH_TOKENS, "scratch")):
-            x = torch.zeros(m, k, dtype=dtype)
-            gates = torch.zeros(*lead, experts, k) if routed else torch.zeros(m, experts)
-            index = torch.zeros(m, dtype=torch.int32) if many else None
-            common: tuple[Any, ...] = (weight, lora_a, lora_b, gates.to(dtype))
-            how: dict[str, Any] = {"routing": (None, 1.0) if routed else None}
-            how |= {"speakers": index, "route": route}
-            for b in (bias, None):  # Whisper's k_proj has none
-                with pretending(arch, ARCHITECTURES[arch]), recording() as found:
-                    backend.forward(x, *common, b, 1.0, **how)
-                yield from found
-            if train:
-                dy = torch.zeros(m, n, dtype=dtype)
-                needs = (True, True, True, True)
-                with pretending(arch, ARCHITECTURES[arch]), recording() as found:
-                    backend.backward(dy, x, *common, 1.0, needs, **how)
-                yield from found
+    width: int
+    dtype: torch.dtype
+    format: str
+    experts: int
+    rank: int
+    int8: bool
+    routing: tuple[int | None, float] | None
+    many: bool
+    train: bool
 
+    def launches(self, arch: str) -> Iterator[Launch]:
+        """What the backend would launch on such devices for any number of tokens."""
+        for processors in PROCESSORS:
+            with pretending(arch, processors):
+                for call in self._calls():
+                    with recording() as found:
+                        call()
+                    yield from found
 
-def _route(tokens: int) -> str | None:
-    # cuBLAS does not run on the CPU that stands in: its part is left to the real device.
-    return "fused" if tokens > 1024 else None
+    def _calls(self) -> Iterator[Callable[[], Any]]:
+        backend: Any = import_module("saml_kernels.triton")
+        d = self.width
+        for k, n in ((d, d), (d, 4 * d), (4 * d, d), (d, VOCABULARY)):
+            weight = QuantizedTensor.empty((n, k), self.format, device="meta")
+            bias = self._tensor(n)
+            for m in TOKENS:
+                x, dy = self._tensor(m, k), self._tensor(m, n)
+                for experts, how in self._experts(m, n, k):
+                    for b in (bias, None):  # Whisper's k_proj has none
+                        yield partial(backend.forward, x, weight, *experts, b, 1.0, **how)
+                    if self.train:
+                        needs = (True,) * 4
+                        yield partial(backend.backward, dy, x, weight, *experts, 1.0, needs, **how)
+
+    def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """(A, B, gates or router) and what else a call takes; then a base without experts.
+
+        The latter is the output head, and every layer while dropout is on.
+        """
+        if n != VOCABULARY:
+            lead = (2,) if self.many else ()
+            a: Any = self._tensor(*lead, self.experts, self.rank, k)
+            b: Any = self._tensor(*lead, self.experts, n, self.rank)
+            if self.int8:
+                a, b = (
+                    QuantizedTensor.empty(t.shape, "int8", 128, False, device="meta")
+                    for t in (a, b)
+                )
+            gates = self._tensor(m, self.experts)
+            if self.routing is not None:
+                gates = self._tensor(*lead, self.experts, k)
+            index = torch.empty(m, dtype=torch.int32, device="meta") if self.many else None
+            yield (a, b, gates), {"routing": self.routing, "speakers": index}
+        if n == VOCABULARY or self.train:
+            yield (self._tensor(0, 1, k), self._tensor(0, n, 1), self._tensor(m, 0)), {}
+
+    def _tensor(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.dtype, device="meta")
 
 
 def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
@@ -200,6 +219,7 @@ def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
     named = dict(zip(function.arg_names, types, strict=False))
     named |= dict.fromkeys(launch.constants, "constexpr")
     constants = {(function.arg_names.index(n),): v for n, v in launch.constants.items()}
+    constants |= {(i,): 1 for i, kind in enumerate(types) if kind == "constexpr"}
     attributes = {(position,): [["tt.divisibility", ALIGNMENT]] for position in aligned}
     source = ASTSource(function, named, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
@@ -247,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--expert-format", default="float", help=", ".join(EXPERT_FORMATS))
     parser.add_argument("--router", default="token", help=", ".join(ROUTERS))
+    parser.add_argument("--top-k", type=int, help="of the token router; default: all gates")
     parser.add_argument("--speakers", action="store_true", help="many in one call")
     parser.add_argument("--train", action="store_true", help="the backward kernels too")
     o = parser.parse_args(arguments)
@@ -256,8 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for k in build(
             o.arch, o.model, o.out, dtype=o.dtype, format=o.format, experts=o.experts,
-            rank=o.rank, expert_format=o.expert_format, router=o.router, speakers=o.speakers,
-            train=o.train,
+            rank=o.rank, expert_format=o.expert_format, router=o.router, top_k=o.top_k,
+            speakers=o.speakers, train=o.train,
         ):  # fmt: skip
             tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
             print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "

@@ -14,8 +14,11 @@ pytest.importorskip("triton")
 from saml_kernels import SAMLError, quantize
 from saml_kernels import triton as backend
 from saml_kernels.triton import configs
-from saml_kernels.triton.dispatch import KERNELS, Varying, kernel, key_of, recording
+from saml_kernels.triton.dispatch import KERNELS, kernel, recording
 from saml_kernels.triton.prebuilt import Driver, Prebuilt
+from saml_kernels.triton.signature import Varying, key_of, signature
+
+FORWARD = set(KERNELS) - {"outer", "router_gradient"}
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
@@ -38,17 +41,18 @@ def check_build(folder, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype"), [("sm_80", "float16"), ("sm_90", "bfloat16"), ("sm_80", "float32")]
-)
-def test_builds_without_spills(arch, dtype, tmp_path):
-    names = check_build(tmp_path, "--arch", arch, "--dtype", dtype, "--train")
-    assert names == set(KERNELS)
+    "options",
+    ["sm_80 --speakers --train", "sm_90 --dtype bfloat16 --top-k 2",
+     "sm_80 --dtype float32 --experts 1 --rank 1"],
+)  # fmt: skip
+def test_builds_without_spills(options, tmp_path):
+    names = check_build(tmp_path, "--arch", *options.split())
+    assert names == (set(KERNELS) if "--train" in options else FORWARD)
 
 
-@pytest.mark.parametrize("option", [("--expert-format", "int8"), ("--speakers",)], ids=str)
-def test_ways_to_serve(option, tmp_path):
-    names = check_build(tmp_path, "--arch", "sm_87", *option)
-    assert names >= {"partial", "finish", "skinny", "product", "scratch"}
+def test_experts_in_8_bits_with_given_gates(tmp_path):
+    options = ("--expert-format", "int8", "--speakers", "--router", "given")
+    assert check_build(tmp_path, "--arch", "sm_87", *options) == FORWARD
 
 
 @pytest.mark.parametrize("flag", ["--arch", "--model", "--dtype", "--router", "--expert-format"])
@@ -124,14 +128,16 @@ def test_a_folder_holds_what_any_number_of_tokens_needs(folder, tokens):
         sent = []
 
         def check(places, launch=launch, sent=sent):
-            for place, value in zip(places, launch.arguments, strict=False):
+            kinds = zip(signature(launch)[0], launch.arguments, strict=True)
+            given = [value for kind, value in kinds if kind != "constexpr"]
+            for place, value in zip(places, given, strict=False):
                 if isinstance(value, torch.Tensor):
                     assert ctypes.c_void_p.from_address(place).value == value.data_ptr()
                 elif isinstance(value, float):
                     assert ctypes.c_float.from_address(place).value == value
                 else:
                     assert ctypes.c_int32.from_address(place).value == value
-            sent.append(len(places) - len(launch.arguments))
+            sent.append(len(places) - len(given))
 
         library.check = check
         ready.launch(key_of(launch), launch, 7, 0, (8, 7))
@@ -152,6 +158,36 @@ def test_sizes_that_vary_are_those_that_kernels_are_not_specialised_on():
         assert varying == set(function.do_not_specialize), launch.name
 
 
+@pytest.mark.parametrize("processors", [8, 16])
+def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, monkeypatch):
+    """Surgery on a model of base's shapes; one clip's encoder, and the decoder's steps by beams."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from saml_kernels import SAMLConfig, SAMLLinear, ops
+    from saml_models.surgery import apply_saml
+
+    monkeypatch.setattr(backend, "unsupported", lambda x, weight: None)
+    monkeypatch.setattr(backend, "why_unavailable", lambda: None)
+    monkeypatch.setattr(ops, "PREFERRED", {"meta": "triton"})
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    wide = {"encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "d_model": 512}
+    shape = WhisperConfig(encoder_layers=1, decoder_layers=1, vocab_size=51865, **heads, **wide)
+    with torch.device("meta"), torch.no_grad():
+        model = WhisperForConditionalGeneration(shape)
+        apply_saml(model, SAMLConfig(num_experts=4, rank=4))
+        model.eval().half()
+        layers = [m for m in model.modules() if isinstance(m, SAMLLinear)]
+        with configs.pretending("sm_87", processors), recording() as found:
+            for rows in (1, 5, 20, 50, 300, 1500, 3000):
+                for layer in (*layers, model.proj_out):
+                    width = getattr(layer, "in_features", 512)
+                    layer(torch.empty(1, rows, width, dtype=torch.float16))
+    assert {launch.name for launch in found} >= FORWARD - {"reduce"}
+    ready = Prebuilt(folder)
+    missing = [launch for launch in found if key_of(launch) not in ready.kernels]
+    assert not missing, {(m.name, *(a for a in m.arguments if isinstance(a, int))) for m in missing}
+
+
 def test_a_folder_for_another_device(folder):
     ready = Prebuilt(folder, Driver(Library()))
     launch = calls(512, 1)[0]
@@ -165,6 +201,22 @@ def test_a_kernel_that_is_not_in_the_folder(folder):
     launch = next(c for c in calls(352, 1) if c.name == "partial")  # not a multiple of 64
     with pytest.raises(SAMLError, match="holds no partial kernel for this call"):
         ready.launch(key_of(launch), launch, 0, 0, (8, 7))
+
+
+def test_from_9_0_on_a_folder_is_for_one_architecture(folder, tmp_path):
+    manifest = json.loads((folder / "kernels.json").read_text()) | {"arch": "sm_90"}
+    (tmp_path / "kernels.json").write_text(json.dumps(manifest))
+    ready, launch = Prebuilt(tmp_path, Driver(Library())), calls(512, 1)[0]
+    with pytest.raises(SAMLError, match="built for sm_90, this device is sm_91"):
+        ready.launch(key_of(launch), launch, 0, 0, (9, 1))
+
+
+@pytest.mark.parametrize(
+    "options", [("--top-k", "5"), ("--rank", "0"), ("--train", "--expert-format", "int8")]
+)
+def test_numbers_that_cannot_be(options, tmp_path):
+    done = aot(*options, str(tmp_path))
+    assert done.returncode == 2 and options[0] in done.stderr
 
 
 def test_a_damaged_cubin(folder, tmp_path):

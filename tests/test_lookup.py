@@ -44,12 +44,13 @@ def emulate(text: str, source: str, word: int) -> dict[str, int]:
     return registers
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
-def test_every_byte(format, width):
-    text = lookup_ptx(format, width)
-    kind = {2: np.float16, 4: np.float32}[width]
-    table = code_table(format, torch.device("cpu")).numpy().astype(kind)
+def test_every_byte(format, dtype):
+    text = lookup_ptx(format, dtype)
+    values = code_table(format, torch.device("cpu")).to(getattr(torch, dtype))
+    width, kind = values.itemsize, {2: np.uint16, 4: np.uint32}[values.itemsize]
+    table = values.view({2: torch.uint16, 4: torch.uint32}[width]).numpy()
     for byte in range(256):
         # The byte in each of the four places, with others beside it.
         packed = [byte, (byte * 7 + 3) % 256, 255 - byte, byte]

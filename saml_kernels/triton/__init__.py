@@ -2,11 +2,17 @@
 
 Five routes, chosen by shape from tuning tables (configs.py): `decode` takes a few tokens in two
 launches (decode.py); `split` and `fused` decode the weight in the loop of one kernel (product.py)
-after a pass of skinny.py; `dense` and `scratch` dequantise one layer to scratch of PyTorch's
-caching allocator, given back when the call ends, and go on with the same kernel (which knows many
-speakers) or leave one product over [X | H] and [W | B] to cuBLAS.
+after a pass of skinny.py; `dense` and `scratch` dequantise one layer to scratch and go on with the
+same kernel (a dense product with the experts in its accumulator, which knows many speakers) or
+leave one product over [X | H] and [W | B] to cuBLAS. The scratch is a block of PyTorch's caching
+allocator: every layer and call of a stream gets the same one, nothing keeps it, and autograd never
+sees it.
+
 The mathematics and its names are those of `reference.py`. Nothing is kept for backward but the
-operator's own arguments: P is projected again, as X is read there anyway.
+operator's own arguments. To keep P would take 4 E r bytes of a token in every layer from forward to
+backward; to project again reads its 2 K bytes of x once more (E r = 64 and K = 512, float16: 256
+held against 1024 read, where autograd holds those 1024 anyway), and skips the store in forward.
+`bench/gpu_check.py` times that pass ("projection") beside the whole backward.
 
 Triton itself is imported at a kernel's first use (dispatch.py), so that the package works where
 there is none.
@@ -22,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saml_kernels.quant import QuantizedTensor
+from saml_kernels.quant import FORMATS, QuantizedTensor
 from saml_kernels.triton.configs import Config, choose, device_traits
 from saml_kernels.triton.dispatch import interpreting, prebuilt
 
@@ -64,6 +70,8 @@ def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
         return f"x is on {x.device}, the weight on {weight.codes.device}; expected {wanted}"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; it takes float16, bfloat16 and float32"
+    if weight.format not in FORMATS:
+        return f"the weight is {weight.format}; it takes {', '.join(FORMATS)}"
     return None
 
 
@@ -227,7 +235,7 @@ def _experts(
     """(A, B, R) as the kernels take them; (None, None, 0) where there are none."""
     from saml_kernels.triton.launch import Experts
 
-    if lora_a.shape[-3] == 0:
+    if 0 in lora_a.shape[-3:-1]:
         return None, None, 0
     index = None if speakers is None else speakers.to(torch.int32).contiguous()
     made = []

@@ -54,6 +54,9 @@ class Config:
         split: shares of the reduction; 0 lets `choose` fill the device.
         warps, stages: of a Triton program.
         group: tile rows that run side by side.
+        scale: of the weight's blocks, forward: "before" the product, as dequantise does, or "after"
+            it, which takes fewer instructions and rounds the codes in place of code times scale
+            (`device.base_product` says how far).
     """
 
     route: str = "fused"
@@ -64,12 +67,14 @@ class Config:
     warps: int = 4
     stages: int = 3
     group: int = 8
+    scale: str = "before"
 
     def __post_init__(self) -> None:  # noqa: D105
         sizes = (self.block_m, self.block_o, self.block_d)
         powers = all(16 <= n <= 256 and n & (n - 1) == 0 for n in sizes)
         fits = 0 <= self.split <= 64 and self.warps in (1, 2, 4, 8) and 1 <= self.stages <= 8
-        if self.route not in ROUTES or not powers or not fits or not 1 <= self.group <= 64:
+        fits = fits and 1 <= self.group <= 64 and self.scale in ("before", "after")
+        if self.route not in ROUTES or not powers or not fits:
             raise SAMLError(f"tuning table: {self} is not a configuration")
 
 

@@ -19,12 +19,40 @@ from saml_kernels.triton.device import (
     expert_tile,
     gates_of,
     multiply,
+    next_speaker,
     rows_of,
-    speaker_range,
     spread,
 )
 
 __all__ = ["finish_kernel", "partial_kernel"]
+
+
+@triton.jit
+def _project(
+    found, x, rows, row_ok, first_step, last_step, D, s,
+    experts, scales, router, columns, of_expert, of_router, R, E, rank,
+    stride_s, stride_e, stride_j, stride_d,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """found + X [A ; router]^T over the given steps and rows, by the experts of one speaker."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    for step in range(first_step, last_step):
+        ds = step * BLOCK_D + tl.arange(0, BLOCK_D)
+        d_ok = ds < D
+        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
+        a = expert_tile(
+            experts, scales, s, columns, of_expert, ds, d_ok, rank,
+            stride_s, stride_e, stride_j, stride_d, EBLOCK,
+        ).to(dtype)  # fmt: skip
+        if ROUTER:
+            # A router is E experts of rank 1.
+            z = expert_tile(
+                router, router, s, columns - R, of_router, ds, d_ok, 1,
+                E * D, D, 0, 1, 0,
+            )  # fmt: skip
+            a = tl.where(of_router[:, None], z.to(dtype), a)
+        found = multiply(tile, a.T, found, PRECISION)
+    return found
 
 
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
@@ -35,7 +63,7 @@ def partial_kernel(
     M, D, O, R, E, rank, S, SPLIT,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
     BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -44,52 +72,49 @@ def partial_kernel(
     Without a router, experts that no row of the tile chose are left unread.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    rows, row_ok, speaker = rows_of(tl.program_id(2), M, speakers, S, SPEAKERS, BLOCK_M)
-    dtype: tl.constexpr = x.dtype.element_ty
+    first_m, rows, row_ok, speaker = rows_of(tl.program_id(2), M, speakers, SPEAKERS, BLOCK_M)
     steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
     last = tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))
     C = R + E if ROUTER else R
     tiles_c = tl.cdiv(C, BLOCK_R)
-    at = split.to(tl.int64) * M + rows[:, None]
+    x += first_m * D
+    at = split.to(tl.int64) * M + first_m
     if tile >= tiles_c:
         first_o = (tile - tiles_c) * BLOCK_O
         outs = first_o + tl.arange(0, BLOCK_O)
         acc = base_product(
             x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
-            first_o, outs, outs < O, split * steps, last, D, D,
-            False, BITS, QBLOCK, NESTED, ALIGNED, PTX, PRECISION, BLOCK_M, BLOCK_O, BLOCK_D,
+            first_o, outs < O, split * steps, last, D, D,
+            False, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+            BLOCK_M, BLOCK_O, BLOCK_D,
         )  # fmt: skip
-        tl.store(base + at * O + outs[None, :], acc, row_ok[:, None] & (outs < O)[None, :])
+        y = base + at * O + rows[:, None] * O + outs[None, :]
+        tl.store(y, acc, row_ok[:, None] & (outs < O)[None, :])
     else:
         columns = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         of_expert, of_router = columns < R, (columns >= R) & (columns < C)
         if not ROUTER:
-            where = gates + rows[:, None] * E + (columns // rank)[None, :]
-            gate = tl.load(where, row_ok[:, None] & of_expert[None, :], 0.0).to(tl.float32)
+            of_gate = gates + first_m * E + rows[:, None] * E + (columns // rank)[None, :]
+            gate = tl.load(of_gate, row_ok[:, None] & of_expert[None, :], 0.0).to(tl.float32)
             of_expert = of_expert & (tl.max(tl.abs(gate), 0) > 0)
-        begin, end = speaker_range(speaker, S, SPEAKERS)
         found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for step in range(split * steps, last):
-            ds = step * BLOCK_D + tl.arange(0, BLOCK_D)
-            d_ok = ds < D
-            seen = tl.load(
-                x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0
-            )
-            for s in range(begin, end):
-                mine = tl.where(speaker[:, None] == s, seen, 0.0) if SPEAKERS else seen
-                a = expert_tile(
-                    experts, scales, s, columns, of_expert, ds, d_ok, rank,
-                    stride_s, stride_e, stride_j, stride_d, EBLOCK,
-                ).to(dtype)  # fmt: skip
-                if ROUTER:
-                    z = expert_tile(
-                        router, router, s, columns - R, of_router, ds, d_ok, 1,
-                        E.to(tl.int64) * D, D, 0, 1, 0,
-                    )  # fmt: skip
-                    a = tl.where(of_router[:, None], z.to(dtype), a)
-                found = multiply(mine.to(dtype), a.T, found, PRECISION)
-        mask = row_ok[:, None] & (columns < C)[None, :]
-        tl.store(projected + at * C + columns[None, :], found, mask)
+        if SPEAKERS:
+            s = next_speaker(speaker, -1, S)
+            while s < S:
+                found = _project(
+                    found, x, rows, row_ok & (speaker == s), split * steps, last, D, s,
+                    experts, scales, router, columns, of_expert, of_router, R, E, rank,
+                    stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,
+                )  # fmt: skip
+                s = next_speaker(speaker, s, S)
+        else:
+            found = _project(
+                found, x, rows, row_ok, split * steps, last, D, 0,
+                experts, scales, router, columns, of_expert, of_router, R, E, rank,
+                stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,
+            )  # fmt: skip
+        p = projected + at * C + rows[:, None] * C + columns[None, :]
+        tl.store(p, found, row_ok[:, None] & (columns < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
@@ -104,8 +129,7 @@ def finish_kernel(
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of O, tiles of M)."""
-    rows, row_ok, speaker = rows_of(tl.program_id(1), M, speakers, S, SPEAKERS, BLOCK_M)
-    begin, end = speaker_range(speaker, S, SPEAKERS)
+    first_m, rows, row_ok, speaker = rows_of(tl.program_id(1), M, speakers, SPEAKERS, BLOCK_M)
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     out_ok = outs < O
     dtype: tl.constexpr = y.dtype.element_ty
@@ -118,8 +142,8 @@ def finish_kernel(
         exists = row_ok[:, None] & (number < E)[None, :]
         logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for split in range(SPLIT):
-            where = (split * size + rows[:, None]) * C + R + number[None, :]
-            logits += tl.load(projected + where, exists, 0.0)
+            share = projected + (split * size + first_m) * C + R
+            logits += tl.load(share + rows[:, None] * C + number[None, :], exists, 0.0)
         found = gates_of(logits * warmth, E, TOP_K, BLOCK_E)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
@@ -127,22 +151,25 @@ def finish_kernel(
         mask = row_ok[:, None] & column_ok[None, :]
         p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for split in range(SPLIT):
-            where = (split * size + rows[:, None]) * C + columns[None, :]
-            p += tl.load(projected + where, mask, 0.0)
+            share = projected + (split * size + first_m) * C
+            p += tl.load(share + rows[:, None] * C + columns[None, :], mask, 0.0)
         expert = columns // rank
         if ROUTER:
             gate = spread(found, expert, BLOCK_E)
         else:
-            gate = tl.load(gates + rows[:, None] * E + expert[None, :], mask, 0.0).to(tl.float32)
+            where = rows[:, None] * E + expert[None, :]
+            gate = tl.load(gates + first_m * E + where, mask, 0.0).to(tl.float32)
         acc = add_experts(
-            acc, (p * gate * scaling).to(dtype), speaker, begin, end, experts, scales, columns,
+            acc, (p * gate * scaling).to(dtype), speaker, S, experts, scales, columns,
             column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
             EBLOCK, SPEAKERS, PRECISION, dtype,
         )  # fmt: skip
     for split in range(SPLIT):
-        acc += tl.load(base + (split * size + rows[:, None]) * O + outs[None, :], ok, 0.0)
+        share = base + (split * size + first_m) * O
+        acc += tl.load(share + rows[:, None] * O + outs[None, :], ok, 0.0)
     if SPEAKERS:
         acc = tl.where(((speaker >= 0) & (speaker < S))[:, None], acc, float("nan"))
     if BIAS:
         acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
+    y += first_m * O
     tl.store(y + rows[:, None] * O + outs[None, :], acc.to(dtype), ok)

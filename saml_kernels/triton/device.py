@@ -13,9 +13,9 @@ __all__ = [
     "expert_tile",
     "gates_of",
     "multiply",
+    "next_speaker",
     "position",
     "rows_of",
-    "speaker_range",
     "spread",
     "weight_tile",
 ]
@@ -31,27 +31,29 @@ def position(tile, tiles_m, tiles_o, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rows_of(pid_m, M, speakers, S, SPEAKERS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of a tile, which of them exist, and whose they are (0 where there is one speaker)."""
-    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = rows < M
+def rows_of(pid_m, M, speakers, SPEAKERS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's first row (int64), its rows from there on, which exist, and whose they are.
+
+    Offsets are kept in two parts everywhere: what may pass 2^31 in a scalar, the rest in int32.
+    """
+    first = pid_m.to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    row_ok = rows < M - first
     if SPEAKERS:
-        speaker = tl.load(speakers + rows, mask=row_ok, other=-1)
+        speaker = tl.load(speakers + first + rows, mask=row_ok, other=-1)
     else:
         speaker = tl.zeros((BLOCK_M,), tl.int32)
-    return rows, row_ok, speaker
+    return first, rows, row_ok, speaker
 
 
 @triton.jit
-def speaker_range(speaker, S, SPEAKERS: tl.constexpr):
-    """First speaker among a tile's rows, and one past the last; indices out of range left out."""
-    if SPEAKERS:
-        known = (speaker >= 0) & (speaker < S)
-        first = tl.min(tl.where(known, speaker, S), 0)
-        last = tl.max(tl.where(known, speaker, -1), 0)
-        return first, last + 1
-    else:
-        return 0, 1
+def next_speaker(speaker, last, S):
+    """The least speaker among a tile's rows that comes after `last`; S where there is none.
+
+    A loop from next_speaker(speaker, -1, S) meets each speaker of the tile once, and no index that
+    is out of range.
+    """
+    return tl.min(tl.where((speaker > last) & (speaker < S), speaker, S), 0)
 
 
 @triton.jit
@@ -66,56 +68,84 @@ def _scales(block, absmax, nested, nested_code, offset, mask, NESTED: tl.constex
 
 
 @triton.jit
+def coded_tile(
+    codes, absmax, nested, nested_code, offset, table,  # the quantised weight, rows of `width`
+    first_row, rows, row_ok, first, width,
+    BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr, NESTED: tl.constexpr,
+    PTX: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """Columns first .. first + BLOCK of rows: values [len(rows), BLOCK], float32 scales [rows].
+
+    The rows are counted from `first_row`. QBLOCK divides the width and BLOCK divides QBLOCK, so
+    that a row of the tile lies whole in one block. INT8 values are the codes themselves in float32;
+    others lie in -1..1, float32 (by memory, where PTX is empty) or VALUE (by permutes).
+    """
+    if BITS == 8:
+        cols = first + tl.arange(0, BLOCK)
+        codes += tl.cast(first_row, tl.int64) * width
+        where = rows[:, None] * width + cols[None, :]
+        values = tl.load(codes + where, mask=row_ok[:, None], other=0).to(tl.float32)
+    else:
+        pairs = first // 2 + tl.arange(0, BLOCK // 2)
+        half = tl.multiple_of(width // 2, 16)
+        codes += tl.cast(first_row, tl.int64) * half
+        where = rows[:, None] * half + pairs[None, :]
+        packed = tl.load(codes + where, mask=row_ok[:, None], other=0)
+        if PTX == "":
+            high = tl.load(table + (packed >> 4).to(tl.int32))
+            low = tl.load(table + (packed & 15).to(tl.int32))
+        elif tl.float32 == VALUE:
+            high, low = tl.inline_asm_elementwise(
+                PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed],
+                dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            high, low = tl.inline_asm_elementwise(
+                PTX, "=r,=r,=r,=r,r", [packed], dtype=(tl.int16, tl.int16), is_pure=True, pack=4
+            )
+        values = tl.interleave(high, low)
+        if PTX != "":
+            values = values.to(VALUE, bitcast=True)
+    # 2^31 blocks are 2^36 weights and more.
+    block = (first_row + rows) * (width // QBLOCK) + first // QBLOCK
+    scale = _scales(block, absmax, nested, nested_code, offset, row_ok, NESTED)
+    if BITS == 8:
+        scale = scale * (1.0 / 127)
+    return values, scale
+
+
+@triton.jit
 def weight_tile(
     codes, absmax, nested, nested_code, offset, table,  # the quantised weight, rows of `width`
-    rows, row_ok, first, width,
+    first_row, rows, row_ok, first, width,
     BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Columns first .. first + BLOCK of the given rows, dequantised: [len(rows), BLOCK] in DTYPE.
+    """Columns first .. first + BLOCK of rows, dequantised: [len(rows), BLOCK] in DTYPE.
 
-    Code times scale in float32, then one rounding to DTYPE. By permutes (PTX), 16-bit types look
-    the code up in float16 first (at most 2^-12 relative); without, and in float32, it is exact.
-    ALIGNED says that QBLOCK divides the width and BLOCK divides QBLOCK, so that a row of the tile
-    lies whole in one block; anything else goes element by element.
+    The rows are counted from `first_row`. Code times scale in float32, then one rounding to DTYPE.
+    By permutes (PTX), 16-bit types look the code up in float16 first (at most 2^-12 relative);
+    without, and in float32, it is exact.
+    ALIGNED says that `coded_tile` may be used; anything else goes element by element.
     """
     if BITS == 16:  # a dense scratch of this width, no scales
         cols = first + tl.arange(0, BLOCK)
         mask = row_ok[:, None] & (cols < width)[None, :]
+        codes += tl.cast(first_row, tl.int64) * width
         w = tl.load(codes + rows[:, None] * width + cols[None, :], mask=mask, other=0.0)
         return w.to(DTYPE)
     elif ALIGNED:
-        if BITS == 8:
-            cols = first + tl.arange(0, BLOCK)
-            c = tl.load(
-                codes + rows[:, None] * width + cols[None, :], mask=row_ok[:, None], other=0
-            )
-            w = c.to(tl.float32) * (1.0 / 127)
-        else:
-            pairs = first // 2 + tl.arange(0, BLOCK // 2)
-            where = rows[:, None] * (width // 2) + pairs[None, :]
-            packed = tl.load(codes + where, mask=row_ok[:, None], other=0)
-            if PTX == "":
-                high = tl.load(table + (packed >> 4).to(tl.int32))
-                low = tl.load(table + (packed & 15).to(tl.int32))
-            elif tl.float32 == DTYPE:
-                high, low = tl.inline_asm_elementwise(
-                    PTX, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed],
-                    dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
-                )  # fmt: skip
-            else:
-                high, low = tl.inline_asm_elementwise(
-                    PTX, "=r,=r,=r,=r,r", [packed],
-                    dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-                )  # fmt: skip
-            w = tl.interleave(high, low).to(tl.float32)
-        block = rows * (width // QBLOCK) + first // QBLOCK
-        scale = _scales(block, absmax, nested, nested_code, offset, row_ok, NESTED)
-        return (w * scale[:, None]).to(DTYPE)
+        value: tl.constexpr = DTYPE if tl.float32 == DTYPE else tl.float16
+        w, scale = coded_tile(
+            codes, absmax, nested, nested_code, offset, table,
+            first_row, rows, row_ok, first, width,
+            BLOCK, QBLOCK, BITS, NESTED, PTX, value,
+        )  # fmt: skip
+        return (w.to(tl.float32) * scale[:, None]).to(DTYPE)
     else:
         cols = first + tl.arange(0, BLOCK)
         mask = row_ok[:, None] & (cols < width)[None, :]
-        index = rows[:, None] * width + cols[None, :]
+        index = (tl.cast(first_row, tl.int64) + rows)[:, None] * width + cols[None, :]
         if BITS == 8:
             w = tl.load(codes + index, mask=mask, other=0).to(tl.float32) * (1.0 / 127)
         else:
@@ -137,13 +167,13 @@ def expert_tile(
     With EBLOCK > 0 they are int8, with a float32 scale for each EBLOCK elements as they lie.
     """
     expert, direction = columns // rank, columns % rank
-    base = (tl.zeros((), tl.int64) + speaker) * stride_s
-    at = expert.to(tl.int64) * stride_e + direction.to(tl.int64) * stride_j
-    where = base + at[:, None] + others.to(tl.int64)[None, :] * stride_o
+    first = (tl.zeros((), tl.int64) + speaker) * stride_s
+    at = expert * stride_e + direction * stride_j
+    where = at[:, None] + others[None, :] * stride_o
     mask = column_ok[:, None] & other_ok[None, :]
-    found = tl.load(matrix + where, mask=mask, other=0)
+    found = tl.load(matrix + first + where, mask=mask, other=0)
     if EBLOCK > 0:
-        scale = tl.load(scales + where // EBLOCK, mask=mask, other=0.0)
+        scale = tl.load(scales + (first + where) // EBLOCK, mask=mask, other=0.0)
         found = found.to(tl.float32) * (1.0 / 127) * scale
     return found
 
@@ -186,41 +216,72 @@ def spread(gates, expert, BLOCK_E: tl.constexpr):
 @triton.jit
 def base_product(
     x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
-    first_o, outs, out_ok, first_step, last_step, D, width,
+    first_o, out_ok, first_step, last_step, D, width,
     TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Steps first_step .. last_step of X W^T (or X W, TRANSPOSED): float32 [BLOCK_M, BLOCK_O]."""
+    """Steps first_step .. last_step of X W^T (or X W, TRANSPOSED): float32 [BLOCK_M, BLOCK_O].
+
+    x points at the row that `rows` are counted from; the result's columns begin at `first_o`.
+    AFTER (where ALIGNED, and not TRANSPOSED, where scales run along the reduction): the codes are
+    rounded to the type of x (exact for INT8 and float32, 2^-12 relative in float16, 2^-9 in
+    bfloat16), and the scale of a block goes on its float32 sum; code times scale is not rounded.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for step in range(first_step, last_step):
         first_d = step * BLOCK_D
-        ds = first_d + tl.arange(0, BLOCK_D)
+        inside = tl.arange(0, BLOCK_D)
+        ds = first_d + inside
         d_ok = ds < D
         # [BLOCK_M, BLOCK_D]
         tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
-        if TRANSPOSED:
+        if AFTER:
+            # [BLOCK_O, BLOCK_D], [BLOCK_O]
+            w, scale = coded_tile(
+                codes, absmax, nested, nested_code, offset, table,
+                first_o, tl.arange(0, BLOCK_O), out_ok, first_d, width,
+                BLOCK_D, QBLOCK, BITS, NESTED, PTX, dtype,
+            )  # fmt: skip
+            part = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+            acc += multiply(tile, w.to(dtype).T, part, PRECISION) * scale[None, :]
+        elif TRANSPOSED:
             # [BLOCK_D, BLOCK_O]
             w = weight_tile(
                 codes, absmax, nested, nested_code, offset, table,
-                ds.to(tl.int64), d_ok, first_o, width,
+                first_d, inside, d_ok, first_o, width,
                 BLOCK_O, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
             )  # fmt: skip
+            acc = multiply(tile, w, acc, PRECISION)
         else:
             # [BLOCK_O, BLOCK_D] -> [BLOCK_D, BLOCK_O]
             w = weight_tile(
                 codes, absmax, nested, nested_code, offset, table,
-                outs.to(tl.int64), out_ok, first_d, width,
+                first_o, tl.arange(0, BLOCK_O), out_ok, first_d, width,
                 BLOCK_D, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
-            ).T  # fmt: skip
-        acc = multiply(tile, w, acc, PRECISION)
+            )  # fmt: skip
+            acc = multiply(tile, w.T, acc, PRECISION)
     return acc
 
 
 @triton.jit
+def _add_own(
+    acc, h, s, experts, scales, columns, column_ok, outs, out_ok, rank,
+    stride_s, stride_e, stride_j, stride_o,
+    EBLOCK: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    chosen = column_ok & (tl.max(tl.abs(h.to(tl.float32)), 0) > 0)
+    b = expert_tile(
+        experts, scales, s, columns, chosen, outs, out_ok, rank,
+        stride_s, stride_e, stride_j, stride_o, EBLOCK,
+    )  # fmt: skip
+    return multiply(h.to(DTYPE), b.to(DTYPE), acc, PRECISION)
+
+
+@triton.jit
 def add_experts(
-    acc, h, speaker, begin, end, experts, scales, columns, column_ok, outs, out_ok, rank,
+    acc, h, speaker, S, experts, scales, columns, column_ok, outs, out_ok, rank,
     stride_s, stride_e, stride_j, stride_o,
     EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -228,12 +289,19 @@ def add_experts(
 
     What no row of this tile chose is not read.
     """
-    for s in range(begin, end):
-        mine = tl.where(speaker[:, None] == s, h, 0.0) if SPEAKERS else h
-        chosen = column_ok & (tl.max(tl.abs(mine.to(tl.float32)), 0) > 0)
-        b = expert_tile(
-            experts, scales, s, columns, chosen, outs, out_ok, rank,
-            stride_s, stride_e, stride_j, stride_o, EBLOCK,
+    if SPEAKERS:
+        s = next_speaker(speaker, -1, S)
+        while s < S:
+            acc = _add_own(
+                acc, tl.where(speaker[:, None] == s, h, 0.0), s, experts, scales,
+                columns, column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+                EBLOCK, PRECISION, DTYPE,
+            )  # fmt: skip
+            s = next_speaker(speaker, s, S)
+        return acc
+    else:
+        return _add_own(
+            acc, h, 0, experts, scales,
+            columns, column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+            EBLOCK, PRECISION, DTYPE,
         )  # fmt: skip
-        acc = multiply(mine.to(DTYPE), b.to(DTYPE), acc, PRECISION)
-    return acc

@@ -7,11 +7,9 @@ what `python -m saml_kernels.aot` built elsewhere: set SAML_KERNELS=FOLDER, or c
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,20 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saml_kernels.errors import SAMLError
 from saml_kernels.triton.prebuilt import Prebuilt
+from saml_kernels.triton.signature import Launch, Varying, key_of
 
 __all__ = [
     "KERNELS",
-    "Launch",
-    "Varying",
     "interpreting",
-    "key_of",
     "launch",
     "load_kernels",
     "prebuilt",
     "recording",
-    "signature",
 ]
 
 # The module of each kernel, which is called <name>_kernel there.
@@ -40,35 +34,6 @@ KERNELS = {
     "product": "product", "reduce": "product", "partial": "decode", "finish": "decode",
     "skinny": "skinny", "router_gradient": "skinny", "outer": "outer", "scratch": "scratch",
 }  # fmt: skip
-_TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
-}  # fmt: skip
-ALIGNMENT = 16  # bytes of a pointer, multiples of a size: what kernels are specialised on
-
-
-class Varying(int):
-    """A size that changes from call to call: no kernel is specialised on it."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch.
-
-    Attributes:
-        name: of the kernel, a key of `KERNELS`.
-        grid: programs in up to three dimensions.
-        arguments: tensors, integers and floats in the kernel's order.
-        constants: compile-time values by name.
-        warps, stages: of a program.
-    """
-
-    name: str
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
 
 
 def interpreting() -> bool:
@@ -136,35 +101,3 @@ def kernel(name: str) -> Any:
     """The Triton function of a kernel."""
     module = importlib.import_module(f"saml_kernels.triton.{KERNELS[name]}")
     return getattr(module, f"{name}_kernel")
-
-
-def signature(launch: Launch) -> tuple[list[str], list[int]]:
-    """Types of the arguments, and the positions of those that are multiples of 16.
-
-    Raises:
-        SAMLError: a tensor that is not aligned, which no prebuilt kernel takes.
-    """
-    types, aligned = [], []
-    for position, value in enumerate(launch.arguments):
-        if isinstance(value, Tensor):
-            types.append(_TYPES[value.dtype])
-            aligned.append(position)
-            if value.numel() and value.data_ptr() % ALIGNMENT:
-                raise SAMLError(
-                    f"{launch.name}: argument {position} lies at an address that is no multiple "
-                    f"of {ALIGNMENT}; pass a copy (tensor.clone()) to kernels built ahead of time"
-                )
-        elif isinstance(value, float):
-            types.append("fp32")
-        else:
-            types.append("i32")
-            if not isinstance(value, Varying) and value % ALIGNMENT == 0:
-                aligned.append(position)
-    return types, aligned
-
-
-def key_of(launch: Launch) -> str:
-    """What tells one compiled kernel from another: name, types, alignment, constants, warps."""
-    constants = sorted(launch.constants.items())
-    parts = [launch.name, *signature(launch), constants, launch.warps, launch.stages]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from saml_kernels.codes import code_table, nested_code
 from saml_kernels.quant import QuantizedTensor
-from saml_kernels.triton.configs import Config
-from saml_kernels.triton.dispatch import Varying, interpreting, launch
+from saml_kernels.triton.configs import Config, device_traits
+from saml_kernels.triton.dispatch import interpreting, launch
 from saml_kernels.triton.lookup import lookup_ptx
+from saml_kernels.triton.signature import Varying
 
 __all__ = [
     "Experts",
@@ -93,36 +94,38 @@ def precision(dtype: torch.dtype) -> str:
     """float32 products are exact unless the user's torch setting allows TF32."""
     if dtype == torch.bfloat16 and interpreting():
         return "emulated"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def _quantised(
-    weight: QuantizedTensor | Tensor, dtype: torch.dtype, *blocks: int
+    weight: QuantizedTensor | Tensor, dtype: torch.dtype, along: int, after: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pointers and compile-time facts of a weight, for tiles of the given sizes along its rows."""
+    """Pointers and compile-time facts of a weight, for tiles `along` wide along its rows.
+
+    `after` asks for scales after the product, which AFTER grants where blocks and tiles allow it.
+    """
+    facts: dict[str, Any]
     if isinstance(weight, Tensor):
-        facts = {"BITS": 16, "QBLOCK": 0, "NESTED": False, "ALIGNED": False, "PTX": ""}
-        return (weight,) * 6, facts
-    nested = weight.nested_absmax is not None
+        facts = {"BITS": 16, "QBLOCK": 0, "NESTED": False, "PTX": ""}
+        return (weight,) * 6, facts | {"ALIGNED": False, "AFTER": False}
+    nested, bits = weight.nested_absmax is not None, BITS[weight.format]
     pointers = (
         weight.codes,
         weight.absmax,
         weight.nested_absmax if nested else weight.absmax,
         nested_code(weight.device) if nested else weight.absmax,
         weight.offset if nested else weight.absmax,
-        code_table(weight.format, weight.device) if BITS[weight.format] == 4 else weight.absmax,
+        code_table(weight.format, weight.device) if bits == 4 else weight.absmax,
     )
-    aligned = weight.shape[1] % weight.block_size == 0
-    aligned = aligned and all(weight.block_size % b == 0 for b in blocks)
-    permutes = BITS[weight.format] == 4 and not interpreting() and torch.version.hip is None
-    facts = {
-        "BITS": BITS[weight.format],
-        "QBLOCK": weight.block_size,
-        "NESTED": nested,
-        "ALIGNED": aligned,
-        "PTX": lookup_ptx(weight.format, 4 if dtype == torch.float32 else 2) if permutes else "",
-    }
-    return pointers, facts
+    aligned = weight.shape[1] % weight.block_size == 0 and weight.block_size % along == 0
+    after = after and aligned
+    # Scaled before, a code in float16 is as good as in bfloat16 and better.
+    value = dtype if after or dtype == torch.float32 else torch.float16
+    permutes = bits == 4 and not interpreting() and torch.version.hip is None
+    ptx = lookup_ptx(weight.format, str(value).removeprefix("torch.")) if permutes else ""
+    facts = {"BITS": bits, "QBLOCK": weight.block_size, "NESTED": nested, "PTX": ptx}
+    return pointers, facts | {"ALIGNED": aligned, "AFTER": after}
 
 
 def product(
@@ -162,7 +165,8 @@ def product(
     if isinstance(weight, QuantizedTensor):
         along = min(along, weight.block_size)
     block_o, block_d = (along, block_d) if transposed else (block_o, along)
-    pointers, facts = _quantised(weight, x.dtype, along)
+    after = config.scale == "after" and not transposed
+    pointers, facts = _quantised(weight, x.dtype, along, after)
     split = config.split
     y = x.new_empty(m, out)
     partial = y if split == 1 else x.new_empty(split, m, out, dtype=torch.float32)
@@ -226,10 +230,11 @@ def skinny(
     count, rank = experts.count, experts.rank
     together = min(count, max(1, 64 // rank))
     block_r = max(16, _power_of_2(together * rank))
-    block_m = 16 if m <= 16 or block_r > 128 else 64
-    block_d = 128 if block_r <= 64 and block_m == 16 else 64
-    if x.dtype == torch.float32 and (router is not None or experts.speakers is not None):
-        block_m, block_d = min(block_m, FLOAT32_TILE), FLOAT32_TILE
+    block_m = 16 if block_r > 128 else _tile_rows(m, device_traits(x.device)[1])
+    mixed = experts.speakers is not None
+    block_d = 128 if block_r <= 64 and block_m == 16 and not mixed else 64
+    if x.dtype == torch.float32 and (router is not None or mixed):
+        block_m, block_d = 16, FLOAT32_TILE
     launch(
         "skinny", (_tiles(m, block_m), _tiles(count, together)),
         x, experts.tensor, x if experts.scales is None else experts.scales,
@@ -241,10 +246,9 @@ def skinny(
         1.0 / (1.0 if router is None else router.temperature), *experts.strides(),
         EBLOCK=experts.block, ROUTER=router is not None,
         **(_NO_ROUTER if router is None else router.constants()),
-        BACKWARD=backward, 
-        SKIP=m <= 16 and not backward and plain is None and router is None,
+        BACKWARD=backward, SKIP=m <= 16 and not backward and plain is None and router is None,
         PLAIN=plain is not None, DGATES=dgates is not None,
-        SPEAKERS=experts.speakers is not None, PRECISION=precision(x.dtype),
+        SPEAKERS=mixed, PRECISION=precision(x.dtype),
         TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r,
         BLOCK_D=block_d,
         warps=4, stages=2 if block_r > 64 else 3,
@@ -299,7 +303,7 @@ def decode(
     block_m, block_o = min(config.block_m, small), min(config.block_o, small)
     block_d = min(config.block_d, small, weight.block_size)
     block_r = min(64, max(16, _power_of_2(columns)))
-    pointers, facts = _quantised(weight, x.dtype, block_d)
+    pointers, facts = _quantised(weight, x.dtype, block_d, config.scale == "after")
     split = config.split
     base = x.new_empty(split, m, n, dtype=torch.float32)
     projected = x.new_empty(split, m, columns, dtype=torch.float32)
@@ -344,7 +348,8 @@ def experts_gradient(narrow: Tensor, wide: Tensor, like: Experts) -> Tensor:
     """
     m, out = wide.shape
     speakers, r = len(like.tensor), like.count * like.rank
-    split = max(1, min(16, math.ceil(m / OUTER_TOKENS)))
+    # Each share holds the experts of every speaker.
+    split = max(1, min(math.ceil(m / OUTER_TOKENS), 16 // speakers))
     block_m = 32 if wide.dtype == torch.float32 else 64
     block_r = min(64, max(16, _power_of_2(r)))
     shares = torch.empty(split, *like.tensor.shape, dtype=torch.float32, device=wide.device)
@@ -367,11 +372,17 @@ def dequantize_into(weight: QuantizedTensor, out: Tensor) -> None:
     n, k = weight.shape
     block_k = min(64, weight.block_size)
     pointers, facts = _quantised(weight, out.dtype, block_k)
+    del facts["AFTER"]  # nothing is multiplied here
     launch(
         "scratch", (_tiles(n, 32), _tiles(k, block_k)),
         *pointers, out, n, k, out.stride(0), **facts, BLOCK_N=32, BLOCK_K=block_k,
         warps=4, stages=1,
     )  # fmt: skip
+
+
+def _tile_rows(m: int, processors: int) -> int:
+    """Rows of a program that goes through whole rows of X: as many as leave no processor idle."""
+    return next((rows for rows in (64, 32) if m >= rows * processors), 16)
 
 
 def _tiles(size: int, block: int) -> int:

@@ -3,7 +3,7 @@
 A `prmt` picks four bytes out of eight by four selectors of four bits, which is how packed codes
 already lie: one instruction looks up four codes in half a table of bytes, a second does the other
 half, and a third takes, for each code, the half that its top bit names. One such triple per byte of
-the result: two for float16 values, four for float32.
+the result: two for 16-bit values, four for float32.
 
 No Triton in this file: its text is tested against every byte without a GPU.
 """
@@ -11,10 +11,10 @@ No Triton in this file: its text is tested against every byte without a GPU.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from saml_kernels.codes import code_table
 
@@ -25,19 +25,19 @@ _FIRST, _SECOND = 0x5410, 0x7632  # of two pairs of planes: one value of four by
 
 
 @cache
-def lookup_ptx(format: str, width: int) -> str:
+def lookup_ptx(format: str, dtype: str) -> str:
     """PTX from four packed bytes to the values of their high nibbles, then of their low ones.
 
     Args:
         format: "nf4", "fp4" or "int4".
-        width: bytes of a value: 2 (float16) or 4 (float32).
+        dtype: of the values: "float16", "bfloat16" or "float32".
 
     Returns:
-        Text for `tl.inline_asm_elementwise(pack=4)`: results in $0.. (`2 * width` registers: the
-        high nibbles of bytes 0..3, then the low ones), the packed bytes in the register after.
+        Text for `tl.inline_asm_elementwise(pack=4)`: results in $0.. (two registers for each byte
+        of a value: the high nibbles of bytes 0..3, then the low ones), then the packed bytes.
     """
-    table = code_table(format, torch.device("cpu")).tolist()
-    planes = _planes(table, width)
+    planes = _planes(code_table(format, torch.device("cpu")).to(getattr(torch, dtype)))
+    width = len(planes)
     source = f"${2 * width}"
     lines = [".reg .b32 half, low, pick, a, b, q, r;", f".reg .b32 p<{width}>;"]
     for half in range(2):
@@ -72,8 +72,7 @@ def lookup_ptx(format: str, width: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-def _planes(table: Sequence[float], width: int) -> list[list[int]]:
+def _planes(table: Tensor) -> list[list[int]]:
     """Byte `p` of all sixteen values, as four words of four bytes each."""
-    values = [struct.pack("<e" if width == 2 else "<f", v) for v in table]
-    bytes_of = [bytes(v[p] for v in values) for p in range(width)]
-    return [list(struct.unpack("<4I", plane)) for plane in bytes_of]
+    values = table.view(torch.uint8).view(16, -1).T
+    return [list(struct.unpack("<4I", bytes(plane.tolist()))) for plane in values]

@@ -33,22 +33,25 @@ def outer_kernel(
     acc = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     steps = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT)
     for step in range(split * steps, tl.minimum((split + 1) * steps, tl.cdiv(M, BLOCK_M))):
-        rows = (tl.zeros((BLOCK_M,), tl.int64) + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_ok = rows < M
+        first_m = tl.cast(step, tl.int64) * BLOCK_M
+        rows = tl.arange(0, BLOCK_M)
+        row_ok = rows < M - first_m
         if SPEAKERS:
-            row_ok = row_ok & (tl.load(speakers + rows, row_ok, -1) == s)
+            row_ok = row_ok & (tl.load(speakers + first_m + rows, row_ok, -1) == s)
         if tl.max(row_ok.to(tl.int32), 0) > 0:
             left = tl.load(
-                narrow + rows[None, :] * R + columns[:, None],
+                narrow + first_m * R + rows[None, :] * R + columns[:, None],
                 row_ok[None, :] & column_ok[:, None],
                 0.0,
             )
             right = tl.load(
-                wide + rows[:, None] * O + outs[None, :], row_ok[:, None] & out_ok[None, :], 0.0
+                wide + first_m * O + rows[:, None] * O + outs[None, :],
+                row_ok[:, None] & out_ok[None, :],
+                0.0,
             )
             acc = multiply(left.to(right.dtype), right, acc, PRECISION)
     at = split.to(tl.int64) * part + s.to(tl.int64) * stride_s
     expert, direction = columns // rank, columns % rank
-    where = expert.to(tl.int64) * stride_e + direction.to(tl.int64) * stride_j
-    where = where[:, None] + outs.to(tl.int64)[None, :] * stride_o
+    where = expert * stride_e + direction * stride_j
+    where = where[:, None] + outs[None, :] * stride_o
     tl.store(out + at + where, acc, column_ok[:, None] & out_ok[None, :])

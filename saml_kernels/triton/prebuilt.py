@@ -10,14 +10,12 @@ import ctypes
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
-
-if TYPE_CHECKING:
-    from saml_kernels.triton.dispatch import Launch
+from saml_kernels.triton.signature import Launch, signature
 
 __all__ = ["MANIFEST", "Driver", "Prebuilt"]
 
@@ -109,9 +107,12 @@ class Prebuilt:
         if entry is None:
             raise SAMLError(
                 f"{self.folder}: holds no {launch.name} kernel for this call; build the folder "
-                "with this version, model, dtype and number of experts, or unset SAML_KERNELS"
+                "with this version, model, dtype and number of experts, or unset SAML_KERNELS "
+                "(tensors must start at multiples of 16 bytes, as PyTorch's own do)"
             )
-        if capability[0] != self.capability[0] or capability < self.capability:
+        # From 9.0 on Triton builds for one architecture alone (sm_90a); before, for later minors.
+        later = capability[0] == self.capability[0] < 9 and capability >= self.capability
+        if capability != self.capability and not later:
             have = f"sm_{capability[0]}{capability[1]}"
             raise SAMLError(f"{self.folder}: built for {self.arch}, this device is {have}")
         if self._driver is None:
@@ -121,7 +122,9 @@ class Prebuilt:
             image = self._image(entry)
             function = self._driver.function(image, entry["entry"], entry["shared"])
             self._functions[key, device] = function
-        parameters = [_parameter(a) for a in launch.arguments]
+        types = signature(launch)[0]
+        given = zip(types, launch.arguments, strict=True)
+        parameters = [_parameter(kind, a) for kind, a in given if kind != "constexpr"]
         # What Triton adds: scratch memory, which these kernels do not use.
         parameters += [ctypes.c_void_p(0)] * (len(entry["parameters"]) - len(parameters))
         if [ctypes.sizeof(p) for p in parameters] != entry["parameters"]:
@@ -158,7 +161,7 @@ def _entry(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parameter(value: Any) -> Any:
+def _parameter(kind: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value)
+    return {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)

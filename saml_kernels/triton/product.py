@@ -3,8 +3,9 @@
 Both directions are one kernel. Forward reads the weight's rows as out-features (X [M, K] over
 W [N, K]); backward, TRANSPOSED, as the reduction (dY [M, N] over the same bytes, no transposed
 copy). After the weight's last tile the loop goes on over [H | B] (or [dP | A]) with the accumulator
-still in registers. With SPLIT > 1 each program takes a share of the reduction and writes float32
-partial sums, which `reduce_kernel` adds in a fixed order.
+still in registers (as a prologue they would be the first terms of the same sum). With SPLIT > 1
+each program takes a share of the reduction and writes float32 partial sums, which `reduce_kernel`
+adds in a fixed order.
 """
 
 # mypy: ignore-errors
@@ -19,7 +20,6 @@ from saml_kernels.triton.device import (
     base_product,
     position,
     rows_of,
-    speaker_range,
 )
 
 __all__ = ["product_kernel", "reduce_kernel"]
@@ -33,7 +33,7 @@ def product_kernel(
     M, D, O, width, R, rank, S, SPLIT,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
-    ALIGNED: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
@@ -42,27 +42,28 @@ def product_kernel(
     tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
     pid_m, pid_o = position(tl.program_id(0), tiles_m, tiles_o, GROUP)
     split = tl.program_id(1)
-    rows, row_ok, speaker = rows_of(pid_m, M, speakers, S, SPEAKERS, BLOCK_M)
+    first_m, rows, row_ok, speaker = rows_of(pid_m, M, speakers, SPEAKERS, BLOCK_M)
     first_o = pid_o * BLOCK_O
     outs = first_o + tl.arange(0, BLOCK_O)
     out_ok = outs < O
     steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
     last = tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))
+    x += first_m * D
     acc = base_product(
         x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
-        first_o, outs, out_ok, split * steps, last, D, width,
-        TRANSPOSED, BITS, QBLOCK, NESTED, ALIGNED, PTX, PRECISION, BLOCK_M, BLOCK_O, BLOCK_D,
+        first_o, out_ok, split * steps, last, D, width,
+        TRANSPOSED, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+        BLOCK_M, BLOCK_O, BLOCK_D,
     )  # fmt: skip
 
     if EXPERTS and split == SPLIT - 1:
-        begin, end = speaker_range(speaker, S, SPEAKERS)
         for first_r in range(0, R, BLOCK_R):
             columns = first_r + tl.arange(0, BLOCK_R)
             column_ok = columns < R
             mask = row_ok[:, None] & column_ok[None, :]
-            h = tl.load(hidden + rows[:, None] * R + columns[None, :], mask, 0.0)
+            h = tl.load(hidden + first_m * R + rows[:, None] * R + columns[None, :], mask, 0.0)
             acc = add_experts(
-                acc, h, speaker, begin, end, experts, scales, columns, column_ok, outs, out_ok,
+                acc, h, speaker, S, experts, scales, columns, column_ok, outs, out_ok,
                 rank, stride_s, stride_e, stride_j, stride_o,
                 EBLOCK, SPEAKERS, PRECISION, x.dtype.element_ty,
             )  # fmt: skip
@@ -71,8 +72,9 @@ def product_kernel(
         acc = tl.where(known[:, None], acc, float("nan"))
     if BIAS:
         acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
-    where = (split.to(tl.int64) * M + rows[:, None]) * O + outs[None, :]
-    tl.store(y + where, acc.to(y.dtype.element_ty), row_ok[:, None] & out_ok[None, :])
+    y += (split.to(tl.int64) * M + first_m) * O
+    mask = row_ok[:, None] & out_ok[None, :]
+    tl.store(y + rows[:, None] * O + outs[None, :], acc.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["M", "SPLIT"])

@@ -17,12 +17,39 @@ from saml_kernels.triton.device import (
     expert_tile,
     gates_of,
     multiply,
+    next_speaker,
     rows_of,
-    speaker_range,
     spread,
 )
 
 __all__ = ["router_gradient_kernel", "skinny_kernel"]
+
+
+@triton.jit
+def _project(
+    acc, logits, x, rows, row_ok, D, s, experts, scales, router,
+    columns, wanted, number, E, rank, stride_s, stride_e, stride_j, stride_d,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """acc + X A^T and logits + X V^T over the given rows, by A and V of one speaker."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    for first in range(0, D, BLOCK_D):
+        ds = first + tl.arange(0, BLOCK_D)
+        d_ok = ds < D
+        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
+        a = expert_tile(
+            experts, scales, s, columns, wanted, ds, d_ok, rank,
+            stride_s, stride_e, stride_j, stride_d, EBLOCK,
+        )  # fmt: skip
+        acc = multiply(tile, a.to(dtype).T, acc, PRECISION)
+        if ROUTER:
+            # A router is E experts of rank 1.
+            z = expert_tile(
+                router, router, s, number, number < E, ds, d_ok, 1,
+                E * D, D, 0, 1, 0,
+            )  # fmt: skip
+            logits = multiply(tile, z.to(dtype).T, logits, PRECISION)
+    return acc, logits
 
 
 @triton.jit(do_not_specialize=["M", "S"])
@@ -42,42 +69,41 @@ def skinny_kernel(
     DGATES, the gates' gradient. SKIP leaves experts unread that no row of the tile chose. With
     ROUTER the gates are made here, and stored in float32.
     """
-    rows, row_ok, speaker = rows_of(tl.program_id(0), M, speakers, S, SPEAKERS, BLOCK_M)
-    begin, end = speaker_range(speaker, S, SPEAKERS)
+    first_m, rows, row_ok, speaker = rows_of(tl.program_id(0), M, speakers, SPEAKERS, BLOCK_M)
+    x += first_m * D
+    gates += first_m * E
+    dgates += first_m * E
+    gated += first_m * gated_stride
     group = tl.program_id(1) * TOGETHER
+    R = E * rank
     inside = tl.arange(0, BLOCK_R)
     expert = group + inside // rank
     columns = group * rank + inside
     column_ok = (inside < TOGETHER * rank) & (expert < E)
     mask = row_ok[:, None] & column_ok[None, :]
-    dtype: tl.constexpr = x.dtype.element_ty
     wanted = column_ok
     number = tl.arange(0, BLOCK_E)
-    if ROUTER:
-        logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    else:
+    if not ROUTER:
         gate = tl.load(gates + rows[:, None] * E + expert[None, :], mask, 0.0).to(tl.float32)
         if SKIP:
             wanted = wanted & (tl.max(tl.abs(gate), 0) > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        ds = first + tl.arange(0, BLOCK_D)
-        d_ok = ds < D
-        tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
-        for s in range(begin, end):
-            mine = tl.where(speaker[:, None] == s, tile, 0.0) if SPEAKERS else tile
-            a = expert_tile(
-                experts, scales, s, columns, wanted, ds, d_ok, rank,
-                stride_s, stride_e, stride_j, stride_d, EBLOCK,
+    logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    if SPEAKERS:
+        s = next_speaker(speaker, -1, S)
+        while s < S:
+            acc, logits = _project(
+                acc, logits, x, rows, row_ok & (speaker == s), D, s, experts, scales, router,
+                columns, wanted, number, E, rank, stride_s, stride_e, stride_j, stride_d,
+                EBLOCK, ROUTER, PRECISION, BLOCK_D,
             )  # fmt: skip
-            acc = multiply(mine.to(dtype), a.to(dtype).T, acc, PRECISION)
-            if ROUTER:
-                # A router is E experts of rank 1.
-                z = expert_tile(
-                    router, router, s, number, number < E, ds, d_ok, 1,
-                    E.to(tl.int64) * D, D, 0, 1, 0,
-                )  # fmt: skip
-                logits = multiply(mine.to(dtype), z.to(dtype).T, logits, PRECISION)
+            s = next_speaker(speaker, s, S)
+    else:
+        acc, logits = _project(
+            acc, logits, x, rows, row_ok, D, 0, experts, scales, router,
+            columns, wanted, number, E, rank, stride_s, stride_e, stride_j, stride_d,
+            EBLOCK, ROUTER, PRECISION, BLOCK_D,
+        )  # fmt: skip
 
     if ROUTER:
         found = gates_of(logits * warmth, E, TOP_K, BLOCK_E)
@@ -85,12 +111,11 @@ def skinny_kernel(
             exists = row_ok[:, None] & (number < E)[None, :]
             tl.store(gates + rows[:, None] * E + number[None, :], found, exists)
         gate = spread(found, expert, BLOCK_E)
-    R = E * rank
     where = rows[:, None] * R + columns[None, :]
     if BACKWARD:
         acc = acc * scaling
         if DGATES:
-            product = acc * tl.load(projected + where, mask, 0.0)
+            product = acc * tl.load(projected + first_m * R + where, mask, 0.0)
             for e in tl.static_range(TOGETHER):
                 own = tl.sum(tl.where((inside // rank == e)[None, :], product, 0.0), 1)
                 at = dgates + rows * E + group + e
@@ -99,7 +124,7 @@ def skinny_kernel(
         out = acc * gate
     else:
         if PLAIN:
-            tl.store(plain + where, acc, mask)
+            tl.store(plain + first_m * R + where, acc, mask)
         out = acc * gate * scaling
     at = gated + rows[:, None] * gated_stride + columns[None, :]
     tl.store(at, out.to(gated.dtype.element_ty), mask)

@@ -11,8 +11,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +106,26 @@ class Problem:
 
 def candidates(direction: str, m: int) -> Iterator[Config]:
     """What is tried for `m` tokens."""
-    rows = [b for b in (16, 32, 64, 128) if b <= max(16, 2 * m)][-2:]
-    for block_m in rows:
-        for block_o in (32, 64, 128):
-            for block_d in (64,) if direction == "forward" else (32, 64):
-                for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
-                    for split in (1, 2, 4, 8) if m <= 256 else (1,):
-                        route = "fused" if split == 1 else "split"
-                        if direction == "forward" and m <= 16:
-                            route = "decode"
-                        yield Config(route, block_m, block_o, block_d, split, warps, stages)
+    forwards = direction == "forward"
+    rows = [b for b in (16, 32, 64, 128) if b < 2 * max(16, m)][-2:]
+    widths, depths = (32, 64, 128), (64,) if forwards else (32, 64)
+    programs = ((4, 2), (4, 3), (4, 4), (8, 3)) if m <= 16 else ((4, 2), (4, 3), (8, 3))
+    splits = (1, 2, 4, 8) if m <= 256 else (1,)
+    for block_m, block_o, block_d, (warps, stages), split in product(
+        rows, widths, depths, programs, splits
+    ):
+        routes = ["fused" if split == 1 else "split"] if m > 16 or not forwards else []
+        if forwards and (m <= 16 or (m <= 256 and block_o == 64)):
+            routes.append("decode")
+        for route in routes:
+            config = Config(route, block_m, block_o, block_d, split, warps, stages)
+            yield config
+            if forwards and m <= 64 and (warps, stages) == (4, 3):
+                yield replace(config, scale="after")
     if m > 256:
         for block_m, block_o, warps in ((64, 128, 4), (128, 128, 8), (128, 64, 4)):
             yield Config("dense", block_m, block_o, 64, 1, warps, 3)
-    yield replace(Config(), route="scratch", split=1)
+    yield Config("scratch", split=1)
 
 
 def tune(
@@ -155,31 +166,62 @@ def tune(
     table["about"] = {"device": name, "torch": torch.__version__, "date": time.strftime("%F")}
     plan = [(m, n, k, d) for n, k in shapes for m in tokens for d in ("forward", "backward")]
     started, done = time.monotonic(), 0
-    for m, n, k, direction in plan:
-        if time.monotonic() - started > 60 * minutes:
-            break
-        problem = Problem(m, n, k, device=device)
-        row = {"m": m, "n": n, "k": k, **_fastest(problem, direction, clock, tried)}
-        kept = [r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)]
-        table[direction] = [row, *kept]
-        _write(path, table)
-        done += 1
-        if on_row:
-            on_row(done, len(plan), {"direction": direction, **row})
+    with ExitStack() as stack:
+        warm = _compilers(stack) if torch.device(device).type == "cuda" else None
+        for m, n, k, direction in plan:
+            if time.monotonic() - started > 60 * minutes:
+                break
+            configs = list(tried(direction, m))
+            if warm is not None:
+                warm([(m, n, k, direction, c, str(device)) for c in configs])
+            problem = Problem(m, n, k, device=device)
+            row = {"m": m, "n": n, "k": k, **_fastest(problem, direction, clock, configs)}
+            others = [
+                r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
+            ]
+            table[direction] = [row, *others]
+            _write(path, table)
+            done += 1
+            if on_row:
+                on_row(done, len(plan), {"direction": direction, **row})
     forget_tables()
     return path, done
+
+
+def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:
+    """Processes that run configurations once, side by side, so that Triton's disk cache has them.
+
+    One after the other, compiling would take most of the time there is.
+    """
+    workers = max(1, min(16, (os.cpu_count() or 2) - 1))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
+
+    def warm(tasks: list[Any]) -> None:
+        # What goes wrong here goes wrong again where it is measured, and is told there.
+        with suppress(BrokenProcessPool):
+            list(pool.map(_run_once, tasks))
+
+    return warm
+
+
+def _run_once(task: tuple[int, int, int, str, Config, str]) -> None:
+    m, n, k, direction, config, device = task
+    problem = Problem(m, n, k, copies=1, device=device)
+    with suppress(RuntimeError):
+        (problem.forward if direction == "forward" else problem.backward)(config)
+        torch.cuda.synchronize()
 
 
 def _fastest(
     problem: Problem,
     direction: str,
     clock: Clock,
-    tried: Callable[[str, int], Iterator[Config]],
+    configs: Sequence[Config],
 ) -> dict[str, Any]:
     expected = problem.truth()[direction]
     run = problem.forward if direction == "forward" else problem.backward
     best: tuple[float, Config] | None = None
-    for config in tried(direction, problem.m):
+    for config in configs:
         try:
             found = run(config).double()
         except RuntimeError as error:

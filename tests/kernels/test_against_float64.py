@@ -1,13 +1,16 @@
 """Output and every gradient of the Triton backend against float64, on random shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import assert_close, check_answers, draw_case, make_case, many, truth
+from cases import TOLERANCE, assert_close, check_answers, draw_case, make_case, many, truth
 from hypothesis import given
 from hypothesis import strategies as st
+from ways import WAYS
 
 from saml_kernels import triton as backend
-from saml_kernels.triton.configs import ROUTES
+from saml_kernels.triton.configs import ROUTES, Config
 
 
 def check(case, route):
@@ -25,7 +28,7 @@ def check(case, route):
 @given(data=st.data())
 def test_random_shapes(data, device):
     draw = data.draw
-    check(draw_case(draw, device), draw(st.sampled_from((None, *ROUTES)), "route"))
+    check(draw_case(draw, device), draw(WAYS, "way"))
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -86,3 +89,21 @@ def test_only_what_is_wanted(needs, device):
         assert (grad is not None) == need
         if need:
             assert_close(grad, expected, 2e-6, "gradient")
+
+
+@pytest.mark.parametrize("route", ["decode", "split", "fused"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "int4"])
+def test_scale_after_the_product(format, route, device):
+    """Within the rounding of the codes; where blocks do not end with the rows, as before it."""
+    split = 1 if route == "fused" else 2
+    config = Config(route, 16, 32, 64, split, scale="after")
+    for dtype in TOLERANCE:
+        for k in (128, 100):
+            case = make_case(8, 5, 40, k, 2, 4, format=format, dtype=dtype, device=device)
+            given = (case.x, case.weight, *case.experts, case.bias, case.scaling)
+            found = backend.forward(*given, route=config)
+            answer, size = truth(case)[0], truth(case, absolute=True)[0]
+            assert_close(found, answer, TOLERANCE[dtype], f"{dtype}, K = {k}", size)
+            if k == 100:
+                before = backend.forward(*given, route=replace(config, scale="before"))
+                torch.testing.assert_close(found, before, rtol=0, atol=0)

@@ -6,6 +6,7 @@ from cases import assert_close, draw_case, make_case, many
 from hypothesis import given
 from hypothesis import strategies as st
 from routed_cases import NAMES, check_answers, make_router, truth
+from ways import WAYS
 
 from saml_kernels import saml_linear_routed
 from saml_kernels import triton as backend
@@ -32,7 +33,7 @@ def test_random_shapes(data, device):
     case, seed = draw_case(draw, device), draw(st.integers(0, 2**32), "router")
     top_k = draw(st.sampled_from((None, 1, 2)), "top_k")
     temperature = draw(st.sampled_from((1.0, 0.5, 2.0)), "temperature")
-    check(case, seed, top_k, temperature, draw(st.sampled_from((None, *ROUTES)), "route"))
+    check(case, seed, top_k, temperature, draw(WAYS, "way"))
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -69,6 +70,19 @@ def test_equal_logits_keep_the_first(device):
         case.x, case.weight, case.lora_a, case.lora_b, gates, case.bias, 0.75
     )
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_gradcheck(device):
+    case = make_case(9, 3, 8, 32, 2, 2, block_size=32, device=device)
+    router = make_router(case, 10, None, 1.0)
+    leaves = [t.clone().requires_grad_() for t in (case.x, case.lora_a, case.lora_b, router)]
+
+    def run(x, a, b, v):
+        return saml_linear_routed(x, case.weight, a, b, v, case.bias, 0.5, backend="triton")
+
+    # The kernels are float32: steps and tolerances to match.
+    torch.autograd.gradcheck(run, leaves, eps=1e-2, atol=3e-2, rtol=1e-2, nondet_tol=0.0)
 
 
 def test_through_the_operator(device):

@@ -1,0 +1,17 @@
+"""Every way a product may go: a route with the tiles of the table, or with any tiles at all."""
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from saml_kernels.triton.configs import ROUTES, Config
+
+SIZES = st.sampled_from((16, 32, 64, 128))
+WAYS = st.one_of(
+    st.sampled_from((None, *ROUTES)),
+    st.builds(
+        Config, st.sampled_from(("decode", "split", "fused", "dense")), SIZES, SIZES, SIZES,
+        st.sampled_from((1, 2, 3, 5)), group=st.integers(1, 9),
+        scale=st.sampled_from(("before", "after")),
+    ).map(lambda c: c if c.route in ("decode", "split") else replace(c, split=1)),
+)  # fmt: skip
