@@ -198,8 +198,8 @@ def saml_linear_routed(
         )
     name = choose_backend(x, weight, backend)
     if not getattr(BACKENDS[name], "ROUTING", False) or experts == 0:
-        # Grouping looks at the index, which a compiler cannot trace.
-        if speakers is None or experts == 0 or torch.compiler.is_compiling():
+        # Grouping looks at the index, which a compiler cannot trace, and needs a row to look at.
+        if speakers is None or 0 in (experts, x.numel()) or torch.compiler.is_compiling():
             gates = reference.route(x, router, top_k, temperature, speakers)
         else:
             logits = grouping.logits(x, router, speakers)
