@@ -76,7 +76,8 @@ def test_every_own_contender_is_right(case):
     assert set(found) == {"dense", "saml base", "saml + experts"}
     for row in rows:
         assert row["error"] < 1e-5 and len(row["samples_us"]) == 2
-        assert row["of_roofline"] == pytest.approx(row["floor_us"] / row["median_us"], rel=0.2)
+        reached = row["floor_us"] / row["median_us"]
+        assert row["of_roofline"] == pytest.approx(reached, rel=0.2, abs=1e-4)  # it is rounded
     ours = found["saml + experts"]
     assert set(ours["ratios"]) == set(found) - {"saml + experts"}
     assert ours["flop"] > found["saml base"]["flop"]
