@@ -25,7 +25,7 @@ __all__ = ["ADAPTATION", "GATES", "adapt", "model_name", "options_for", "trainin
 
 # What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
 ADAPTATION = TrainingOptions(
-    learning_rate=5e-4, epochs=8, batch_seconds=30.0, max_batch=4, average=0.3
+    learning_rate=2e-4, epochs=8, batch_seconds=30.0, max_batch=4, average=0.3
 )
 
 # A few hundred numbers: they bear large steps, and cannot learn a transcript by heart.
