@@ -29,12 +29,14 @@ __all__ = ["BASE", "Shape", "train_base", "train_tokenizer"]
 
 # What made the model that ships with the package; see README, "The Conformer".
 BASE = TrainingOptions(
-    learning_rate=1e-3,
-    epochs=24,
+    learning_rate=1.5e-3,
+    epochs=36,
     batch_seconds=45.0,
     max_batch=12,
     weight_decay=0.05,
     clip_norm=5.0,
+    warmup=0.03,
+    flat_start=4,
     freq_masks=2,
     freq_width=16,
     time_masks=5,

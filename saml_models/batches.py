@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,22 +33,32 @@ class Sample:
     text: str
 
 
-def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[list[int]]:
-    """Batches of clips of like length for all epochs, a pure function of its arguments."""
+def plan_batches(
+    seconds: Sequence[float], options: TrainingOptions, longest: float = math.inf
+) -> list[list[int]]:
+    """Batches of clips of like length for all epochs, a pure function of its arguments.
+
+    Args:
+        seconds: of each clip.
+        options: say how many epochs, and how large a batch is.
+        longest: seconds; longer clips are left out.
+    """
     rng = random.Random(options.seed)
     batches: list[list[int]] = []
     for _ in range(options.epochs):
         order = sorted(range(len(seconds)), key=lambda i: seconds[i] + rng.random())
+        order = [i for i in order if seconds[i] <= longest]
         epoch: list[list[int]] = []
         current: list[int] = []
         for i in order:
-            longest = max(seconds[j] for j in [*current, i]) + 1.0
-            full = longest * (len(current) + 1) > options.batch_seconds
+            padded = max(seconds[j] for j in [*current, i]) + 1.0
+            full = padded * (len(current) + 1) > options.batch_seconds
             if current and (full or len(current) >= options.max_batch):
                 epoch.append(current)
                 current = []
             current.append(i)
-        epoch.append(current)
+        if current:
+            epoch.append(current)
         rng.shuffle(epoch)
         batches += epoch
     return batches

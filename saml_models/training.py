@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from saml_kernels.errors import SAMLError
 from saml_models.batches import IGNORED, BatchMaker, Sample, plan_batches
 from saml_models.families import Family, Outputs, family_of
+from saml_models.flat_start import SHORT, flat_loss
 from saml_models.memory import keep_freed_memory
 from saml_models.prefetch import ahead
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
@@ -55,6 +56,8 @@ class TrainingOptions:
             probabilities (arXiv 1503.02531), which keeps many epochs from forgetting what it knows.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
+        flat_start: epochs that come before the others, over the short clips alone, in which the
+            CTC head learns the text spread evenly over each clip (flat_start.py).
         smoothing: label smoothing of the decoder's cross entropy.
         corrupt: share of the decoder's input tokens that is replaced by tokens of the batch, so
             that it listens more than it guesses.
@@ -80,6 +83,7 @@ class TrainingOptions:
     anchor: float = 0.0
     distil: float = 0.0
     ctc: float = 0.3
+    flat_start: int = 0
     smoothing: float = 0.0
     corrupt: float = 0.0
     keep_prepared: bool = False
@@ -120,16 +124,23 @@ class _Objective(nn.Module):
         self.start = {n: p.detach().clone() for n, p in self.parameters_trained.items()}
 
     def forward(
-        self, features: Tensor, clean: Tensor, mask: Tensor, inputs: Tensor, targets: Tensor
+        self,
+        features: Tensor,
+        clean: Tensor,
+        mask: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+        flat: bool = False,
     ) -> Tensor:
         """The loss of one batch (scalar).
 
         Args:
             features: of the model's family, augmented.
-            clean: the same without SpecAugment, for the teacher.
+            clean: the same without SpecAugment, for the teacher and the flat start.
             mask: [B, frames] bool, True where there is audio.
             inputs: token ids [B, L].
             targets: token ids [B, L], `IGNORED` where there is none.
+            flat: whether this step belongs to the flat start.
         """
         o, model, family = self.options, self.model, self.family
         routing: Any = getattr(model, "saml_routing", None)
@@ -145,7 +156,12 @@ class _Objective(nn.Module):
             apart = F.kl_div(found.logits.log_softmax(-1), wanted, reduction="batchmean")
             loss = (1 - o.distil) * loss + o.distil * apart
         if found.ctc is not None and o.ctc > 0:
-            loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(found, targets, kept)
+            words = [row[row != IGNORED][:-1] for row in targets]  # the end is none of CTC's
+            if flat:
+                heard = flat_loss(found, family.bands(clean), mask, words)
+            else:
+                heard = _ctc_loss(found, words)
+            loss = (1 - o.ctc) * loss + o.ctc * heard
         if routing is not None:
             balance = routing.balance_loss()
             routing.mask = None
@@ -157,14 +173,12 @@ class _Objective(nn.Module):
         return loss
 
 
-def _ctc_loss(found: Outputs, targets: Tensor, kept: Tensor) -> Tensor:
-    """Per token of the text, as the cross entropy is; the end token is none of CTC's."""
+def _ctc_loss(found: Outputs, words: list[Tensor]) -> Tensor:
+    """Per token of the text, as the cross entropy is."""
     assert found.ctc is not None and found.ctc_lengths is not None
-    lengths = kept.sum(1) - 1
-    last = kept & (kept.flip(1).cumsum(1).flip(1) == 1)
-    words = targets[kept & ~last]
+    lengths = torch.tensor([len(row) for row in words], device=found.ctc_lengths.device)
     total = F.ctc_loss(
-        found.ctc.transpose(0, 1), words, found.ctc_lengths, lengths, found.blank,
+        found.ctc.transpose(0, 1), torch.cat(words), found.ctc_lengths, lengths, found.blank,
         reduction="sum", zero_infinity=True,
     )  # fmt: skip
     return total / lengths.sum().clamp(min=1)
@@ -244,7 +258,9 @@ def fit(
     moving = _training_mode(model)
     wrapped, prepared = accelerator.prepare(objective, optimiser)
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    batches = plan_batches([s.seconds for s in samples], options)
+    seconds = [s.seconds for s in samples]
+    flat = plan_batches(seconds, replace(options, epochs=options.flat_start), longest=SHORT)
+    batches = flat + plan_batches(seconds, options)
     steps = math.ceil(len(batches) / ranks)
     average: dict[str, Tensor] = {}
     run = _fingerprint(model, samples, options)
@@ -263,7 +279,8 @@ def fit(
                 group["lr"] = rate
             torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
             with accelerator.autocast():
-                loss = wrapped(*(t.to(accelerator.device) for t in batch))
+                there = (t.to(accelerator.device) for t in batch)
+                loss = wrapped(*there, flat=i * ranks < len(flat))
             if not torch.isfinite(loss):
                 raise SAMLError(f"training: the loss is {loss.item()} at step {i}; lower the rate")
             prepared.zero_grad()
