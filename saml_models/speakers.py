@@ -293,7 +293,9 @@ def _put(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.shape == value.shape:
         parameter.copy_(value)
     else:
-        parameter.data = value.to(parameter.device, parameter.dtype)
+        # A tensor made in inference mode could never be trained again.
+        with torch.inference_mode(False):
+            parameter.data = value.to(parameter.device, parameter.dtype).clone()
 
 
 def _layer(parameter: str) -> str:
