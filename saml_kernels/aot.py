@@ -44,6 +44,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 EXPERT_FORMATS = ("float", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
+REGISTERS = 255  # a thread's most
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,15 @@ def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
     source = ASTSource(function, named, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target, options)
-    cubin = compiled.asm["cubin"]
     path = out / f"{launch.name}-{key}.cubin"
-    path.write_bytes(cubin)
-    registers, spilled = _resources(path)
+    # Left alone, ptxas may spill a few bytes to fit more programs on a processor: then not so.
+    for limit in ({}, {"maxnreg": REGISTERS}):
+        compiled = triton.compile(source, target, options | limit)
+        cubin = compiled.asm["cubin"]
+        path.write_bytes(cubin)
+        registers, spilled = _resources(path)
+        if not spilled:
+            break
     return Built(
         key, launch.name, path.name, compiled.metadata.name, _parameters(compiled.asm["ptx"]),
         {n: v for n, v in launch.constants.items() if n != "PTX"},

@@ -1,5 +1,6 @@
 """Gates alone, no transcripts, many speakers, fewer experts: on real speech and a real model."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,10 +20,10 @@ from saml_models.decoding import decode_clips
 from saml_models.forced import confidence
 from saml_models.identification import distance, embed, identify
 from saml_models.loading import load_adaptable
-from saml_models.pruning import measure_usage, prune
+from saml_models.pruning import SHARES, measure_usage, prune
 from saml_models.speakers import SpeakerProfile
 from saml_models.store import ProfileStore
-from saml_models.surgery import expert_parameters, routed_layers
+from saml_models.surgery import config_of, expert_parameters, routed_layers
 from saml_models.training import TrainingOptions
 from saml_models.unsupervised import Filter, Label, adapt_unsupervised, believed, pseudo_labels
 
@@ -161,6 +162,45 @@ def test_pruned_profiles_shrink_and_speak(experts, utterances, whole, tmp_path):
             prune(whole, model, usage, wrong)
     with pytest.raises(SAMLError, match="whole profile"):
         prune(half, model, usage, layers)
+
+
+def test_the_commands_prune_export_and_import(whole, utterances, tmp_path):
+    def saml(*arguments):
+        done = CliRunner().invoke(app, ["speakers", *map(str, arguments)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.stdout
+
+    profile, curve, small = (tmp_path / n for n in ("ann.safetensors", "curve.json", "small"))
+    whole.save(profile)
+    clips = tmp_path / "clips.jsonl"
+    rows = [
+        {"audio": str(u.audio), "text": u.text, "speaker": "ann"} for u in utterances["1688"][:2]
+    ]
+    clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saml("prune", profile, "--data", clips, "--out", small, "--json", curve, "--max-loss", "1000")
+    found = json.loads(curve.read_text())
+    points, layers = found["curve"], len(found["layers"])
+    assert [p["experts"] for p in points] == [round(s * 4 * layers) for s in SHARES]
+    assert all(a["bytes"] > b["bytes"] for a, b in itertools.pairwise(points))
+    assert all(len(row) == 4 and abs(sum(row) - 1) < 1e-2 for row in found["gates"])
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert SpeakerProfile.load(small).about["experts"] == points[-1]["experts"]
+    assert f"{layers} in {layers} layers" in saml("show", small)
+
+    store, folder = ("--store", tmp_path / "store"), tmp_path / "peft"
+    saml("export", profile, folder, "--peft")
+    adapters = sorted(folder.iterdir())
+    assert [a.name for a in adapters] == [f"expert-{e}" for e in range(4)]
+    saml("import", *adapters, "--name", "ann", *store)
+    saml("import", profile, "--name", "bob", *store)
+    listed = saml("list", *store)
+    assert "ann" in listed and "bob" in listed
+    model = load_adaptable("tiny.en")[0]
+    before, after = whole.experts(model), ProfileStore(store[1]).load("ann").experts(model)
+    for name in (n for n in before if n.endswith("lora_b")):
+        a = name.replace("lora_b", "lora_a")
+        expected = config_of(model).scaling * before[name] @ before[a]
+        torch.testing.assert_close(after[name] @ after[a], expected, rtol=2e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
