@@ -80,7 +80,7 @@ def main(
         row["real_time_factor"] = round(row["seconds"] / seconds, 5)
         row["wer"] = round(float(pooled(word_errors([u.text for u in utterances], texts)).wer), 2)
     title = f"transcription, Whisper {model}, {len(utterances)} clips, {seconds:.0f} s of speech"
-    record("P7", title, (rows, skipped), results, where, threads)
+    record(f"P7 {model}", title, (rows, skipped), results, where, threads)
 
 
 if __name__ == "__main__":
