@@ -22,7 +22,7 @@ from saml_models.quiet import quiet_transformers
 __all__ = ["Conformer", "is_conformer", "load_conformer"]
 
 CONFIG = "config.json"
-# What `saml train-base` made, quantised, under the name that --model takes.
+# What `saml train-base` made, in this package, under the name that --model takes.
 SHIPPED = "conformer-small"
 
 
@@ -54,7 +54,7 @@ def is_conformer(name_or_path: str | os.PathLike[str]) -> bool:
 
 
 def shipped_folder(name: str) -> Path | None:
-    """The quantised model in this package for a name; None if there is none."""
+    """The model in this package for a name; None if there is none."""
     folder = Path(str(files("saml_models") / "conformers" / name))
     return folder if Path(name).name == name and folder.is_dir() else None
 
@@ -68,7 +68,7 @@ def load_conformer(
 
     Args:
         name_or_path: a folder that `saml train-base` wrote or in Hugging Face layout (safetensors
-            only), or a Hugging Face id such as "nvidia/canary-180m-flash".
+            only), "conformer-small", or a Hugging Face id such as "nvidia/canary-180m-flash".
         device: where the model goes; None is the CPU.
         dtype: of the parameters; None is float32.
 
@@ -81,6 +81,8 @@ def load_conformer(
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
+    if not path.exists():
+        path = shipped_folder(name) or path
     local = path.is_dir()
     if path.exists() and not is_conformer(path):
         raise SAMLError(f"{name}: holds no Canary; expected a folder with config.json and weights")

@@ -13,7 +13,7 @@ import torch
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models.conformer import is_conformer, load_conformer, shipped_folder
+from saml_models.conformer import is_conformer, load_conformer
 from saml_models.speakers import SpeakerProfile
 from saml_models.storage import DESCRIPTION, load_saml
 from saml_models.surgery import SurgeryReport, apply_saml
@@ -43,8 +43,6 @@ def load_model(
             is not there.
     """
     folder = Path(name_or_path).expanduser()
-    if not folder.exists():
-        folder = shipped_folder(os.fspath(name_or_path)) or folder
     if (folder / DESCRIPTION).is_file():
         try:
             model, processor = load_saml(folder, device)
