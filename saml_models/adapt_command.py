@@ -41,7 +41,8 @@ def adapt(
     ] = None,
     model: Model = "tiny.en",
     speaker: Annotated[
-        str | None, typer.Option(help="Whose voice; not needed where the data has one speaker.")
+        str | None,
+        typer.Option(help="Whose voice, of several; a folder of clips is enrolled under it."),
     ] = None,
     kind: Annotated[
         str, typer.Option(help="experts: the speaker's own; gates: router offsets, a few KB.")
@@ -87,18 +88,25 @@ def adapt(
         if out is not None or speaker is not None or test_utterances:
             raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
         _adapt_many(
-            manifest, ProfileStore(store), ray, model=model, kind=kind, options=options,
-            experts=experts and str(experts), device=device_named(device),
+            manifest, ProfileStore(store), ray, adapt_utterances, model=model, kind=kind,
+            options=options, experts=experts and str(experts), device=device_named(device),
             unsupervised=unsupervised,
         )  # fmt: skip
         return
+    if ray:
+        raise SAMLError("--ray: is for many speakers; give --manifest")
     assert data is not None
-    utterances = load_corpus(data, [speaker] if speaker else None)
+    utterances = load_corpus(data, need_text=not unsupervised or test_utterances > 0)
     voices = by_speaker(utterances)
-    if len(voices) > 1:
-        shown = ", ".join(list(voices)[:8])
+    shown = ", ".join(list(voices)[:8])
+    named_by_folder = data.is_dir() and list(voices) == [data.resolve().name]
+    if speaker in voices:
+        utterances = voices[speaker]
+    elif speaker is not None and not named_by_folder:
+        raise SAMLError(f"{data}: no speaker {speaker}; it has {len(voices)} speakers: {shown}")
+    elif len(voices) > 1:
         raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
-    out = out or ProfileStore(store).path(next(iter(voices)))
+    out = out or ProfileStore(store).path(speaker or next(iter(voices)))
     check_file(out)
     if test_utterances >= len(utterances):
         raise SAMLError(
@@ -113,16 +121,15 @@ def adapt(
         def on_step(done: int, steps: int, loss: float) -> None:
             show(done, steps, f"loss {loss:.3f}")
 
-        common: dict[str, Any] = {"speaker": speaker, "kind": kind, "on_step": on_step}
-        if unsupervised:
-            profile = adapt_unsupervised(network, processor, utterances, options, **common)
-        else:
-            profile = learn(
-                network, processor, utterances, options, checkpoint=checkpoint, **common
-            )
+        do = adapt_unsupervised if unsupervised else learn
+        profile = do(
+            network, processor, utterances, options, speaker=speaker, kind=kind,
+            checkpoint=checkpoint, on_step=on_step,
+        )  # fmt: skip
+        profile.save(out)
     if held:
         profile = with_word_errors(profile, network, processor, held)
-    profile.save(out)
+        profile.save(out)
     about = profile.about
     typer.echo(
         f"learnt {about['speaker']} from {about['utterances']} utterances "
@@ -139,18 +146,22 @@ def adapt(
             f"{about['wer_after']:.2f} % after"
         )
     print_result(network, profile, out)
-    typer.echo(f"try it: saml transcribe --model {model} --speaker {out} FILE")
+    start = f" --experts {experts}" if experts and kind == "gates" else ""
+    typer.echo(f"try it: saml transcribe --model {model}{start} --speaker {out} FILE")
 
 
-def _adapt_many(manifest: Path, store: Any, ray: bool, **how: Any) -> None:
+def _adapt_many(manifest: Path, store: Any, ray: bool, most: int | None, **how: Any) -> None:
     """Every speaker of a manifest; ends with exit code 1 where some failed."""
     from dataclasses import asdict
 
-    from saml_models.corpora import load_corpus
+    from saml_models.corpora import by_speaker, load_corpus
     from saml_models.files import write_json
     from saml_models.fleet import adapt_fleet, make_jobs
 
-    jobs = make_jobs(load_corpus(manifest), how.pop("model"), store, **how)
+    # What is wrong with one speaker's rows is that speaker's failure, not everybody's.
+    rows = load_corpus(manifest, need_text=False, need_audio=False)
+    utterances = [u for found in by_speaker(rows).values() for u in found[:most]]
+    jobs = make_jobs(utterances, how.pop("model"), store, **how)
     with progress("adapting") as show:
         count = 0
 

@@ -16,7 +16,7 @@ from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
 from saml_models.identification import embed
-from saml_models.speakers import SpeakerProfile, kept_experts
+from saml_models.speakers import SpeakerProfile, check_whole, kept_experts
 from saml_models.surgery import expert_parameters, routers_of
 from saml_models.training import Sample, TrainingOptions, fit
 from saml_models.transcripts import in_model_style
@@ -79,10 +79,10 @@ def training_samples(
         if not utterance.text.strip():
             raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
         clip = utterance.load()
-        seconds = len(clip) / SAMPLE_RATE
-        if seconds > MAX_SECONDS and skip_long:
+        if skip_long and len(clip) > MAX_SECONDS * SAMPLE_RATE:
             continue
-        if seconds > MAX_SECONDS:
+        if len(clip) > MAX_SECONDS * SAMPLE_RATE:
+            seconds = len(clip) / SAMPLE_RATE
             raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
         kept.append(utterance)
         clips.append(clip)
@@ -114,7 +114,7 @@ def adapt(
         options: `options_for(kind)` unless given.
         speaker: name for the profile; the utterances' own unless given.
         kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
-        checkpoint: a file to resume from if the run is killed.
+        checkpoint: as for `training.fit`.
         on_step: called with (steps done, steps in all, loss).
 
     Returns:
@@ -131,6 +131,7 @@ def adapt(
             f"adapt: utterances of {len(names)} speakers ({names[0]}, {names[1]}, ...); choose one"
         )
     options = options or options_for(kind)
+    check_whole(model)
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with kept_experts(model):
         samples = training_samples(model, processor, utterances)

@@ -9,11 +9,13 @@ import typer
 
 from saml_models.quiet import quiet_libraries
 from saml_models.terminal import (
+    Device,
     Epochs,
     LearningRate,
     Seed,
     changed,
     checkpoint_of,
+    device_named,
     progress,
     resumable,
 )
@@ -37,6 +39,7 @@ def train_base(
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
+    device: Device = None,
 ) -> None:
     """Train a small Conformer on joint CTC and attention; a killed run resumes."""
     quiet_libraries()
@@ -56,11 +59,12 @@ def train_base(
             utterances,
             options,
             checkpoint=checkpoint,
+            device=device_named(device),
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
         )
-    with atomic_folder(out) as temporary:
-        model.half().save_pretrained(temporary)  # what rounding costs is far below a word
-        processor.save_pretrained(temporary)
+        with atomic_folder(out) as temporary:
+            model.half().save_pretrained(temporary)  # what rounding costs is far below a word
+            processor.save_pretrained(temporary)
     parameters = sum(p.numel() for p in model.parameters())
     typer.echo(f"{report.steps} steps, loss {report.first_loss:.3f} to {report.last_loss:.3f}")
     typer.echo(f"written: {out} ({parameters:,} parameters, in float16)")

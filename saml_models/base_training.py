@@ -23,6 +23,7 @@ from saml_models.audio import SAMPLE_RATE
 from saml_models.batches import Sample
 from saml_models.conformer import Conformer
 from saml_models.corpora import Utterance
+from saml_models.devices import on_device
 from saml_models.training import TrainingOptions, TrainingReport, fit
 
 __all__ = ["BASE", "Shape", "train_base", "train_tokenizer"]
@@ -127,7 +128,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     if tokenizer.get_vocab_size() < vocabulary:
         raise SAMLError(
             f"vocabulary: the text gives {tokenizer.get_vocab_size()} tokens, fewer than "
-            f"{vocabulary}; give more text or a smaller vocabulary"
+            f"{vocabulary}; give more text, or a smaller vocabulary (`Shape`)"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -143,6 +144,7 @@ def train_base(
     options: TrainingOptions | None = None,
     shape: Shape | None = None,
     *,
+    device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> tuple[Conformer, CanaryProcessor, TrainingReport]:
@@ -152,7 +154,8 @@ def train_base(
         utterances: each with text; what is longer than 30 s is left out.
         options: `BASE` unless given.
         shape: of the model; `Shape()` unless given.
-        checkpoint: a file to resume from if the run is killed.
+        device: where it is trained.
+        checkpoint: as for `training.fit`.
         on_step: called with (steps done, steps in all, loss).
 
     Raises:
@@ -171,6 +174,7 @@ def train_base(
     torch.manual_seed(options.seed)
     model = Conformer(shape.config())
     _initialise(model)
+    on_device(model, device)
     report = fit(model, processor, samples, options, checkpoint, on_step)
     return model.eval(), processor, report
 

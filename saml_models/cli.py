@@ -94,6 +94,10 @@ def transcribe(
         Path | None,
         typer.Option(help="CSV of audio,speaker: who is heard where, all in the same batches."),
     ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(help="Pretrained; for a profile of gates, those it was made with."),
+    ] = None,
     store: Store = None,
     device: Device = None,
 ) -> None:
@@ -126,7 +130,9 @@ def transcribe(
         for number, file in enumerate(files, start=1):
             load_audio(file)
             show(number, len(files))
-    network, processor = load_for_speakers(model, heard_as.profiles, device_named(device))
+    network, processor = load_for_speakers(
+        model, heard_as.profiles, device_named(device), perhaps=heard_as.enrolled, experts=experts
+    )
     chosen = heard_as.for_files(network, processor, files)
     timed = word_timestamps or (writes and output_format != "txt")
     with progress("transcribing") as show:
@@ -200,7 +206,7 @@ def pretrain(
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             original=original,
         )
-    profile.save(out)
+        profile.save(out)
     about = profile.about
     typer.echo(
         f"learnt from {about['speakers']} speakers, {about['utterances']} utterances "

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CanaryConfig, CanaryForConditionalGeneration, CanaryProcessor
 
 from saml_kernels.errors import SAMLError
+from saml_models.devices import on_device
 from saml_models.quiet import quiet_transformers
 
 __all__ = ["Conformer", "is_conformer", "load_conformer"]
@@ -106,9 +107,4 @@ def load_conformer(
         missing = sorted(about["missing_keys"])
         raise SAMLError(f"{name}: {missing[0]} is missing from the weights; copy them again")
     model.config._name_or_path = name
-    try:
-        nn.Module.to(model, device or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise SAMLError(f"device {device}: cannot be used: {reason}") from error
-    return model.eval(), processor
+    return on_device(model, device).eval(), processor

@@ -56,7 +56,11 @@ class Utterance:
 
 
 def load_corpus(
-    path: str | os.PathLike[str], speakers: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    speakers: Sequence[str] | None = None,
+    *,
+    need_text: bool = True,
+    need_audio: bool = True,
 ) -> list[Utterance]:
     """Read a corpus, whatever its layout; the audio itself stays unread.
 
@@ -65,6 +69,8 @@ def load_corpus(
             one split; a JSON-lines manifest, whose audio is relative to it; or a folder (or a
             folder of one folder a speaker) with a text file beside each clip.
         speakers: keep only these.
+        need_text: else a clip or a manifest's row without text is one whose text is "".
+        need_audio: else a manifest's audio that is not on disk is found out when it is loaded.
 
     Returns:
         The utterances in file order: a manifest's by row, every other layout's by path and time.
@@ -74,7 +80,7 @@ def load_corpus(
             row (with its file and line), an id used twice, or a speaker who is not there.
     """
     path = Path(path)
-    utterances = list(_read(path))
+    utterances = list(_read(path, need_text, need_audio))
     if not utterances:
         raise SAMLError(f"{path}: holds no utterance; expected transcribed speech")
     seen: dict[str, Utterance] = {}
@@ -108,12 +114,12 @@ def _select(utterances: list[Utterance], speakers: Sequence[str], path: Path) ->
     return [utterance for utterance in utterances if utterance.speaker in wanted]
 
 
-def _read(path: Path) -> Iterator[Utterance]:
+def _read(path: Path, need_text: bool, need_audio: bool) -> Iterator[Utterance]:
     """Find out the layout and read it."""
     if path.is_file():
         if path.suffix.lower() not in (".jsonl", ".json"):
             raise SAMLError(f"{path}: not a corpus; expected {_LAYOUTS}")
-        return _read_manifest(path)
+        return _read_manifest(path, need_text, need_audio)
     if not path.is_dir():
         raise SAMLError(f"{path}: no such file or folder; expected {_LAYOUTS}")
     if splits := _tedlium_splits(path):
@@ -121,7 +127,7 @@ def _read(path: Path) -> Iterator[Utterance]:
     if transcripts := _librispeech_transcripts(path):
         return _read_librispeech(transcripts)
     if folders := [folder for folder in (path, *_folders(path)) if _clips(folder)]:
-        return (utterance for folder in folders for utterance in _read_clips(folder))
+        return (utterance for folder in folders for utterance in _read_clips(folder, need_text))
     manifests = ", ".join(str(manifest) for manifest in sorted(path.glob("*.jsonl")))
     hint = f"; give one of its manifests: {manifests}" if manifests else ""
     raise SAMLError(f"{path}: no transcribed speech found{hint or f'; expected {_LAYOUTS}'}")
@@ -189,13 +195,15 @@ def _read_tedlium(split: Path) -> Iterator[Utterance]:
 # JSON-lines manifest
 
 
-def _read_manifest(path: Path) -> Iterator[Utterance]:
+def _read_manifest(path: Path, need_text: bool, need_audio: bool) -> Iterator[Utterance]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            yield _manifest_row(path, line, f"{path}:{number}")
+            yield _manifest_row(path, line, f"{path}:{number}", need_text, need_audio)
 
 
-def _manifest_row(path: Path, line: str, where: str) -> Utterance:
+def _manifest_row(
+    path: Path, line: str, where: str, need_text: bool, need_audio: bool
+) -> Utterance:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -204,11 +212,11 @@ def _manifest_row(path: Path, line: str, where: str) -> Utterance:
     if not isinstance(row, dict):
         raise SAMLError(f"{where}: expected one JSON object a line with audio, text and speaker")
     name = _string(row, "audio", where)
-    text = _string(row, "text", where)
+    text = _string(row, "text", where) if need_text or row.get("text") else ""
     speaker = _string(row, "speaker", where)
     audio = path.parent / name
     # os.path.isfile: False, not an exception, for names too long or with a zero byte.
-    if not os.path.isfile(audio):
+    if need_audio and not os.path.isfile(audio):
         raise SAMLError(f"{where}: audio {audio} is not on disk (paths are relative to the file)")
     start, end, duration = (_seconds(row, key, where) for key in ("start", "end", "duration"))
     if end is not None and end <= (start or 0.0):
@@ -257,20 +265,20 @@ def _clips(folder: Path) -> dict[str, list[Path]]:
     return clips if heard else {}
 
 
-def _read_clips(folder: Path) -> Iterator[Utterance]:
+def _read_clips(folder: Path, need_text: bool) -> Iterator[Utterance]:
     speaker = folder.resolve().name
     for stem, files in _clips(folder).items():
         texts = [file for file in files if file.suffix.lower() == ".txt"]
         audio = [file for file in files if file not in texts]
-        if not texts:
+        if need_text and not texts:
             raise SAMLError(f"{audio[0]}: no text for this clip; expected {stem}.txt beside it")
         if not audio:
             raise SAMLError(f"{texts[0]}: no audio for this text; expected {stem}.wav beside it")
-        if len(files) != 2:
+        if len(audio) != 1 or len(texts) > 1:
             names = ", ".join(file.name for file in files)
             raise SAMLError(f"{folder}: {names}; expected one audio and one text file a clip")
-        text = " ".join(" ".join(_lines(texts[0])).split())
-        if not text:
+        text = " ".join(" ".join(line for file in texts for line in _lines(file)).split())
+        if need_text and not text:
             raise SAMLError(f"{texts[0]}: empty; expected what is said in {audio[0].name}")
         yield Utterance(f"{speaker}-{stem}", speaker, text, audio[0])
 

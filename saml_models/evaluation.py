@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from saml_kernels.errors import SAMLError
-from saml_models.adaptation import adapt
+from saml_models.adaptation import MAX_SECONDS, adapt
 from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
@@ -65,9 +65,11 @@ class Evaluation:
         return [e for s, e in pairs if speaker in (None, s)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything for JSON; WER in per cent, times in seconds, sizes in bytes."""
+        """Everything for JSON; WER in per cent (None: not run), times in seconds, bytes."""
         detail = {}
-        for system, errors in self.errors.items():
+        systems = [s for s in SYSTEMS if self.errors[s]]
+        for system in systems:
+            errors = self.errors[system]
             total = pooled(errors)
             low, high = bootstrap_interval(errors)
             detail[system] = {
@@ -86,11 +88,11 @@ class Evaluation:
             if math.isfinite(high):
                 relative["interval_95"] = [round(low, 4), round(high, 4)]
         return {
-            "wer": {s: round(self.wer(s), 3) for s in SYSTEMS},
+            "wer": {s: round(self.wer(s), 3) if s in detail else None for s in SYSTEMS},
             "relative": relative,
             "size": self.size,
             "speakers": {
-                speaker: {s: round(self.wer(s, speaker), 3) for s in SYSTEMS}
+                speaker: {s: round(self.wer(s, speaker), 3) for s in systems}
                 for speaker in dict.fromkeys(self.speakers)
             },
             "detail": detail,
@@ -102,7 +104,7 @@ class Evaluation:
                     "id": self.ids[i],
                     "speaker": self.speakers[i],
                     "reference": self.references[i],
-                    **{s: self.hypotheses[s][i] for s in SYSTEMS},
+                    **{s: self.hypotheses[s][i] for s in systems},
                 }
                 for i in range(len(self.ids))
             ],
@@ -165,7 +167,8 @@ def evaluate(
         full: the full-precision model and its processor.
         quantised: the same, quantised, without experts.
         saml: the same with pretrained experts; every fold adapts from these.
-        folds: from `make_folds`; "other speaker" takes the profile of the next speaker's fold.
+        folds: from `make_folds`; what is longer than 30 s is not learnt from. "other speaker"
+            takes the profile of the next speaker's fold; with one speaker it is not run.
         options: of the adaptation; the defaults unless given.
         beam_size: of every system.
         on_stage: called with the name and the number of parts of each stage that begins.
@@ -199,11 +202,14 @@ def evaluate(
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
     for fold in folds:
-        profiles.append(adapt(saml, processor, fold.train, options))
+        short = [u for u in fold.train if len(u.load()) <= MAX_SECONDS * SAMPLE_RATE]
+        profiles.append(adapt(saml, processor, short or fold.train, options))
         done(1)
     result.seconds["adapting"] = time.monotonic() - started
-    others = [_other(folds, i) for i in range(len(folds))]
-    for system, chosen in (("adapted", list(range(len(folds)))), ("other_speaker", others)):
+    chosen_by = {"adapted": list(range(len(folds)))}
+    if len({fold.speaker for fold in folds}) > 1:
+        chosen_by["other_speaker"] = [_other(folds, i) for i in range(len(folds))]
+    for system, chosen in chosen_by.items():
         stage(SYSTEMS[system], len(clips))
         started = time.monotonic()
         texts, at = [], 0
@@ -236,9 +242,6 @@ def with_word_errors(
 
 
 def _other(folds: Sequence[Fold], i: int) -> int:
-    """The next fold of another speaker; itself if there is only one speaker."""
-    for step in range(1, len(folds)):
-        j = (i + step) % len(folds)
-        if folds[j].speaker != folds[i].speaker:
-            return j
-    return i
+    """The next fold of another speaker."""
+    later = ((i + step) % len(folds) for step in range(1, len(folds)))
+    return next(j for j in later if folds[j].speaker != folds[i].speaker)

@@ -21,7 +21,7 @@ from saml_models.adaptation import adapt, options_for
 from saml_models.corpora import Utterance, by_speaker
 from saml_models.loading import load_adaptable
 from saml_models.store import ProfileStore, check_name
-from saml_models.training import TrainingOptions
+from saml_models.training import TrainingOptions, forget
 from saml_models.unsupervised import adapt_unsupervised
 
 __all__ = ["Job", "Outcome", "adapt_fleet", "make_jobs"]
@@ -46,8 +46,11 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the clips, their texts and how they are learnt from."""
-        clips = [(u.id, str(u.audio), u.start, u.end, u.text) for u in self.utterances]
-        how = [self.model, self.experts, self.kind, asdict(self.options), self.unsupervised]
+        clips = [
+            (u.id, str(u.audio), _size(u.audio), u.start, u.end, u.text) for u in self.utterances
+        ]
+        start = self.experts and hashlib.sha256(Path(self.experts).read_bytes()).hexdigest()
+        how = [self.model, start, self.kind, asdict(self.options), self.unsupervised]
         return hashlib.sha256(json.dumps([clips, how]).encode()).hexdigest()
 
 
@@ -75,19 +78,29 @@ def make_jobs(
     device: str = "cpu",
     unsupervised: bool = False,
 ) -> list[Job]:
-    """One job for each speaker of a manifest, in order of appearance.
+    """One job for each speaker of a manifest, in order of appearance; paths become absolute.
 
     Raises:
-        SAMLError: a speaker's name that cannot be stored under, or an unknown kind.
+        SAMLError: an unknown kind.
     """
     options = options or options_for(kind)
+    model, experts = _absolute(model), experts and _absolute(experts)
     return [
         Job(
-            check_name(speaker), tuple(found), model, experts, device, str(store.folder.resolve()),
-            kind, options, unsupervised,
+            speaker, tuple(replace(u, audio=u.audio.absolute()) for u in found), model, experts,
+            device, str(store.folder.resolve()), kind, options, unsupervised,
         )
         for speaker, found in by_speaker(utterances).items()
     ]  # fmt: skip
+
+
+def _absolute(name: str) -> str:
+    """Of a file or folder; what is none is a model's name."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def adapt_fleet(
@@ -131,6 +144,7 @@ def run(job: Job) -> Outcome:
 
 
 def _run(job: Job) -> str:
+    check_name(job.speaker)
     store = ProfileStore(job.store)
     try:
         if store.load(job.speaker).about.get("job") == job.fingerprint:
@@ -138,15 +152,14 @@ def _run(job: Job) -> str:
     except SAMLError:
         pass  # not there, or damaged: it is made
     model, processor = _loaded(job.model, job.experts, job.device)
-    common: dict[str, Any] = {"speaker": job.speaker, "kind": job.kind}
-    if job.unsupervised:
-        profile = adapt_unsupervised(model, processor, job.utterances, job.options, **common)
-    else:
-        checkpoint = Path(job.store) / ".progress" / f"{job.speaker}.safetensors"
-        profile = adapt(
-            model, processor, job.utterances, job.options, checkpoint=checkpoint, **common
-        )
+    checkpoint = Path(job.store) / ".progress" / f"{job.speaker}.safetensors"
+    do = adapt_unsupervised if job.unsupervised else adapt
+    profile = do(
+        model, processor, job.utterances, job.options, speaker=job.speaker, kind=job.kind,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     store.save(replace(profile, about=profile.about | {"job": job.fingerprint}), job.speaker)
+    forget(checkpoint)
     return "adapted" if profile.about.get("adapted", True) else "unadapted"
 
 

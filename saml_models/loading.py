@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models.conformer import is_conformer, load_conformer
+from saml_models.devices import on_device
 from saml_models.speakers import SpeakerProfile
 from saml_models.storage import DESCRIPTION, load_saml
 from saml_models.surgery import SurgeryReport, apply_saml
@@ -27,6 +28,8 @@ __all__ = [
     "profile_config",
     "shipped_experts",
 ]
+
+MOST = 8192  # ranks of all experts of a layer that a file may ask memory for
 
 
 def load_model(
@@ -44,11 +47,8 @@ def load_model(
     """
     folder = Path(name_or_path).expanduser()
     if (folder / DESCRIPTION).is_file():
-        try:
-            model, processor = load_saml(folder, device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise SAMLError(f"device {device}: cannot be used: {reason}") from error
+        model, processor = load_saml(folder)
+        on_device(model, device)
         model.config._name_or_path = os.fspath(name_or_path)
         return model, processor
     load = load_conformer if is_conformer(name_or_path) else load_whisper
@@ -86,6 +86,9 @@ def load_for_speakers(
     name_or_path: str | os.PathLike[str],
     profiles: Mapping[str, SpeakerProfile],
     device: str | torch.device | None = None,
+    *,
+    perhaps: Sequence[SpeakerProfile] = (),
+    experts: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """A model that can speak with these profiles, or plain where there are none.
 
@@ -94,16 +97,24 @@ def load_for_speakers(
         profiles: by name or file; the first one's configuration is the model's, unless the experts
             that ship with the package have it too: those are then loaded, for gates and for clips
             of nobody.
+        perhaps: others, that need not fit; without `profiles` one of these says the configuration,
+            if there is one, one that was made with this model.
+        experts: a file of pretrained experts instead of those that ship with the package.
 
     Raises:
         SAMLError: as `load_model` does, or the profiles do not fit the model.
     """
-    if not profiles:
+    named = [p for p in perhaps if p.about.get("model") == os.fspath(name_or_path)]
+    first = next(iter([*profiles.values(), *named, *perhaps]), None)
+    if first is None and experts is None:
         return load_model(name_or_path, device)
-    shipped = shipped_experts(os.fspath(name_or_path))
-    config = profile_config(next(iter(profiles.values())))
-    fits = shipped is not None and profile_config(shipped).to_dict() == config.to_dict()
-    model, processor = load_adaptable(name_or_path, None if fits else config, device=device)
+    config = None
+    if first is not None and experts is None:
+        shipped = shipped_experts(os.fspath(name_or_path))
+        config = profile_config(first)
+        if shipped is not None and profile_config(shipped).to_dict() == config.to_dict():
+            config = None
+    model, processor = load_adaptable(name_or_path, config, experts, device)
     for name, profile in profiles.items():
         try:
             profile.check(model)
@@ -146,7 +157,7 @@ def make_adaptable(
 
 def shipped_experts(name: str) -> SpeakerProfile | None:
     """The pretrained experts in this package for a model's name; None if there are none."""
-    if Path(name).name != name:
+    if Path(name).name != name or Path(name).exists():  # a folder comes before a name
         return None
     resource = files("saml_models") / "experts" / f"{name}.safetensors"
     if not resource.is_file():
@@ -162,6 +173,11 @@ def profile_config(profile: SpeakerProfile) -> SAMLConfig:
         SAMLError: a value is not allowed, or asks for more experts than the file holds.
     """
     config = SAMLConfig.from_dict(profile.config)
+    if config.num_experts * config.rank > MOST:
+        raise SAMLError(
+            f"profile: says {config.num_experts} experts of rank {config.rank}; expected at most "
+            f"{MOST} ranks in all"
+        )
     if profile.kind == "gates":
         return config
     if config.num_experts * config.rank > sum(t.numel() for t in profile.tensors.values()):
@@ -173,6 +189,8 @@ def profile_config(profile: SpeakerProfile) -> SAMLConfig:
 
 
 def _apply(profile: SpeakerProfile, model: Any, source: str | os.PathLike[str]) -> None:
+    if profile.kept:
+        raise SAMLError(f"{source}: is pruned; start from whole experts")
     try:
         profile.apply(model)
     except SAMLError as error:

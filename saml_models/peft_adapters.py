@@ -183,8 +183,10 @@ def _read(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r {rank}, lora_alpha {alpha}")
         kind = settings.get("peft_type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise SAMLError(f"{path}: not a PEFT adapter's configuration ({error})") from error
     if kind != "LORA" or settings.get("bias", "none") != "none":
         raise SAMLError(f"{path}: {kind} with bias={settings.get('bias')}; expected a plain LoRA")
@@ -205,8 +207,12 @@ def _read(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for module, pair in found.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise SAMLError(f"{folder / WEIGHTS}: {module}: A and B do not fit each other")
-        own = alpha / pair["A"].shape[0] if scale is None else scale
+        if not len(pair["A"]):
+            raise SAMLError(f"{folder / WEIGHTS}: {module}: has no ranks")
+        own = alpha / len(pair["A"]) if scale is None else scale
         adapters[module] = (pair["A"], pair["B"] * own)
+        if any(not torch.isfinite(t.half()).all() for t in adapters[module]):
+            raise SAMLError(f"{folder / WEIGHTS}: {module}: is too large for float16")
     if not adapters:
         raise SAMLError(f"{folder / WEIGHTS}: holds no LoRA")
     return adapters

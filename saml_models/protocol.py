@@ -9,10 +9,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from saml_models.quiet import quiet_libraries
+from saml_models.terminal import Device, check_file, device_named
 
 __all__ = ["add_commands"]
 
@@ -35,11 +37,14 @@ def evaluate(
     ] = None,
     folds: Annotated[int, typer.Option(help="Without --adapt-utterances: cross-validation.")] = 2,
     experts: Annotated[Path | None, typer.Option(help="Pretrained experts to start from.")] = None,
-    beam_size: Annotated[int, typer.Option(help="Of every system; 1 is greedy.")] = 1,
+    beam_size: Annotated[
+        int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
+    ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of WER per speaker; default beside --json.")
     ] = None,
+    device: Device = None,
 ) -> None:
     """Word error rates by the paper's protocol: adapt to each speaker, test on unseen speech."""
     quiet_libraries()
@@ -49,7 +54,10 @@ def evaluate(
     names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
     found = by_speaker(load_corpus(data, names))
     plan = make_folds(found, adapt_utterances, folds)
-    result = _run(model, experts, plan, beam_size)
+    for path in (json_file, figure):
+        if path is not None:
+            check_file(path)
+    result = _run(model, experts, plan, beam_size, device_named(device))
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
@@ -76,6 +84,7 @@ def demo(
         str | None, typer.Option(help="Your own speech; default: a public voice is fetched.")
     ] = None,
     model: Annotated[str, typer.Option(help="A name, an id or a folder.")] = "tiny.en",
+    device: Device = None,
 ) -> None:
     """Watch a quantised Whisper learn one voice and make fewer mistakes."""
     quiet_libraries()
@@ -91,12 +100,15 @@ def demo(
         f"speech: {source}, speaker {utterances[0].speaker}: {len(train)} utterances to learn "
         f"from, {len(test)} others to test on"
     )
-    result = _run(model, None, [Fold(utterances[0].speaker, train, test)], 1)
-    console.print(_table(result, without=("other_speaker",)))
+    plan = [Fold(utterances[0].speaker, train, test)]
+    result = _run(model, None, plan, 1, device_named(device))
+    console.print(_table(result))
     _sentences(console, result)
 
 
-def _run(name: str, experts: Path | None, plan: Sequence[Any], beam_size: int) -> dict[str, Any]:
+def _run(
+    name: str, experts: Path | None, plan: Sequence[Any], beam_size: int, device: str
+) -> dict[str, Any]:
     """Load the three models, run the protocol with progress bars, count bytes on disk."""
     import tempfile
 
@@ -106,11 +118,11 @@ def _run(name: str, experts: Path | None, plan: Sequence[Any], beam_size: int) -
     from saml_models.storage import save_saml
     from saml_models.surgery import apply_saml
 
-    full, processor = load_model(name)
+    full, processor = load_model(name, device)
     if hasattr(full, "saml_config"):
         raise SAMLError(f"{name}: is quantised already; evaluate compares with full precision")
-    quantised, _ = load_model(name)
-    saml, _ = load_adaptable(name, experts=experts)
+    quantised, _ = load_model(name, device)
+    saml, _ = load_adaptable(name, experts=experts, device=device)
     config: Any = saml.saml_config
     base = {k: config.to_dict()[k] for k in ("format", "block_size", "double_quant")}
     report = apply_saml(quantised, SAMLConfig(num_experts=0, **base))
@@ -153,7 +165,7 @@ def _progress() -> Iterator[Any]:
         yield stage, done
 
 
-def _table(result: dict[str, Any], without: Sequence[str] = ()) -> Table:
+def _table(result: dict[str, Any]) -> Table:
     from saml_models.evaluation import SYSTEMS
 
     size, wer = result["size"], result["wer"]
@@ -166,7 +178,7 @@ def _table(result: dict[str, Any], without: Sequence[str] = ()) -> Table:
         table.add_column(column, justify="left" if column == "system" else "right")
     megabytes = {"full_precision": size["full_bytes"], "quantised": size["quantised_bytes"]}
     for system, label in SYSTEMS.items():
-        if system in without:
+        if wer[system] is None:
             continue
         d = result["detail"][system]
         low, high = d["interval_95"]
@@ -183,10 +195,11 @@ def _by_speaker(result: dict[str, Any]) -> Table:
 
     table = Table(title="WER % by speaker")
     table.add_column("speaker")
-    for label in SYSTEMS.values():
-        table.add_column(label, justify="right")
+    systems = [s for s in SYSTEMS if result["wer"][s] is not None]
+    for system in systems:
+        table.add_column(SYSTEMS[system], justify="right")
     for speaker, row in result["speakers"].items():
-        table.add_row(speaker, *(f"{row[system]:.1f}" for system in SYSTEMS))
+        table.add_row(escape(speaker), *(f"{row[system]:.1f}" for system in systems))
     return table
 
 
@@ -201,7 +214,7 @@ def _sentences(console: Console, result: dict[str, Any], count: int = 3) -> None
     order = sorted(range(len(rows)), key=lambda i: after[i].errors - before[i].errors)
     for i in order[:count]:
         table = Table.grid(padding=(0, 2))
-        table.add_row("said", said[i])
-        table.add_row(f"before ({before[i].errors} wrong)", rows[i]["quantised"])
-        table.add_row(f"after ({after[i].errors} wrong)", rows[i]["adapted"])
+        table.add_row("said", escape(said[i]))
+        table.add_row(f"before ({before[i].errors} wrong)", escape(rows[i]["quantised"]))
+        table.add_row(f"after ({after[i].errors} wrong)", escape(rows[i]["adapted"]))
         console.print(table, "")

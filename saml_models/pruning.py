@@ -27,6 +27,7 @@ from saml_models.surgery import config_of, routed_layers
 
 __all__ = ["Point", "Usage", "measure_usage", "prune", "prune_curve"]
 
+WORD_ERRORS = ("wer_before", "wer_after", "test_utterances")
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the experts, in the curve
 
 
@@ -61,8 +62,10 @@ def measure_usage(
     """Gates and shares over what the model hears in a speaker's clips (each at most 30 s).
 
     Raises:
-        SAMLError: no clips, or the layers have no routers of their own.
+        SAMLError: no clips, no whole profile of experts, or the layers have no routers of their
+            own.
     """
+    _check_whole(profile)
     layers, count = routed_layers(model), config_of(model).num_experts
     if not layers or not clips:
         raise SAMLError("pruning: expected clips, and a model whose layers have their own routers")
@@ -104,8 +107,7 @@ def prune(profile: SpeakerProfile, model: Any, usage: Usage, experts: int) -> Sp
         SAMLError: a profile of gates or one that is pruned already, or a number that cannot be.
     """
     layers, count = len(usage.layers), usage.shares.shape[1]
-    if profile.kind != "experts" or profile.kept:
-        raise SAMLError(f"{profile.name}: expected a whole profile of experts to prune")
+    _check_whole(profile)
     if not layers <= experts <= layers * count:
         raise SAMLError(f"pruning: {experts} experts; expected {layers} to {layers * count}")
     wanted = torch.zeros_like(usage.shares, dtype=torch.bool)
@@ -122,8 +124,15 @@ def prune(profile: SpeakerProfile, model: Any, usage: Usage, experts: int) -> Sp
         for part in ("lora_a", "lora_b", "router.weight"):
             values[f"{name}.{part}"] = values[f"{name}.{part}"][left]
     tensors = pack_experts(values, config_of(model).expert_format)
-    about = profile.about | {"experts": experts, "experts_before": layers * count}
+    # The word error rates were the whole profile's.
+    about = {k: v for k, v in profile.about.items() if k not in WORD_ERRORS}
+    about |= {"experts": experts, "experts_before": layers * count}
     return replace(profile, tensors=tensors, kept=kept, about=about)
+
+
+def _check_whole(profile: SpeakerProfile) -> None:
+    if profile.kind != "experts" or profile.kept:
+        raise SAMLError(f"{profile.name}: expected a whole profile of experts to prune")
 
 
 def prune_curve(
@@ -144,6 +153,7 @@ def prune_curve(
         max_loss: WER in per cent, absolute, that may be lost.
         shares: of the experts to keep, falling from 1.
     """
+    _check_whole(profile)
     clips, said = [u.load() for u in utterances], [u.text for u in utterances]
     usage = measure_usage(model, processor, clips, profile)
     layers, most = len(usage.layers), usage.shares.numel()

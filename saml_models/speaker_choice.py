@@ -28,7 +28,7 @@ class Choice:
     Attributes:
         wanted: by recording, in order: a profile, None for nobody, or "auto".
         enrolled: among whom "auto" chooses; empty where nothing asks for it.
-        profiles: all that may be needed, by name or file.
+        profiles: those that are asked for, by name or file.
     """
 
     wanted: list[SpeakerProfile | str | None]
@@ -40,10 +40,14 @@ class Choice:
     ) -> list[SpeakerProfile | None]:
         """A profile, or None, for each recording; what "auto" finds is said on standard error."""
         found: list[SpeakerProfile | None] = []
+        if self.enrolled:
+            self.enrolled = [p for p in self.enrolled if _may_be(p, model)]
+            if not self.enrolled:
+                raise SAMLError("--speaker auto: nobody is enrolled for this model")
         for file, speaker in zip(files, self.wanted, strict=True):
             if isinstance(speaker, str):
                 match = identify(model, processor, load_audio(file), self.enrolled)
-                print(f"{file}: {match}", file=sys.stderr)
+                _say(f"{file}: {match}")
                 speaker = match.profile
             found.append(speaker)
         return found
@@ -87,11 +91,32 @@ def choose_speakers(
                 read[name] = SpeakerProfile.load(store.resolve(name))
             choice.wanted.append(read[name])
     if AUTO in wanted:
-        for name in store.names():
-            choice.enrolled.append(read.setdefault(name, store.load(name)))
-        if not choice.enrolled:
+        if not store.names():
             raise SAMLError(f"--speaker auto: nobody is enrolled in {store.folder}")
+        for name in store.names():
+            try:
+                choice.enrolled.append(read.get(name) or store.load(name))
+            except SAMLError as error:  # one damaged file does not hide the others
+                _say(f"{name}: left out: {error}")
+        if not choice.enrolled:
+            raise SAMLError(f"--speaker auto: nobody in {store.folder} can be read")
     return choice
+
+
+def _may_be(profile: SpeakerProfile, model: Any) -> bool:
+    """Whether an enrolled speaker can be chosen with this model; if not, it is said why."""
+    try:
+        profile.check(model)
+        if profile.embedding is None:
+            raise SAMLError("has no embedding; adapt to its speech to enrol it for auto")
+    except SAMLError as error:
+        _say(f"{profile.name}: left out: {error}")
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[Path, str]:
@@ -105,7 +130,7 @@ def read_map(path: str | os.PathLike[str]) -> dict[Path, str]:
     """
     source = Path(path)
     try:
-        with open(source, newline="", encoding="utf-8") as handle:
+        with open(source, newline="", encoding="utf-8-sig") as handle:
             rows = [row for row in csv.reader(handle) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error

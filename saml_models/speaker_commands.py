@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from saml_models.quiet import quiet_libraries
-from saml_models.terminal import Model, print_rows
+from saml_models.terminal import Device, Model, device_named, print_rows
 
 __all__ = ["Store", "add_commands"]
 
@@ -157,6 +158,8 @@ def import_(
         check_name(name)
         network, _ = load_adaptable(model)
         profile = import_adapters(source, network, name)
+    if name is not None:  # what `show` and `auto` call the speaker
+        profile = replace(profile, about=profile.about | {"speaker": name})
     path = enrolled.save(profile, name)
     typer.echo(f"enrolled: {path} ({path.stat().st_size:,} bytes)")
 
@@ -174,10 +177,12 @@ def prune(
         str | None, typer.Option(help="Default: the one that the profile names.")
     ] = None,
     store: Store = None,
+    device: Device = None,
 ) -> None:
     """Drop the experts that a speaker does not use."""
     quiet_libraries()
-    from saml_models.corpora import load_corpus
+    from saml_kernels.errors import SAMLError
+    from saml_models.corpora import by_speaker, load_corpus
     from saml_models.figures import plot_pruning
     from saml_models.files import write_json
     from saml_models.loading import load_for_speakers
@@ -189,24 +194,30 @@ def prune(
     check_file(out)
     found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
     utterances = load_corpus(data)
+    voices = by_speaker(utterances)
+    if len(voices) > 1:
+        if found.name not in voices:
+            raise SAMLError(f"{data}: has {len(voices)} speakers, and none is {found.name}")
+        utterances = voices[found.name]
     named = model or str(found.about.get("model") or "tiny.en")
-    network, processor = load_for_speakers(named, {profile: found})
+    network, processor = load_for_speakers(named, {profile: found}, device_named(device))
     smaller, usage, curve = prune_curve(network, processor, utterances, found, max_loss)
     smaller.save(out)
     for point in curve:
         typer.echo(f"{point.experts:>5} experts  {point.bytes:>9,} bytes  WER {point.wer:.2f} %")
     typer.echo(f"written: {out} ({found.nbytes:,} -> {smaller.nbytes:,} bytes of tensors)")
+    result = {
+        "speaker": found.name,
+        "max_loss": max_loss,
+        "curve": [vars(point) for point in curve],
+        "layers": usage.layers,
+        "gates": [[round(g, 4) for g in row] for row in usage.gates.tolist()],
+        "shares": [[round(g, 5) for g in row] for row in usage.shares.tolist()],
+    }
     if json_file is not None:
-        result = {
-            "speaker": found.name,
-            "max_loss": max_loss,
-            "curve": [vars(point) for point in curve],
-            "layers": usage.layers,
-            "gates": [[round(g, 4) for g in row] for row in usage.gates.tolist()],
-            "shares": [[round(g, 5) for g in row] for row in usage.shares.tolist()],
-        }
         write_json(json_file, result)
         typer.echo(f"JSON: {json_file}")
         figure = figure or json_file.with_suffix(".png")
+    if figure is not None:
         plot_pruning(result, figure)
         typer.echo(f"figure: {figure}")

@@ -35,7 +35,7 @@ from saml_models.storage import (
 )
 from saml_models.surgery import config_of, expert_parameters, routed_layers, routers_of
 
-__all__ = ["SpeakerProfile", "kept_experts"]
+__all__ = ["SpeakerProfile", "check_whole", "kept_experts"]
 
 FILE = "saml-speaker-profile"
 VERSION = 2
@@ -80,9 +80,8 @@ class SpeakerProfile:
         Raises:
             SAMLError: the model speaks with a pruned profile.
         """
+        check_whole(model)
         config = config_of(model)
-        if any(len(x.lora_a) != config.num_experts for x in routed_layers(model).values()):
-            raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
         tensors = pack_experts(expert_parameters(model), config.expert_format)
         about.setdefault("short_windows", bool(getattr(model, "saml_short_windows", False)))
         return cls(tensors, weight_hash(model), config.to_dict(), about)
@@ -177,12 +176,19 @@ class SpeakerProfile:
                 kept,
                 tensors.get(EMBEDDING),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+        ) as error:  # fmt: skip
             if isinstance(error, SAMLError):
                 raise
             raise SAMLError(f"{path}: the profile's header is damaged ({error})") from error
         if not whole:
             raise SAMLError(f"{path}: checksum does not match; the file was altered or damaged")
+        sound = profile.embedding
+        if sound is not None and not (
+            sound.is_floating_point() and sound.dim() == 2 and torch.isfinite(sound).all()
+        ):
+            raise SAMLError(f"{path}: its embedding is no matrix of finite numbers")
         return profile
 
     def check(self, model: nn.Module) -> None:
@@ -269,6 +275,17 @@ class SpeakerProfile:
         with kept_experts(model):
             self.apply(model)
             yield
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that speaks with a pruned profile.
+
+    Raises:
+        SAMLError: it does.
+    """
+    count = config_of(model).num_experts
+    if any(len(layer.lora_a) != count for layer in routed_layers(model).values()):
+        raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
 
 
 @contextmanager

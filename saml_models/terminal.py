@@ -67,20 +67,24 @@ def check_file(out: Path) -> None:
 
 def checkpoint_of(out: Path) -> Path:
     """Where the training of `out` keeps its progress."""
-    return out.with_name(f"{out.name}.checkpoint.safetensors")
+    return out.with_name(f"{out.name}.checkpoint")
 
 
 @contextmanager
 def resumable(checkpoint: Path) -> Iterator[None]:
-    """Ctrl-C says where the work done so far is."""
+    """Ctrl-C says where the work done so far is; a block that ends well has saved its result."""
+    from saml_models.training import checkpoints, forget
+
     try:
         yield
     except KeyboardInterrupt:
-        if not checkpoint.exists():
+        left = checkpoints(checkpoint)
+        if not left:
             raise
         raise Interrupted(
-            f"interrupted; {checkpoint} holds the progress: run the same command to go on"
+            f"interrupted; {left[-1]} holds the progress: run the same command to go on"
         ) from None
+    forget(checkpoint)
 
 
 def changed(
@@ -119,7 +123,8 @@ def print_result(network: Any, profile: Any, out: Path) -> None:
     """What was trained, and where it is."""
     from saml_models.surgery import expert_parameters
 
-    trainable = sum(p.numel() for p in expert_parameters(network).values())
+    learnt = profile.tensors if profile.kind == "gates" else expert_parameters(network)
+    trainable = sum(p.numel() for p in learnt.values())
     typer.echo(f"trainable parameters: {trainable:,}; the base is frozen")
     typer.echo(f"written: {out} ({out.stat().st_size:,} bytes, hash {profile.hash[:16]})")
 

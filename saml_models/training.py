@@ -6,7 +6,7 @@ with the same weights as one that was not.
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import json
 import math
 import time
@@ -31,7 +31,15 @@ from saml_models.prefetch import ahead
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
 from saml_models.surgery import routers_of
 
-__all__ = ["Sample", "TrainingOptions", "TrainingReport", "fit", "mixed_precision"]
+__all__ = [
+    "Sample",
+    "TrainingOptions",
+    "TrainingReport",
+    "checkpoints",
+    "fit",
+    "forget",
+    "mixed_precision",
+]
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,8 @@ def fit(
         processor: of that model.
         samples: at least one.
         options: see `TrainingOptions`.
-        checkpoint: a file to save progress to and resume from; removed when training ends.
+        checkpoint: a file to save progress to and resume from. It stays when training ends, so
+            that nothing is lost before the result is saved: then `forget(checkpoint)`.
         on_step: called with (steps done, steps in all, loss) after each.
         teacher: the full-precision model, where `options.distil` asks for one.
 
@@ -289,8 +298,9 @@ def fit(
             prepared.step()
             losses.append(loss.item())
             _update_average(average, changing, i, steps, options)
-            if (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process:
-                state.save(i + 1)
+            last = i + 1 == steps
+            if (last or (i + 1) % options.checkpoint_every == 0) and accelerator.is_main_process:
+                state.save(i + 1, losses[-1])
             if on_step:
                 on_step(i + 1, steps, losses[-1])
     finally:
@@ -304,14 +314,24 @@ def fit(
                 changing[name].copy_(value)
     if routing is not None:
         round_experts(model)
-    state.remove()
     tenth = max(1, len(losses) // 10)
     return TrainingReport(
         steps,
         time.monotonic() - started,
-        float(np.mean(losses[:tenth])) if losses else math.nan,
-        float(np.mean(losses[-tenth:])) if losses else math.nan,
+        float(np.mean(losses[:tenth])) if losses else state.loss,
+        float(np.mean(losses[-tenth:])) if losses else state.loss,
     )
+
+
+def forget(checkpoint: Path) -> None:
+    """Remove a checkpoint, and those of several rounds beside it."""
+    for path in checkpoints(checkpoint):
+        path.unlink(missing_ok=True)
+
+
+def checkpoints(checkpoint: Path) -> list[Path]:
+    """The files that training with this checkpoint has left so far."""
+    return sorted(checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}*"))
 
 
 def _learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
@@ -362,8 +382,9 @@ class _State:
     ) -> None:
         self.path, self.changing, self.start = path, changing, start
         self.optimiser, self.average, self.fingerprint = optimiser, average, fingerprint
+        self.loss = math.nan  # of the step that was resumed at
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, loss: float) -> None:
         if self.path is None:
             return
         tensors = {f"parameter/{n}": t.detach() for n, t in self.changing.items()}
@@ -372,7 +393,8 @@ class _State:
         for name in self.start:
             for key, value in self.optimiser.state[self.changing[name]].items():
                 tensors[f"optimiser/{key}/{name}"] = value
-        write_tensors(self.path, tensors, {"step": str(step), "run": self.fingerprint})
+        about = {"step": str(step), "loss": str(loss), "run": self.fingerprint}
+        write_tensors(self.path, tensors, about)
 
     @torch.no_grad()
     def resume(self) -> int:
@@ -398,6 +420,7 @@ class _State:
             for key, value in tensors.items():
                 if key.startswith("average/"):
                     self.average[key.removeprefix("average/")] = value.clone()
+            self.loss = float(about["loss"])
             return int(about["step"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise SAMLError(f"{self.path}: damaged checkpoint ({error}); remove it") from error
@@ -405,8 +428,3 @@ class _State:
     @staticmethod
     def _like(value: Tensor, parameter: Tensor) -> Any:
         return value.clone() if value.dim() == 0 else value.to(parameter.device).clone()
-
-    def remove(self) -> None:
-        if self.path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()

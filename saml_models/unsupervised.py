@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,7 @@ def adapt_unsupervised(
     kind: str = "experts",
     rounds: int = 2,
     rule: Filter | None = None,
+    checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
     """Learn one speaker from clips alone; their texts, if any, are not looked at.
@@ -132,6 +134,7 @@ def adapt_unsupervised(
         options, speaker, kind, on_step: as for `adaptation.adapt`.
         rounds: of labelling and learning.
         rule: which labels are believed.
+        checkpoint: as for `training.fit`; each round adds its number to the name.
 
     Returns:
         The profile; what was learnt where the held-back clips say that it helps, else the
@@ -150,7 +153,7 @@ def adapt_unsupervised(
     clips = [u.load() for u in learnt]
     profile: SpeakerProfile | None = None
     used = []
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         labels = pseudo_labels(model, processor, clips, profile)
         chosen = believed(labels, rule or Filter())
         if not chosen:
@@ -163,6 +166,7 @@ def adapt_unsupervised(
             options,
             speaker=speaker,
             kind=kind,
+            checkpoint=checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}"),
             on_step=on_step,
         )
     assert profile is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saml_kernels.linear import SAMLLinear, Voices
 from saml_models.speakers import SpeakerProfile
-from saml_models.surgery import config_of, expert_parameters, routed_layers, routing_of
+from saml_models.surgery import config_of, expert_parameters, routed_layers, routers_of, routing_of
 
 __all__ = ["can_mix", "hears_short_windows", "speaking"]
 
@@ -78,8 +78,9 @@ def _values(model: nn.Module, speaker: Speaker) -> dict[str, Tensor]:
         return speaker.experts(model)
     found: dict[str, Tensor] = {n: p.detach() for n, p in expert_parameters(model).items()}
     if speaker is not None:
-        found |= {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
-    return found
+        return found | {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
+    own = ((name, router.offset) for name, router in routers_of(model).items())
+    return found | {f"{name}.offset": t.detach() for name, t in own if t is not None}
 
 
 def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) -> Voices:

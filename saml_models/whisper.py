@@ -22,6 +22,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from saml_kernels.errors import SAMLError
 from saml_models.ctranslate2 import CTranslate2Whisper, Dimensions
+from saml_models.devices import on_device
 from saml_models.offline import OFFLINE_MODELS, english_spelling, find_model
 from saml_models.quiet import quiet_transformers
 
@@ -82,12 +83,7 @@ def load_whisper(
     else:
         model, processor = _load_named(name, dtype)
     model.config._name_or_path = name
-    place: Any = torch.nn.Module.to  # transformers' own wrapper confuses type checkers
-    try:
-        place(model, device or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise SAMLError(f"device {device}: cannot be used: {_one_line(error)}") from error
-    return model.eval(), processor
+    return on_device(model, device).eval(), processor
 
 
 def _load_named(

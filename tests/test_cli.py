@@ -126,6 +126,31 @@ def test_adapt_refuses_a_row_without_text_and_an_unknown_speaker(tmp_path, clips
     assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+def test_a_folder_of_clips_is_enrolled_under_a_name_and_needs_no_text_where_none_is_read(
+    tmp_path, clips, monkeypatch
+):
+    from saml_models import unsupervised
+
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number, utterance in enumerate(clips[:1] * 5):
+        (folder / f"{number}.flac").write_bytes(utterance.audio.read_bytes())
+    at = ("--store", tmp_path / "store", "--speaker", "ann")
+    assert_refused(saml("adapt", "--data", folder, *at), "no text for this clip")
+    asked = {}
+
+    def learn(model, processor, utterances, options, **how):
+        asked.update(how, texts=[u.text for u in utterances])
+        return SpeakerProfile.of(model, speaker=how["speaker"], utterances=5, seconds=1.0)
+
+    monkeypatch.setattr(unsupervised, "adapt_unsupervised", learn)
+    done = saml("adapt", "--data", folder, "--unsupervised", *at)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert asked["speaker"] == "ann" and asked["texts"] == [""] * 5
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["ann.safetensors"]
+    assert_refused(saml("adapt", "--data", folder, "--ray", *at), "--manifest")
+
+
 def test_adapt_wants_one_speaker(tmp_path, clips, manifest):
     two = tmp_path / "two.jsonl"
     row = {"audio": str(clips[0].audio), "text": "x", "speaker": "bob", "id": "b"}
@@ -209,7 +234,7 @@ def test_interrupted_adaptation_says_where_it_is_and_goes_on(
     options = replace(adaptation.ADAPTATION, max_batch=1, checkpoint_every=1)
     monkeypatch.setattr(adaptation, "ADAPTATION", options)
     out = tmp_path / "ann.safetensors"
-    checkpoint = tmp_path / "ann.safetensors.checkpoint.safetensors"
+    checkpoint = tmp_path / "ann.safetensors.checkpoint"
     steps = []
 
     def stop(done, total, note=""):

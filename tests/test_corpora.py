@@ -274,6 +274,20 @@ def test_manifest_rows_that_are_refused(
     _refused(path, f"{path}:2", reason)
 
 
+def test_what_a_caller_can_do_without(spoken: list[Utterance], tmp_path: Path) -> None:
+    shutil.copy(spoken[0].audio, tmp_path / "a.flac")
+    path = _manifest(tmp_path, {"audio": "a.flac", "speaker": "ann"}, {**GOOD, "audio": "b.flac"})
+    found = load_corpus(path, need_text=False, need_audio=False)
+    assert [(u.id, u.text) for u in found] == [("a.flac", ""), ("b.flac", "hello")]
+    with pytest.raises(SAMLError, match=r"b\.flac"):
+        found[1].load()
+    with pytest.raises(SAMLError, match=r":2: audio .*b\.flac is not on disk"):
+        load_corpus(path, need_text=False)
+    path.unlink()
+    (clip,) = load_corpus(tmp_path, need_text=False)
+    assert (clip.text, clip.audio.name) == ("", "a.flac")
+
+
 def test_manifest_ids_have_to_differ(spoken: list[Utterance], tmp_path: Path) -> None:
     shutil.copy(spoken[0].audio, tmp_path / "a.flac")
     _refused(_manifest(tmp_path, GOOD, GOOD), "used twice", "a.flac")

@@ -160,8 +160,16 @@ def test_pruned_profiles_shrink_and_speak(experts, utterances, whole, tmp_path):
     for wrong, message in ((layers - 1, "expected"), (4 * layers + 1, "expected")):
         with pytest.raises(SAMLError, match=message):
             prune(whole, model, usage, wrong)
-    with pytest.raises(SAMLError, match="whole profile"):
-        prune(half, model, usage, layers)
+    for act in (
+        lambda: prune(half, model, usage, layers),
+        lambda: measure_usage(*experts, clips, half),
+    ):
+        with pytest.raises(SAMLError, match="whole profile"):
+            act()
+    with half.applied(model), pytest.raises(SAMLError, match="pruned profile"):
+        adapt(*experts, utterances["1688"][:1], kind="gates")
+    with pytest.raises(SAMLError, match="start from whole experts"):
+        load_adaptable("tiny.en", experts=path)
 
 
 def test_the_commands_prune_export_and_import(whole, utterances, tmp_path):
@@ -214,6 +222,8 @@ def manifest(utterances, tmp_path_factory):
     ]
     (path.parent / "eve.wav").write_text("this is no audio\n" * 100)
     rows.insert(2, {"audio": "eve.wav", "text": "x", "speaker": "eve"})
+    rows += [{"audio": "none.wav", "text": "x", "speaker": "none"}]
+    rows += [{"audio": "eve.wav", "text": "x", "speaker": "O'Neil"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -224,7 +234,8 @@ def test_a_fleet_in_turn_resumes_and_reports(manifest, tmp_path):
     assert first.exit_code == 1, (first.output, first.exception)
     report = json.loads((tmp_path / "fleet.json").read_text())
     assert [(o["speaker"], o["status"]) for o in report] == [
-        ("1688", "adapted"), ("eve", "failed"), ("1998", "adapted"),
+        ("1688", "adapted"), ("eve", "failed"), ("1998", "adapted"), ("none", "failed"),
+        ("O'Neil", "failed"),
     ]  # fmt: skip
     assert "eve.wav" in report[1]["reason"]
     assert ProfileStore(tmp_path).names() == ["1688", "1998"]
@@ -246,7 +257,8 @@ from saml_models.training import TrainingOptions
 
 store = ProfileStore(sys.argv[2])
 options = TrainingOptions(epochs=3, max_batch=1, checkpoint_every=1)
-jobs = make_jobs(load_corpus(sys.argv[1]), "tiny.en", store, options=options)
+rows = load_corpus(sys.argv[1], need_audio=False)
+jobs = make_jobs(rows, "tiny.en", store, options=options)
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 
 killed = []
@@ -291,4 +303,4 @@ def test_a_worker_killed_half_way_is_replaced(manifest, tmp_path):
     assert done.returncode == 0, done.stderr
     killed, outcomes = json.loads(done.stdout.splitlines()[-1])
     assert killed
-    assert outcomes == [["1688", "adapted"], ["eve", "failed"], ["1998", "adapted"]]
+    assert outcomes[:3] == [["1688", "adapted"], ["eve", "failed"], ["1998", "adapted"]]

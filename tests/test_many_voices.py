@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
+from saml_models import voices
 from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
 from saml_models.loading import load_adaptable
@@ -70,6 +71,15 @@ def profiles(experts):
     found = [voice(model, seed) for seed in range(10)]
     found += [gates(model, seed) for seed in range(3)]
     return [*found, pruned(model, found[0]), voice(model, 20, short=False), None]
+
+
+def test_nobody_hears_the_offsets_that_are_in_the_model(experts, profiles):
+    model = experts[0]
+    with profiles[10].applied(model):
+        expected = {f"{n}.offset": r.offset for n, r in routers_of(model).items()}
+        found = {n: v for n, v in voices._values(model, None).items() if n.endswith(".offset")}
+    assert expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
 def alone(experts, clips, profiles, beam_size=1):

@@ -71,6 +71,7 @@ def test_the_commands(store, tmp_path):
     assert store.names() == ["Bob B.ö-2"]
     assert saml("speakers", "import", out, "--name", "cid", *at).exit_code == 0
     assert store.load("cid").hash == SpeakerProfile.load(out).hash
+    assert store.load("cid").name == "cid"
     refused(saml("speakers", "import", out, "--name", "a/b", *at), "a/b")
     # A damaged file is said to be, and the others are still listed.
     store.path("cid").write_bytes(b"x")
@@ -104,6 +105,40 @@ def test_an_adapter_for_each_expert_there_and_back(tmp_path):
     torch.testing.assert_close(theirs(x), layer(x), rtol=2e-3, atol=2e-3)
 
 
+def test_auto_leaves_out_who_cannot_be_chosen(store, capsys):
+    """A damaged file, no embedding, another model: said, and no hindrance for the others."""
+    model, heard = make(voice=0), torch.rand(2, 8).half()
+    ann = replace(store.load("ann"), embedding=heard)
+    store.save(ann)
+    store.save(replace(ann, weight_hash="0" * 64, about={"speaker": "eve"}))
+    store.path("damaged").write_bytes(b"x")
+    (store.folder / "cid.safetensors.checkpoint").write_bytes(b"x")  # an adaptation under way
+    choice = choose_speakers(["a.wav"], "auto", None, store.folder)
+    assert [p.name for p in choice.enrolled] == ["Bob B.ö-2", "ann", "eve"]
+    assert choice.for_files(model, None, []) == []
+    assert choice.enrolled == [ann]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == ["damaged", "Bob B.ö-2", "eve"]
+    choice.enrolled = [replace(ann, embedding=None)]
+    with pytest.raises(SAMLError, match="nobody is enrolled for this model"):
+        choice.for_files(model, None, [])
+
+
+def test_an_embedding_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    for embedding in (torch.full((2, 8), torch.nan), torch.rand(8), torch.ones(2, 8).int()):
+        replace(SpeakerProfile.of(make(voice=1)), embedding=embedding).save(path)
+        with pytest.raises(SAMLError, match="embedding"):
+            SpeakerProfile.load(path)
+
+
+def test_a_profile_that_asks_for_more_than_it_holds_is_refused(tmp_path):
+    profile = SpeakerProfile.of(make(voice=1))
+    greedy = replace(profile, kind="gates", config=profile.config | {"num_experts": 10_000_000})
+    with pytest.raises(SAMLError, match="at most 8192"):
+        profile_config(greedy)
+
+
 def test_adapters_that_mean_something_else_are_refused(tmp_path):
     model = make(voice=1)
     (folder, _) = export_experts(SpeakerProfile.of(model, speaker="ann"), model, tmp_path)
@@ -112,6 +147,8 @@ def test_adapters_that_mean_something_else_are_refused(tmp_path):
     for change, message in (
         ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "plain LoRA"),
         ({"peft_type": "IA3"}, "IA3"), ({"r": "x"}, "configuration"),
+        ({"r": 0, "use_rslora": True}, "configuration"),
+        ({"lora_alpha": float("nan")}, "configuration"), ({"lora_alpha": 1e9}, "float16"),
     ):  # fmt: skip
         config.write_text(json.dumps(settings | change))
         with pytest.raises(SAMLError, match=message):
@@ -159,14 +196,15 @@ def test_peft_hears_an_exported_expert(tmp_path):
 
 def test_a_list_of_who_is_heard_where(store, tmp_path):
     path = tmp_path / "map.csv"
-    path.write_text("audio,speaker\na.wav,ann\nsub/b.wav,-\nc.wav,\nd.wav, auto\n")
+    path.write_text("\ufeffaudio,speaker\na.wav,ann\nsub/b.wav,-\nc.wav,\nd.wav, auto\n")
     found = read_map(path)
     assert {p.relative_to(tmp_path).as_posix(): s for p, s in found.items()} == {
         "a.wav": "ann", "sub/b.wav": "-", "c.wav": "", "d.wav": "auto",
     }  # fmt: skip
     choice = choose_speakers(list(found), None, found, store.folder)
     assert [getattr(w, "name", w) for w in choice.wanted] == ["ann", None, None, "auto"]
-    assert list(choice.profiles) == ["ann", "Bob B.ö-2"] == [p.name for p in choice.enrolled[::-1]]
+    assert list(choice.profiles) == ["ann"]
+    assert [p.name for p in choice.enrolled] == ["Bob B.ö-2", "ann"]
     with pytest.raises(SAMLError, match=r"e\.wav: is not in the list"):
         choose_speakers([tmp_path / "e.wav"], None, found, store.folder)
     with pytest.raises(SAMLError, match="nobody is enrolled"):

@@ -19,7 +19,7 @@ from saml_models.corpora import Utterance, load_corpus
 from saml_models.families import family_of
 from saml_models.storage import round_experts
 from saml_models.surgery import apply_saml, expert_parameters, routing_of
-from saml_models.training import Sample, TrainingOptions, fit
+from saml_models.training import Sample, TrainingOptions, fit, forget
 
 OPTIONS = TrainingOptions(
     learning_rate=3e-3,
@@ -119,6 +119,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
     fit(again, tiny_en[1], samples, OPTIONS, path, lambda done, *_: seen.append(done))
     assert seen == list(range(killed_after + 1, 7))
     assert equal(weights(again), uninterrupted)
+    assert path.exists()  # until the result is saved
+    losses = fit(model, tiny_en[1], samples, OPTIONS, path, lambda *_: 1 / 0)
+    assert losses.last_loss > 0 and equal(weights(model), uninterrupted)
+    forget(path)
     assert not path.exists()
 
 
