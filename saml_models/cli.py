@@ -51,7 +51,7 @@ class _Commands(TyperGroup):
             print(f"saml: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as stop:
-            print(f"saml: {str(stop) or 'interrupted; nothing was written'}", file=sys.stderr)
+            print(f"saml: {str(stop) or 'interrupted'}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from stop
 
 

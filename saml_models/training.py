@@ -298,8 +298,7 @@ def fit(
             prepared.step()
             losses.append(loss.item())
             _update_average(average, changing, i, steps, options)
-            last = i + 1 == steps
-            if (last or (i + 1) % options.checkpoint_every == 0) and accelerator.is_main_process:
+            if (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process:
                 state.save(i + 1, losses[-1])
             if on_step:
                 on_step(i + 1, steps, losses[-1])
