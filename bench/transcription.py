@@ -39,9 +39,9 @@ def work(name: str, model: str, device: torch.device, threads: int, clips: Path)
     answer(device, seconds, texts=texts)
 
 
-def quantise(model: str, folder: Path) -> None:
+def quantise(model: str, experts: Path | None, folder: Path) -> None:
     """What an edge device is given: the quantised model with its experts, in one folder."""
-    network, processor = load_adaptable(model)
+    network, processor = load_adaptable(model, experts=experts)
     network.saml_short_windows = True  # as after any training of experts
     save_saml(network, processor, folder)
 
@@ -54,6 +54,9 @@ def main(
     threads: Annotated[int, typer.Option()] = 2,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str | None, typer.Option(help="Names in RECOGNISERS, by semicolons.")] = None,
+    experts: Annotated[
+        Path | None, typer.Option(help="What `saml adapt` or `pretrain` wrote; default: shipped.")
+    ] = None,
     results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     audio: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -71,7 +74,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "clips.npz"
         np.savez(stored, **{str(i): u.load() for i, u in enumerate(utterances)})  # type: ignore
-        quantise(model, stored.with_name("quantised"))
+        quantise(model, experts, stored.with_name("quantised"))
         options = ["--model", model, "--audio", stored, "--threads", threads, "--device", device]
         names = only.split(";") if only else list(RECOGNISERS)
         rows, skipped = in_turn(__file__, names, options, rounds)

@@ -15,8 +15,9 @@ from saml_kernels.reference import Gradients, experts_backward
 
 __all__ = ["backward", "forward", "logits"]
 
-
-FEW_ROWS = 256  # up to here a copy of each row's experts costs less than a product for each group
+# Where speakers alternate, a copy of each row's matrix costs less than a product for each speaker
+# up to so many rows and so many elements of a matrix.
+FEW_ROWS, FEW_ELEMENTS = 256, 8192
 
 
 class Runs:
@@ -28,7 +29,7 @@ class Runs:
         Raises:
             SAMLError: a speaker index is out of range.
         """
-        self.rows, self.order = len(speakers), None
+        self.speakers, self.order = speakers, None
         self.found, lengths = speakers.unique_consecutive(return_counts=True)
         self.lengths: list[int] = lengths.tolist()
         self.names: list[int] = self.found.tolist()
@@ -38,21 +39,22 @@ class Runs:
                 f"speakers: holds {wrong[0]}; expected 0..{count - 1} for these experts"
             )
         self.even = len(set(self.lengths)) <= 1
-        if not self.even and self.rows <= FEW_ROWS:
-            self.found, self.names, self.even = speakers, speakers.tolist(), True
-        elif not self.even and len(self.names) > count:
-            self.order = speakers.argsort(stable=True)
-            self.lengths = speakers.bincount(minlength=count).tolist()
-            self.names = list(range(count))
         self.everyone_once = self.names == list(range(count))
+        if not self.even and len(set(self.names)) < len(self.names):
+            self.order = speakers.argsort(stable=True)
+            lengths = speakers.bincount(minlength=count)
+            self.names = lengths.nonzero()[:, 0].tolist()
+            self.lengths = lengths[self.names].tolist()
 
     def product(self, x: Tensor, stacks: Tensor) -> Tensor:
         """Each row by the transpose of its speaker's matrix: [M, K] and [S, n, K] -> [M, n]."""
-        if not self.rows:
+        if not len(x):
             return x.new_empty(0, stacks.shape[1])
         if self.even:
             own = stacks if self.everyone_once else stacks[self.found]
             return (x.unflatten(0, (len(own), -1)) @ own.transpose(1, 2)).flatten(0, 1)
+        if len(x) <= FEW_ROWS and stacks[0].numel() <= FEW_ELEMENTS:
+            return (x.unsqueeze(1) @ stacks[self.speakers].transpose(1, 2)).squeeze(1)
         sorted_x = x if self.order is None else x[self.order]
         pairs = zip(sorted_x.split(self.lengths), self.names, strict=True)
         y = torch.cat([F.linear(part, stacks[s]) for part, s in pairs])
