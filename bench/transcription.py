@@ -42,7 +42,6 @@ def work(name: str, model: str, device: torch.device, threads: int, clips: Path)
 def quantise(model: str, experts: Path | None, folder: Path) -> None:
     """What an edge device is given: the quantised model with its experts, in one folder."""
     network, processor = load_adaptable(model, experts=experts)
-    network.saml_short_windows = True  # as after any training of experts
     save_saml(network, processor, folder)
 
 
