@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -55,9 +56,14 @@ class Runs:
             return (x.unflatten(0, (len(own), -1)) @ own.transpose(1, 2)).flatten(0, 1)
         if len(x) <= FEW_ROWS and stacks[0].numel() <= FEW_ELEMENTS:
             return (x.unsqueeze(1) @ stacks[self.speakers].transpose(1, 2)).squeeze(1)
-        sorted_x = x if self.order is None else x[self.order]
-        pairs = zip(sorted_x.split(self.lengths), self.names, strict=True)
-        y = torch.cat([F.linear(part, stacks[s]) for part, s in pairs])
+        return self.each(lambda s, part: F.linear(part, stacks[s]), x)
+
+    def each(self, do: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`do(speaker, *parts)` for each speaker's rows [m, ...]; results in the rows' order."""
+        if self.order is not None:
+            tensors = tuple(t[self.order] for t in tensors)
+        parts = zip(self.names, *(t.split(self.lengths) for t in tensors), strict=True)
+        y = torch.cat([do(*part) for part in parts])
         return y if self.order is None else y[self.order.argsort()]
 
 
@@ -89,9 +95,14 @@ def forward(
         SAMLError: a speaker index is out of range.
     """
     runs = Runs(speakers, len(lora_a))
-    if len(set(runs.names)) == 1:
-        s = runs.names[0]
-        return backend.forward(x, weight, lora_a[s], lora_b[s], gates, bias, scaling)
+    long = len(x) > 0 and min(runs.lengths) >= getattr(backend, "STRETCH", math.inf)
+    if long or len(set(runs.names)) == 1:
+        return runs.each(
+            lambda s, x, gates: backend.forward(
+                x, weight, lora_a[s], lora_b[s], gates, bias, scaling
+            ),
+            x, gates,
+        )  # fmt: skip
     y = backend.forward(x, weight, *_none(lora_a, lora_b, gates), bias, scaling)
     hidden = runs.product(x, lora_a.flatten(1, 2))
     hidden = hidden * (scaling * gates).repeat_interleave(lora_a.shape[2], dim=-1)

@@ -45,6 +45,20 @@ def test_each_row_its_own(backend, m, speakers, seed):
     torch.testing.assert_close(y, one_by_one(x, weight, a, b, gates, bias, index))
 
 
+@pytest.mark.parametrize("k", [64, 2048])  # experts small enough to be copied by row, or not
+@pytest.mark.parametrize("order", ["as they come", "shuffled", "uneven"])
+@pytest.mark.parametrize("rows", [5, 80])  # of each speaker: few, or enough for calls of their own
+def test_stretches_of_speakers(rows, order, k):
+    x, weight, a, b, gates, bias, _ = make(3 * rows + 7, 4, k=k, n=32, rank=4)
+    counts = (rows, 0, rows + 7, rows) if order == "uneven" else (rows, 7, rows, rows)
+    index = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    if order == "shuffled":
+        index = index[torch.randperm(len(index))]
+    y = saml_linear(x, weight, a, b, gates, bias, 0.5, "cpu", index)
+    expected = one_by_one(x, weight, a, b, gates, bias, index)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_gradient(backend):
     x, weight, a, b, gates, bias, index = make(17, 5)

@@ -28,6 +28,7 @@ from saml_kernels.reference import Gradients, experts_backward, stack_a, stack_b
 __all__ = ["backward", "forward", "native_status", "quick", "unsupported"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
 BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
 
 
