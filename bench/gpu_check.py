@@ -4,6 +4,7 @@
     python bench/gpu_check.py --do tune --minutes 9        # this device's tiles, a copy to ship
     python bench/gpu_check.py --do layers --work P2 --full # one question, every shape
     python bench/gpu_check.py --do models --data LibriSpeech/train-clean-5
+    python bench/gpu_check.py --do counters                # where Nsight Compute is installed
 
 * checks (gpu_checks.py): tests/kernels compiled for this device, on all cores (outputs, gradients,
   CUDA-graph capture and replay, streams, 2^31 elements); compute-sanitizer (memcheck, racecheck) on
@@ -12,6 +13,7 @@
 * tune: as `saml bench --tune`, with a copy of the table among the results; again, it goes on.
 * layers: P1 to P5 beside every peer that is installed (`pip install --group bench-gpu`).
 * models: training_step.py, and with --data transcription.py and adaptation.py.
+* counters (gpu_counters.py): how busy one layer of P1 and of P2 keeps the device's parts.
 
 Results so far are on disk whenever it stops: <device>-<date>.json, which bench/report.py reads.
 """
@@ -27,6 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from gpu_checks import check_kernels, recomputation, sanitize, small_case
+from gpu_counters import counted, counters
 from rich.console import Console
 
 from saml_kernels.triton import configs
@@ -94,7 +97,7 @@ def time_models(results: Path, data: Path | None) -> None:
 
 
 def main(
-    do: Annotated[str, typer.Option(help="checks, tune, layers, models; by commas.")] = (
+    do: Annotated[str, typer.Option(help="checks, tune, layers, models, counters; by commas.")] = (
         "checks,tune,layers"
     ),
     work: Annotated[str, typer.Option(help="Of the layers, by commas.")] = "P2,P1,P3,P4,P5",
@@ -114,6 +117,8 @@ def main(
 
     if "small-case" in steps:
         small_case()
+    if "counted" in steps:
+        counted(work)
     fine = check(device, results, minutes / 3) if "checks" in steps else True
     if not fine:
         steps = []  # nothing is timed that is wrong
@@ -124,6 +129,11 @@ def main(
         time_layers(device, results, works, full, left())
     if "models" in steps:
         time_models(results, data)
+    if "counters" in steps:
+        path = result_path(results, device)
+        path = path.with_name(f"counters-{path.name}")
+        write_json(path, {"about": about(device), "counters": counters()})
+        print(f"counters: {path}")
     raise typer.Exit(int(not fine))
 
 

@@ -1,4 +1,4 @@
-"""What bench/gpu_check.py makes of its checks and its tuning, without a GPU."""
+"""What bench/gpu_check.py makes of its checks, its tuning and its counters, without a GPU."""
 
 import json
 import subprocess
@@ -18,8 +18,9 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import gpu_check
     import gpu_checks
+    import gpu_counters
 
-    return SimpleNamespace(check=gpu_check, checks=gpu_checks)
+    return SimpleNamespace(check=gpu_check, checks=gpu_checks, counters=gpu_counters)
 
 
 def test_the_kernels_tests_are_found(scripts):
@@ -101,3 +102,35 @@ def test_the_tuning_table_is_copied_if_there_is_one(scripts, tmp_path, monkeypat
     scripts.check.tune_device(CPU, results, 1.0)
     assert [p.name for p in results.iterdir()] == ["sm_90.json"]
     assert (results / "sm_90.json").read_text() == "{}"
+
+
+NCU = """==PROF== Connected to process 7
+small talk
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","partial_kernel","gpu__time_duration.sum","ns","12,480"
+"0","7","partial_kernel","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","61.25"
+"1","7","finish_kernel","gpu__time_duration.sum","ns","n/a"
+==PROF== Disconnected
+"""
+
+
+def test_counters(scripts, monkeypatch):
+    monkeypatch.setattr(scripts.counters.shutil, "which", lambda name: None)
+    assert scripts.counters.counters() == {"P1": "not run: no ncu", "P2": "not run: no ncu"}
+    answers = iter([(0, NCU, ""), (1, "==ERROR== ERR_NVGPUCTRPERM\n==WARNING== no kernels", "")])
+
+    def run(command, **how):
+        code, out, err = next(answers)
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    monkeypatch.setattr(scripts.counters.shutil, "which", lambda name: "/bin/ncu")
+    monkeypatch.setattr(scripts.counters.subprocess, "run", run)
+    found = scripts.counters.counters()
+    assert found["P2"] == "not run: ==ERROR== ERR_NVGPUCTRPERM"
+    assert (found["P1"]["work"], found["P1"]["m"]) == ("P1", 1500)
+    first, second = found["P1"]["kernels"]
+    assert first == {
+        "kernel": "partial_kernel", "gpu__time_duration.sum": 12480.0,
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed": 61.25,
+    }  # fmt: skip
+    assert second == {"kernel": "finish_kernel", "gpu__time_duration.sum": "n/a"}
