@@ -2,10 +2,11 @@
 
 A *train* is a sequence of calls that do the same work on weights of their own, like the layers of a
 model. One sample is: overwrite the caches, run the train once, divide by its length. So no weight
-is read from a cache, whatever the size of the device's, and a call's own launch is still seen. On a
-GPU the train stands between two device events; elsewhere a monotonic clock is read. Contenders take
-their samples in turn (A B C A B C ...), so that a busy machine disturbs them alike, and compare by
-the median of their ratios within a round.
+is read from a cache, whatever the size of the device's. On a GPU the train stands between two
+device events: a captured graph is queued behind the sweep, and its kernels alone are seen; calls
+from Python wait for the sweep first, and their launches count. Elsewhere a monotonic clock is read.
+Contenders take their samples in turn (A B C A B C ...), so that a busy machine disturbs them alike,
+and compare by the median of their ratios within a round.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Timing", "Train", "cache_bytes", "captured", "interleaved", "overwrite_caches", "peak_memory",
-    "poisoned_error", "sample", "timed",
+    "Timing", "Train", "cache_bytes", "captured", "current", "interleaved", "overwrite_caches",
+    "peak_memory", "poisoned_error", "sample", "timed",
 ]  # fmt: skip
 
 Train = Sequence[Callable[[], Any]]
@@ -66,6 +68,11 @@ class Timing:
         return {k: round(v, 2) for k, v in found.items()}
 
 
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within the block a GPU is the current one: events, streams and captures go by that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @cache
 def cache_bytes(device: torch.device) -> int:
     """Size of the device's last cache, and at least 32 MiB."""
@@ -79,26 +86,44 @@ def cache_bytes(device: torch.device) -> int:
 
 
 @cache
-def _sweep(device: torch.device) -> Tensor:
-    return torch.zeros(2 * cache_bytes(device) // 4, device=device)
+def _sweep(device: torch.device) -> tuple[Tensor, Tensor]:
+    size = 2 * cache_bytes(device) // 4
+    return torch.ones(size, device=device), torch.ones(size, device=device)
 
 
 def overwrite_caches(device: torch.device) -> None:
-    """Write twice as many bytes as the last cache holds."""
-    _sweep(device).add_(1.0)
+    """Write twice as many bytes as the last cache holds, then read as many others.
+
+    What was written must be written back before its place is free, which would be charged to
+    whoever reads most; what was only read need not.
+    """
+    written, read = _sweep(device)
+    written.add_(1.0)
+    read.sum()
 
 
-def sample(train: Train, device: torch.device) -> float:
-    """Microseconds a call of one run of `train` from cold caches."""
-    overwrite_caches(device)
+def sample(train: Train, device: torch.device, launches: bool = False) -> float:
+    """Microseconds a call of one run of `train` from cold caches.
+
+    Args:
+        train: what is run.
+        device: where.
+        launches: on a GPU, let the clock start when the sweep is over, so that what it takes to
+            launch the calls counts in full for everybody; else it may hide behind the sweep.
+    """
     if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for call in train:
-            call()
-        end.record()
-        end.synchronize()
+        with current(device):
+            overwrite_caches(device)
+            if launches:
+                torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for call in train:
+                call()
+            end.record()
+            end.synchronize()
         return begin.elapsed_time(end) * 1e3 / len(train)
+    overwrite_caches(device)
     started = time.perf_counter()
     for call in train:
         call()
@@ -154,32 +179,47 @@ def timed(
         device: where it runs.
     """
     where = torch.device(device)
-    run()
-    once = sample([run], where)
-    length = max(1, min(LONGEST, int(TRAIN_US / max(once, 1.0))))
-    train: Train = [run] * length
-    if not graph or where.type != "cuda":
-        return interleaved({"": train}, where, rounds)[""].to_dict()
-    return interleaved({"": [captured(train)]}, where, rounds, lengths={"": length})[""].to_dict()
+    with current(where):
+        run()
+        once = sample([run], where)
+        length = max(1, min(LONGEST, int(TRAIN_US / max(once, 1.0))))
+        train: Train = [run] * length
+        if not graph or where.type != "cuda":
+            eager = partial(sample, launches=True)
+            return interleaved({"": train}, where, rounds, sampler=eager)[""].to_dict()
+        replay = [captured(train)]
+        return interleaved({"": replay}, where, rounds, lengths={"": length})[""].to_dict()
 
 
 def captured(train: Train) -> Callable[[], Any]:
-    """The whole train as one CUDA graph; calling it replays the graph and gives the last result.
+    """The whole train as one CUDA graph of the current device.
+
+    Returns:
+        Replays the graph and gives the last result.
 
     Raises:
         RuntimeError: something in the train cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):  # compiles and allocates outside the capture
         for call in train:
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    before.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     results = []
-    with torch.cuda.graph(graph):
-        for call in train:
-            results.append(call())
+    try:
+        with torch.cuda.graph(graph, pool, stream):
+            for call in train:
+                results.append(call())
+    except Exception:
+        # Where a capture cannot be ended, torch leaves its stream current and its allocator in the
+        # capture, and whoever empties the cache next fails.
+        torch.cuda.set_stream(before)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(before.device_index, pool)
+            torch._C._cuda_releasePool(before.device_index, pool)
+        raise
 
     def replay() -> Any:
         graph.replay()

@@ -6,15 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from saml_kernels import SAMLError
 from saml_kernels.roofline import Roofs
+from saml_kernels.timing import sample
 from saml_models.bench import harness
 from saml_models.bench.cases import WORKS, Case, cases_of
 from saml_models.bench.contenders import Layer, contenders, own_contenders
-from saml_models.bench.figures import plot_layers, plot_wer
+from saml_models.bench.figures import _bars, plot_layers, plot_wer
 from saml_models.bench.harness import Results, Setting, run_case, run_cases
-from saml_models.bench.report import BEGIN, END, geometric, load, markdown, tables, write_readme
+from saml_models.bench.report import (
+    BEGIN,
+    END,
+    _cells,
+    geometric,
+    load,
+    markdown,
+    subjects,
+    tables,
+    write_readme,
+)
 
 CPU = torch.device("cpu")
 ROOFS = Roofs(20e9, 50e9)
@@ -57,6 +69,10 @@ def test_every_question_has_its_shapes():
     swept = {(c.experts, c.rank) for c in full if c.work == "P2"}
     assert swept == {(e, r) for e in (1, 4, 8) for r in (4, 8, 16)}
     assert {c.mode for c in full} == {"eager", "graph", "train"}
+    # Kernels are timed where there is a graph; sweeps over experts too.
+    assert {c.mode for c in full if c.work == "P1"} == {"eager", "graph"}
+    assert {c.mode for c in full if (c.experts, c.rank) == (8, 4)} == {"graph"}
+    assert contenders()["bitsandbytes + PEFT, mixed batch of 64"].modes == ("eager",)
     assert not cases_of("P6", "cuda", short=True) and cases_of("P6", "cpu", short=True)
     assert all(c.mode != "graph" for work in WORKS for c in cases_of(work, "cpu", short=False))
     own = cases_of("P1", "cpu", True, [64], [7], 2, 8)
@@ -278,6 +294,19 @@ def test_this_repositorys_readme_is_what_its_results_say():
     assert table.strip() == markdown(load(timed)).strip()
 
 
+def test_graphs_and_eager_calls_are_told_apart():
+    data = fixture()
+    rows = data["works"]["P2"]["rows"]
+    rows += [r | {"mode": "eager", "ratios": {"dense": 3.0}} for r in rows]
+    told = {what.partition(",")[0]: _cells(own, rows)[1] for _, what, own in subjects(data)}
+    assert told == {"graph": "1.00 (0.50 to 2.00)", "eager": "3.00 (3.00 to 3.00)"}
+    axes = Figure().subplots()
+    _bars(axes, data, {})
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["P2\ngraph", "P2\neager"]
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes.containers}
+    assert heights["dense"] == pytest.approx([1.0, 3.0])
+
+
 def test_tables_and_figures(tmp_path):
     data = fixture()
     titles = [t.title for t in tables(data) if t.title]
@@ -301,6 +330,14 @@ def test_what_is_no_file_of_results_is_refused(tmp_path, text):
 def test_graphs_share_the_train(monkeypatch):
     """Without a GPU: a captured train is timed as so many calls, and checked by its replay."""
     monkeypatch.setattr(harness, "captured", lambda steps: lambda: [s() for s in steps][-1])
-    case = Case("P2", "graph", 5, 64, 64)
-    rows, skipped = run_case(case, setting({"dense": QUICK["dense"]}))
-    assert not skipped and rows[0]["error"] < 1e-5
+    waited = []
+    monkeypatch.setattr(
+        harness, "sample",
+        lambda train, device, launches: waited.append(launches) or sample(train, device),
+    )  # fmt: skip
+    for mode in ("graph", "eager"):
+        case = Case("P2", mode, 5, 64, 64)
+        rows, skipped = run_case(case, setting({"dense": QUICK["dense"]}))
+        assert not skipped and rows[0]["error"] < 1e-5
+        assert set(waited) == {mode != "graph"}  # what it takes to launch counts for eager calls
+        waited.clear()

@@ -1,6 +1,8 @@
 """The one place that takes times, and the roofline beside them."""
 
 import statistics
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +47,74 @@ def test_a_sample_is_cold_and_a_mean_over_the_train(monkeypatch):
 
 
 def test_caches_are_overwritten_with_more_than_they_hold():
-    swept = timing._sweep(CPU)
-    assert swept.nbytes >= 2 * timing.cache_bytes(CPU) >= 64 << 20
-    before = swept[0].item()
+    written, read = timing._sweep(CPU)
+    assert written.nbytes == read.nbytes >= 2 * timing.cache_bytes(CPU) >= 64 << 20
+    before = written[0].item()
     timing.overwrite_caches(CPU)
-    assert swept[0].item() == before + 1
+    assert (written[0].item(), read[0].item()) == (before + 1, 1)
+
+
+@pytest.mark.parametrize("launches", [False, True])
+def test_launches_count_once_the_sweep_is_over(launches, monkeypatch):
+    """Without a GPU: what is asked of it, in which order, and on which device."""
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 0.006
+
+    monkeypatch.setattr(timing, "overwrite_caches", lambda device: events.append("cold"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: events.append(str(d)) or nullcontext())
+    train = [lambda: events.append("call")] * 2
+    assert sample(train, torch.device("cuda:1"), launches) == pytest.approx(3.0)
+    wait = ["wait"] if launches else []
+    assert events == ["cuda:1", "cold", *wait, "record", "call", "call", "record"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_failed_capture_leaves_nothing_behind(ends, monkeypatch):
+    """Without a GPU: the stream is the one before, and the allocator is out of the capture."""
+    told = []
+    ours = SimpleNamespace(device_index=1, wait_stream=lambda other: None)
+    side = SimpleNamespace(wait_stream=lambda other: None)
+
+    def end(*where):
+        told.append(("end", *where))
+        if ends:  # the capture did that itself
+            raise RuntimeError("not currently recording to mempool_id")
+
+    fakes = {
+        "Stream": lambda: side, "current_stream": lambda: ours, "CUDAGraph": object,
+        "stream": lambda s: nullcontext(), "graph": lambda *given: nullcontext(),
+        "graph_pool_handle": lambda: (0, 7), "set_stream": lambda s: told.append(s),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda *where: told.append(("release", *where))
+    )
+    ran = []
+
+    def call():
+        ran.append(1)
+        if len(ran) == 2:  # within the capture
+            raise ValueError("cannot be captured")
+
+    with pytest.raises(ValueError, match="cannot be captured"):
+        timing.captured([call])
+    assert told == [ours, ("end", 1, (0, 7)), *([] if ends else [("release", 1, (0, 7))])]
 
 
 def poisoning(step):

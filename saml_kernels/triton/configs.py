@@ -27,6 +27,7 @@ from saml_kernels.errors import SAMLError
 __all__ = [
     "ROUTES",
     "Config",
+    "bounded",
     "choose",
     "device_traits",
     "forget_tables",
@@ -159,14 +160,21 @@ def choose(
         if found is not None:
             config = found
             break
+    if config.route in ("decode", "split") and not config.split:
+        out = n if direction == "forward" else k
+        tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
+        fill = math.ceil(2 * processors / max(1, tiles))
+        config = replace(config, split=min(fill, MAX_SPLIT))
+    return bounded(config, direction, n, k)
+
+
+def bounded(config: Config, direction: str, n: int, k: int) -> Config:
+    """`config` with as many shares of the reduction as it has steps, or fewer: a power of two."""
     if config.route not in ("decode", "split"):
         return replace(config, split=1)
-    out, reduction = (n, k) if direction == "forward" else (k, n)
-    tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
-    steps = math.ceil(reduction / config.block_d)
-    wanted = config.split or math.ceil(2 * processors / max(1, tiles))
-    split = 1 << max(0, min(wanted, steps, MAX_SPLIT)).bit_length() - 1
-    return replace(config, split=max(1, split))
+    steps = math.ceil((k if direction == "forward" else n) / config.block_d)
+    shares = max(1, min(config.split, steps, MAX_SPLIT))
+    return replace(config, split=1 << shares.bit_length() - 1)
 
 
 def _lookup(rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int) -> Config | None:
@@ -201,7 +209,7 @@ def device_traits(device: torch.device) -> tuple[str, int, str]:
     """(capability, processors, name) of a device; a nominal size for the interpreter on a CPU."""
     if device.type != "cuda":
         return (*_pretended, "")
-    return _cuda_traits(device.index or 0)
+    return _cuda_traits(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "load_kernels",
     "prebuilt",
     "recording",
+    "triton_errors",
 ]
 
 # The module of each kernel, which is called <name>_kernel there.
@@ -39,6 +41,14 @@ KERNELS = {
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU, as it reads its own variable."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def triton_errors(*names: str) -> tuple[type[Exception], ...]:
+    """Triton's own exceptions, which are no RuntimeErrors; none where it is not installed."""
+    if find_spec("triton") is None:
+        return ()
+    errors = importlib.import_module("triton.runtime.errors")
+    return tuple(getattr(errors, name) for name in names)
 
 
 _recorded: list[Launch] | None = None

@@ -10,12 +10,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,18 +27,21 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.reference import saml_linear_reference
-from saml_kernels.timing import timed
+from saml_kernels.timing import current, timed
 from saml_kernels.triton import backward, forward
-from saml_kernels.triton.configs import Config, device_traits, forget_tables, user_table
+from saml_kernels.triton.configs import Config, bounded, device_traits, forget_tables, user_table
+from saml_kernels.triton.dispatch import triton_errors
 
 __all__ = ["TOKENS", "Problem", "candidates", "tune"]
 
-TOKENS = (1, 4, 16, 64, 256, 1500, 6000)
+# Those that are furthest apart come first: the time may not do for all.
+TOKENS = (1, 1500, 16, 256, 4, 64, 6000)
 CACHE_BYTES = 128 << 20  # more than any card's L2: weights in rotation exceed it
 ROUNDS = 5
 TOLERANCE = 5e-3  # of float16, relative to the norm
+TOO_LARGE = ("OutOfResources", "PTXASError")  # more than this device has
 
-Clock = Callable[[Callable[[], Any], int], dict[str, float]]
+Clock = Callable[..., dict[str, float]]
 
 
 class Problem:
@@ -51,7 +54,7 @@ class Problem:
         k: int,
         *,
         experts: int = 4,
-        rank: int = 4,
+        rank: int = 16,
         copies: int | None = None,
         device: str | torch.device = "cuda",
         dtype: torch.dtype = torch.float16,
@@ -140,16 +143,16 @@ def tune(
 ) -> tuple[Path, int]:
     """Write the fastest configurations of this device to the user's table.
 
-    The table is written after each row, so that an interrupted run leaves what it found; rows of an
-    earlier run that this one does not repeat are kept.
+    The table is written after each row, so that an interrupted run leaves what it found. Rows of an
+    earlier run are kept, and repeated after those that it lacks: call again to go on.
 
     Args:
-        shapes: weights (out-features, in-features).
-        tokens: numbers of rows.
+        shapes: weights (out-features, in-features); all of them come before the next of `tokens`.
+        tokens: numbers of rows, the most wanted first.
         device: to measure on.
         minutes: no row is started later than this.
         on_row: called with (rows done, rows in all, the row).
-        clock: as `timed`.
+        clock: as `timed`; called with (call, rounds, device=).
         tried: as `candidates`.
 
     Returns:
@@ -158,23 +161,30 @@ def tune(
     Raises:
         SAMLError: a configuration gives a wrong result.
     """
-    capability, _, name = device_traits(torch.device(device))
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    capability, _, name = device_traits(where)
     path = user_table(capability, name)
     table: dict[str, Any] = {"forward": [], "backward": []}
     if path.is_file():
         table = json.loads(path.read_text())
     table["about"] = {"device": name, "torch": torch.__version__, "date": time.strftime("%F")}
-    plan = [(m, n, k, d) for n, k in shapes for m in tokens for d in ("forward", "backward")]
+    directions = ("forward", "backward")
+    known = {(r.get("m"), r.get("n"), r.get("k"), d) for d in directions for r in table[d]}
+    plan = [(m, n, k, d) for m in tokens for d in directions for n, k in shapes]
+    plan.sort(key=lambda row: row in known)
     started, done = time.monotonic(), 0
     with ExitStack() as stack:
-        warm = _compilers(stack) if torch.device(device).type == "cuda" else None
+        stack.enter_context(current(where))
+        warm = _compilers(stack) if where.type == "cuda" else None
         for m, n, k, direction in plan:
             if time.monotonic() - started > 60 * minutes:
                 break
-            configs = list(tried(direction, m))
+            configs = _distinct(tried(direction, m), direction, n, k)
             if warm is not None:
-                warm([(m, n, k, direction, c, str(device)) for c in configs])
-            problem = Problem(m, n, k, device=device)
+                warm([(m, n, k, direction, c, str(where)) for c in configs])
+            problem = Problem(m, n, k, device=where)
             row = {"m": m, "n": n, "k": k, **_fastest(problem, direction, clock, configs)}
             others = [
                 r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
@@ -186,6 +196,15 @@ def tune(
                 on_row(done, len(plan), {"direction": direction, **row})
     forget_tables()
     return path, done
+
+
+def _distinct(configs: Iterable[Config], direction: str, n: int, k: int) -> list[Config]:
+    """As `choose` will hand them out for this weight, each once: what is timed is what runs."""
+    found: dict[Config, Config] = {}
+    for config in (bounded(c, direction, n, k) for c in configs):
+        whole = config.route == "split" and config.split == 1
+        found.setdefault(replace(config, route="fused") if whole else config, config)
+    return list(found.values())
 
 
 def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:
@@ -205,11 +224,17 @@ def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:
 
 
 def _run_once(task: tuple[int, int, int, str, Config, str]) -> None:
-    m, n, k, direction, config, device = task
-    problem = Problem(m, n, k, copies=1, device=device)
-    with suppress(RuntimeError):
+    *shape, direction, config, device = task
+    with current(torch.device(device)), suppress(RuntimeError, *triton_errors(*TOO_LARGE)):
+        problem = _alone(*shape, device)
         (problem.forward if direction == "forward" else problem.backward)(config)
         torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=1)
+def _alone(m: int, n: int, k: int, device: str) -> Problem:
+    """The problem that a worker has before it: its configurations come one after the other."""
+    return Problem(m, n, k, copies=1, device=device)
 
 
 def _fastest(
@@ -224,6 +249,8 @@ def _fastest(
     for config in configs:
         try:
             found = run(config).double()
+        except triton_errors(*TOO_LARGE):
+            continue
         except RuntimeError as error:
             if "resource" in str(error).lower() or "out of memory" in str(error).lower():
                 continue  # more shared memory or registers than this device has
@@ -231,7 +258,7 @@ def _fastest(
         off = float((found - expected).norm() / expected.norm())
         if not off < TOLERANCE:
             raise SAMLError(f"{direction} of {problem.m} tokens: {config} is off by {off:.1e}")
-        microseconds = clock(partial(run, config), ROUNDS)["median_us"]
+        microseconds = clock(partial(run, config), ROUNDS, device=problem.x.device)["median_us"]
         if best is None or microseconds < best[0]:
             best = (microseconds, config)
     if best is None:

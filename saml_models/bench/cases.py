@@ -77,7 +77,7 @@ MIXED = ("dense", "saml, 1 speaker", "saml, 8 speakers", "saml, 64 speakers",
 COMPOSED = ("dense", "bitsandbytes + gated PEFT", "saml + experts")
 
 WORKS: dict[str, Work] = {
-    "P1": Work("encoder", ("eager",), (FRAMES, 8 * FRAMES), (FRAMES,), sweep=True),
+    "P1": Work("encoder", ("graph", "eager"), (FRAMES, 8 * FRAMES), (FRAMES,), sweep=True),
     "P2": Work("decoding", ("graph", "eager"), (1, 2, 4, 5, 8, 16), (1, 5), sweep=True),
     "P3": Work(
         "the user's composition", ("graph", "eager"), (1, 5, FRAMES), (5,), sweep=True,

@@ -46,29 +46,32 @@ def plot_layers(data: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, data: dict[str, Any], colours: dict[str, str]) -> None:
-    """Our time with experts over each peer's, by work: below 1 we are faster."""
-    heights: dict[str, dict[str, float]] = {}
+    """Our time with experts over each peer's, by work and mode: below 1 we are faster."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for work, entry in data["works"].items():
-        rows = [r for r in entry["rows"] if r["contender"] == SUBJECT and "m" in r]
+        for row in entry["rows"]:
+            if row["contender"] == SUBJECT and "m" in row:
+                groups.setdefault(f"{work}\n{row['mode']}", []).append(row)
+    heights: dict[str, dict[str, float]] = {}
+    for group, rows in groups.items():
         for other in dict.fromkeys(name for r in rows for name in r["ratios"]):
             if other.startswith("saml"):
                 continue
             ratios = [r["ratios"][other] for r in rows if other in r["ratios"]]
-            heights.setdefault(other, {})[work] = geometric(ratios)
-    works = [w for w in data["works"] if any(w in h for h in heights.values())]
+            heights.setdefault(other, {})[group] = geometric(ratios)
+    names = [g for g in groups if any(g in h for h in heights.values())]
     width = 0.8 / max(1, len(heights))
     for i, (other, found) in enumerate(heights.items()):
-        places = [j + i * width for j, w in enumerate(works) if w in found]
+        places = [j + i * width for j, name in enumerate(names) if name in found]
         axes.bar(
             places,
-            [found[w] for w in works if w in found],
+            [found[name] for name in names if name in found],
             width,
             label=other,
             color=colours.get(other),
         )
     axes.axhline(1.0, color="black", linewidth=1)
-    names = [f"{w}\n{data['works'][w]['title']}" for w in works]
-    axes.set_xticks([j + 0.4 for j in range(len(works))], names, fontsize=7)
+    axes.set_xticks([j + 0.4 for j in range(len(names))], names, fontsize=7)
     axes.set(yscale="log", ylabel=f"time of {SUBJECT} / time of the other")
     _plain_numbers(axes.yaxis)
     if heights:

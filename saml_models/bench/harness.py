@@ -13,7 +13,7 @@ import torch
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.roofline import Roofs, measure_roofs
-from saml_kernels.timing import captured, interleaved, peak_memory
+from saml_kernels.timing import captured, current, interleaved, peak_memory, sample
 from saml_models.bench.cases import WORKS, Case
 from saml_models.bench.contenders import Contender, Layer, contenders
 from saml_models.bench.environment import about
@@ -91,7 +91,8 @@ def run_case(
     single: dict[str, Step] = {}  # a graph's memory is its own, so the peak is an eager call's
     lengths: dict[str, int] = {}
     layers: dict[str, Layer] = {}
-    with torch.enable_grad() if case.mode == "train" else torch.no_grad():
+    grad = torch.enable_grad() if case.mode == "train" else torch.no_grad()
+    with grad, current(setting.device):
         for contender in running:
             name = contender.name
             try:
@@ -112,8 +113,9 @@ def run_case(
                 continue
             trains[name], layers[name] = steps, made[-1]
         times = interleaved(
-            trains, setting.device, setting.rounds, lengths=lengths, on_sample=on_sample
-        )
+            trains, setting.device, setting.rounds, lengths=lengths, on_sample=on_sample,
+            sampler=partial(sample, launches=case.mode != "graph"),
+        )  # fmt: skip
         rows = []
         for contender in running:
             name = contender.name

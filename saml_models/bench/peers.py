@@ -350,7 +350,7 @@ def peer_contenders() -> list[Contender]:
         Contender("bitsandbytes + gated PEFT", _gated_peft, "nf4", "gated", None, "peft",
                   why_not=peft),
         Contender("bitsandbytes + PEFT, mixed batch of 64", _mixed_batch, "nf4", "one", 64, "peft",
-                  run, peft),
+                  ("eager",), peft),  # it indexes by lists of the host
         Contender("PEFT X-LoRA", _xlora, "dense", "gated", None, "peft", why_not=_needs("peft")),
         Contender("GemLite INT4", _gemlite, "int4", package="gemlite", modes=run,
                   why_not=_needs("gemlite", gpu="its kernels are Triton's, its import asks CUDA")),

@@ -7,7 +7,7 @@ import torch
 from cases import TOLERANCE, assert_close, check_answers, draw_case, make_case, many, truth
 from hypothesis import given
 from hypothesis import strategies as st
-from ways import WAYS
+from ways import WAYS, fitting
 
 from saml_kernels import triton as backend
 from saml_kernels.triton.configs import ROUTES, Config
@@ -28,7 +28,9 @@ def check(case, route):
 @given(data=st.data())
 def test_random_shapes(data, device):
     draw = data.draw
-    check(draw_case(draw, device), draw(WAYS, "way"))
+    case, way = draw_case(draw, device), draw(WAYS, "way")
+    with fitting(way):
+        check(case, way)
 
 
 @pytest.mark.parametrize("route", ROUTES)

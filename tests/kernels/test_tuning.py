@@ -1,13 +1,19 @@
 """Tuning with a clock of the test's own: what is measured is written, found and used."""
 
 import json
+from itertools import count
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ways import fitting
 
 from saml_kernels import SAMLError
 from saml_kernels.triton import configs, tuning
 from saml_kernels.triton.configs import Config
+from saml_kernels.triton.dispatch import triton_errors
+from saml_models.bench.cases import EXPERTS, RANK
 
 
 @pytest.fixture
@@ -30,7 +36,8 @@ class Clock:
     def __init__(self, *times):
         self.times, self.asked = times, 0
 
-    def __call__(self, run, rounds):
+    def __call__(self, run, rounds, device):
+        assert device == run.func.__self__.x.device
         run()
         self.asked += 1
         return {"median_us": self.times[(self.asked - 1) % len(self.times)]}
@@ -65,12 +72,86 @@ def test_no_time_left_measures_nothing(cache, device):
     assert done == 0
 
 
-def test_what_does_not_fit_the_device_is_left_out(cache, device, monkeypatch):
+def test_rows_not_yet_measured_come_first_and_shapes_within_them(cache, device):
+    tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
+    order = []
+    tuning.tune(
+        [(64, 128), (128, 64)], (2, 5), device=device, clock=Clock(1.0), tried=few,
+        on_row=lambda done, total, r: order.append((r["m"], r["direction"], r["n"])),
+    )  # fmt: skip
+    both = ("forward", "backward")
+    fresh = [(2, d, 128) for d in both] + [(5, d, n) for d in both for n in (64, 128)]
+    assert order == [*fresh, *((2, d, 64) for d in both)]
+
+
+def test_what_is_timed_is_what_will_run(cache, device):
+    """Nobody gets more shares than there are steps, nor the same work twice."""
+
+    def shared(direction, m):
+        yield Config("fused", 16, 32, 32, 1)
+        yield from (Config("split", 16, 32, 32, split) for split in (1, 2, 4, 8))
+
+    times = count(5, -1)
+
+    def clock(run, rounds, device):
+        return {"median_us": next(times)}
+
+    path, _ = tuning.tune([(64, 96)], (2,), device=device, clock=clock, tried=shared)
+    table = json.loads(path.read_text())
+    assert [table[d][0]["split"] for d in ("forward", "backward")] == [2, 2]  # of 3 and 2 steps
+    assert next(times) == 1  # fused and two shares, in each direction
+    traits = configs.device_traits(torch.device(device))
+    assert configs.choose("forward", 2, 64, 96, *traits) == Config("split", 16, 32, 32, 2)
+
+
+def test_tuned_as_it_is_timed():
+    assert tuning.Problem(2, 64, 128, device="cpu").a.shape[:2] == (EXPERTS, RANK)
+
+
+def test_the_device_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(configs, "_cuda_traits", lambda index: ("sm_90", index, "name"))
+    found = [configs.device_traits(torch.device(d))[1] for d in ("cuda", "cuda:0", "cuda:2")]
+    assert found == [3, 0, 2]
+
+
+def test_triton_may_be_absent(monkeypatch):
+    assert all(issubclass(e, Exception) for e in triton_errors(*tuning.TOO_LARGE))
+    monkeypatch.setattr("saml_kernels.triton.dispatch.find_spec", lambda name: None)
+    assert triton_errors(*tuning.TOO_LARGE) == ()
+
+
+def too_large():
+    resources, ptxas = triton_errors("OutOfResources", "PTXASError")
+    return [resources(300000, 232448, "shared memory"), ptxas("too much shared data"),
+            torch.OutOfMemoryError("CUDA out of memory")]  # fmt: skip
+
+
+def test_a_random_shape_passes_over_drawn_tiles_that_do_not_fit():
+    error, other, _ = too_large()
+    reached = []
+
+    @given(st.integers(0, 3))
+    def drawn(size):
+        with fitting(Config()):
+            if size > 1:
+                raise error
+        reached.append(size)
+
+    drawn()
+    assert set(reached) == {0, 1}
+    for raised, way in ((error, "fused"), (error, None), (other, Config())):
+        with pytest.raises(type(raised)), fitting(way):
+            raise raised
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_does_not_fit_the_device_is_left_out(which, cache, device, monkeypatch):
     real = tuning.Problem.forward
 
     def forward(self, route=None):
         if isinstance(route, Config) and route.route == "fused":
-            raise RuntimeError("out of resource: shared memory")
+            raise too_large()[which]
         return real(self, route)
 
     monkeypatch.setattr(tuning.Problem, "forward", forward)
