@@ -223,7 +223,7 @@ def manifest(utterances, tmp_path_factory):
     (path.parent / "eve.wav").write_text("this is no audio\n" * 100)
     rows.insert(2, {"audio": "eve.wav", "text": "x", "speaker": "eve"})
     rows += [{"audio": "none.wav", "text": "x", "speaker": "none"}]
-    rows += [{"audio": "eve.wav", "text": "x", "speaker": "O'Neil"}]
+    rows += [{"audio": "eve.wav", "id": "o", "text": "x", "speaker": "O'Neil"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
