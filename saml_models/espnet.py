@@ -2,8 +2,8 @@
 
 ESPnet is not installed with this package. What it imports for this, beside what is here already:
 `pip install --no-deps espnet` and then typeguard humanfriendly librosa sentencepiece torch_complex
-kaldiio configargparse einops hydra-core editdistance, and the torchaudio that belongs to the
-installed torch.
+kaldiio configargparse einops opt_einsum hydra-core editdistance, and the torchaudio that belongs to
+the installed torch.
 """
 
 from __future__ import annotations

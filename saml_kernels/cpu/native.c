@@ -490,7 +490,7 @@ int saml_linear(const Layer *l, const float *x, const float *gates, int64_t gate
     LinearJob job = {.layer = l, .x = x, .gates = gates, .gate_stride = gate_stride, .y = y};
     job.m = m;
     job.threads = threads;
-    if (!pool_run || m * l->rows * columns < 1 << 19) job.threads = 1; /* done before they wake up */
+    if (!pool_run || m * l->rows * columns < 1 << 18) job.threads = 1; /* done before they wake up */
     job.apart = job.threads > 1 && m >= 12 * (int64_t)job.threads;
     job.slab = CACHE / (4 * columns) / 12 * 12;
     if (job.slab < 12) job.slab = 12;
