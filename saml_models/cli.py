@@ -194,7 +194,7 @@ def pretrain(
     options = changed(PRETRAINING, epochs, learning_rate, seed)
     network, processor = load_model(model, device_named(device))
     original, _ = load_model(model, device_named(device))
-    typer.echo(apply_saml(network, SAMLConfig()))
+    typer.echo(apply_saml(network, SAMLConfig(num_experts=num_experts, rank=rank)))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("pretraining") as show:
         profile = learn(

@@ -270,9 +270,11 @@ def test_quantize_writes_a_model_that_transcribes(tmp_path, profile, clips):
 
 def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest, monkeypatch):
     small = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
-    monkeypatch.setattr(surgery, "apply_saml", lambda network, _: apply_saml(network, small))
+    quick = lambda network, config: apply_saml(network, replace(config, expert_init="lora"))  # noqa: E731
+    monkeypatch.setattr(surgery, "apply_saml", quick)
     experts, out = tmp_path / "experts.safetensors", tmp_path / "ann.safetensors"
-    result = saml("pretrain", "--data", manifest, "--out", experts, "--epochs", 1)
+    size = ("--num-experts", 2, "--rank", 2)
+    result = saml("pretrain", "--data", manifest, "--out", experts, "--epochs", 1, *size)
     assert result.exit_code == 0, result.output
     assert "learnt from 1 speakers, 2 utterances" in result.stdout
     result = saml(

@@ -21,14 +21,18 @@ from saml_kernels.linear import SAMLPointwiseConv1d
 from saml_models import conformer_family, joint
 from saml_models.base_training import train_tokenizer
 from saml_models.conformer import Conformer, is_conformer, load_conformer
+from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
 from saml_models.families import family_of
-from saml_models.loading import load_model
+from saml_models.loading import load_adaptable, load_model
+from saml_models.scoring import pooled, word_errors
+from saml_models.speakers import SpeakerProfile
 from saml_models.storage import load_saml, save_saml
 from saml_models.surgery import (
     apply_saml,
     expert_parameters,
     quantised_tensors,
+    routed_layers,
     routing_of,
 )
 from saml_models.transcription import transcribe
@@ -354,3 +358,17 @@ def test_the_tokeniser_spells_what_it_read() -> None:
         assert tokenizer.decode(ids) == read and tokenizer.unk_token_id not in ids
     with pytest.raises(SAMLError, match="vocabulary"):
         train_tokenizer(["a b c"], 100)
+
+
+def test_the_one_in_the_package_hears_words(speech_root: Path, tmp_path: Path) -> None:
+    """Readers that it was not trained on: far from well, and far from by chance."""
+    said = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688", "1998"])[:12]
+    clips, texts = [u.load() for u in said], [u.text for u in said]
+    for load in (load_model, load_adaptable):
+        model, processor = load("conformer-small")
+        assert pooled(word_errors(texts, decode_clips(model, processor, clips))).wer < 88
+    assert routed_layers(model) and model.config._name_or_path == "conformer-small"
+    profile = SpeakerProfile.of(model)
+    save_saml(model, processor, tmp_path)
+    again, _ = load_saml(tmp_path)
+    assert SpeakerProfile.of(again).hash == profile.hash
