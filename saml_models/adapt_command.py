@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +16,10 @@ from saml_models.terminal import (
     LearningRate,
     Model,
     Seed,
-    changed,
     check_file,
     checkpoint_of,
     device_named,
+    given,
     print_result,
     progress,
     resumable,
@@ -83,14 +84,14 @@ def adapt(
 
     if (data is None) == (manifest is None):
         raise SAMLError("adapt: give --data for one speaker or --manifest for many")
-    options = changed(options_for(kind), epochs, learning_rate, seed)
+    options_for(kind)  # an unknown one is said at once
     if manifest is not None:
         if out is not None or speaker is not None or test_utterances:
             raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
         _adapt_many(
             manifest, ProfileStore(store), ray, adapt_utterances, model=model, kind=kind,
-            options=options, experts=experts and str(experts), device=device_named(device),
-            unsupervised=unsupervised,
+            changes=given(epochs, learning_rate, seed), experts=experts and str(experts),
+            device=device_named(device), unsupervised=unsupervised,
         )  # fmt: skip
         return
     if ray:
@@ -115,6 +116,7 @@ def adapt(
     kept = len(utterances) - test_utterances
     utterances, held = utterances[:kept][:adapt_utterances], utterances[kept:]
     network, processor = load_adaptable(model, experts=experts, device=device_named(device))
+    options = replace(options_for(kind, network), **given(epochs, learning_rate, seed))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("adapting") as show:
 

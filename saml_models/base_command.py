@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,9 @@ from saml_models.terminal import (
     Epochs,
     LearningRate,
     Seed,
-    changed,
     checkpoint_of,
     device_named,
+    given,
     progress,
     resumable,
 )
@@ -52,7 +53,7 @@ def train_base(
     kept_out = {name.strip() for name in exclude_speakers.split(",")}
     found = [utterance for path in data for utterance in load_corpus(path)]
     utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
-    options = changed(BASE, epochs, learning_rate, seed)
+    options = replace(BASE, **given(epochs, learning_rate, seed))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("training") as show:
         model, processor, report = learn(

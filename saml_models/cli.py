@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,10 @@ from saml_models.terminal import (
     LearningRate,
     Model,
     Seed,
-    changed,
     check_file,
     checkpoint_of,
     device_named,
+    given,
     print_result,
     print_rows,
     progress,
@@ -191,7 +192,7 @@ def pretrain(
     kept_out = {name.strip() for name in exclude_speakers.split(",")}
     found = [utterance for path in data for utterance in load_corpus(path)]
     utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
-    options = changed(PRETRAINING, epochs, learning_rate, seed)
+    options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
     network, processor = load_model(model, device_named(device))
     original, _ = load_model(model, device_named(device))
     typer.echo(apply_saml(network, SAMLConfig(num_experts=num_experts, rank=rank)))

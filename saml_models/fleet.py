@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Job:
     device: str
     store: str
     kind: str
-    options: TrainingOptions
+    options: TrainingOptions | None
+    changes: dict[str, Any]
     unsupervised: bool
 
     @property
@@ -50,7 +51,8 @@ class Job:
             (u.id, str(u.audio), _size(u.audio), u.start, u.end, u.text) for u in self.utterances
         ]
         start = self.experts and hashlib.sha256(Path(self.experts).read_bytes()).hexdigest()
-        how = [self.model, start, self.kind, asdict(self.options), self.unsupervised]
+        options = self.options and asdict(self.options)
+        how = [self.model, start, self.kind, options, self.changes, self.unsupervised]
         return hashlib.sha256(json.dumps([clips, how]).encode()).hexdigest()
 
 
@@ -74,21 +76,28 @@ def make_jobs(
     *,
     kind: str = "experts",
     options: TrainingOptions | None = None,
+    changes: Mapping[str, Any] | None = None,
     experts: str | None = None,
     device: str = "cpu",
     unsupervised: bool = False,
 ) -> list[Job]:
     """One job for each speaker of a manifest, in order of appearance; paths become absolute.
 
+    Args:
+        utterances, model, store, experts, device, unsupervised: see `Job`.
+        kind: of the profiles.
+        options: `adaptation.options_for` the model unless given.
+        changes: to those, by field.
+
     Raises:
         SAMLError: an unknown kind.
     """
-    options = options or options_for(kind)
+    options_for(kind)
     model, experts = _absolute(model), experts and _absolute(experts)
     return [
         Job(
             speaker, tuple(replace(u, audio=u.audio.absolute()) for u in found), model, experts,
-            device, str(store.folder.resolve()), kind, options, unsupervised,
+            device, str(store.folder.resolve()), kind, options, dict(changes or {}), unsupervised,
         )
         for speaker, found in by_speaker(utterances).items()
     ]  # fmt: skip
@@ -152,10 +161,11 @@ def _run(job: Job) -> str:
     except SAMLError:
         pass  # not there, or damaged: it is made
     model, processor = _loaded(job.model, job.experts, job.device)
+    options = replace(job.options or options_for(job.kind, model), **job.changes)
     checkpoint = Path(job.store) / ".progress" / f"{job.speaker}.safetensors"
     do = adapt_unsupervised if job.unsupervised else adapt
     profile = do(
-        model, processor, job.utterances, job.options, speaker=job.speaker, kind=job.kind,
+        model, processor, job.utterances, options, speaker=job.speaker, kind=job.kind,
         checkpoint=checkpoint,
     )  # fmt: skip
     store.save(replace(profile, about=profile.about | {"job": job.fingerprint}), job.speaker)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 # torch and transformers are imported inside functions, so that `saml --help` answers at once.
-if TYPE_CHECKING:
-    from saml_models.training import TrainingOptions
 
 __all__ = [
     "Device",
@@ -22,10 +19,10 @@ __all__ = [
     "LearningRate",
     "Model",
     "Seed",
-    "changed",
     "check_file",
     "checkpoint_of",
     "device_named",
+    "given",
     "print_result",
     "print_rows",
     "progress",
@@ -87,13 +84,10 @@ def resumable(checkpoint: Path) -> Iterator[None]:
     forget(checkpoint)
 
 
-def changed(
-    defaults: TrainingOptions, epochs: int | None, learning_rate: float | None, seed: int | None
-) -> TrainingOptions:
-    """The defaults, but for what was given."""
-    given = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    return replace(defaults, **changes)
+def given(epochs: int | None, learning_rate: float | None, seed: int | None) -> dict[str, Any]:
+    """What was asked for, as fields of `TrainingOptions`."""
+    options = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 @contextmanager
