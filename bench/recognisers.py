@@ -13,6 +13,11 @@ import torch
 Texts = Callable[[list[np.ndarray]], list[str]]
 
 
+def spoken(network: Any) -> str | None:
+    """The language, for a model that would have to find it out: nobody is timed at that."""
+    return "en" if getattr(network.generation_config, "is_multilingual", False) else None
+
+
 def saml(model: str, device: torch.device, folder: Path) -> Texts:
     """The quantised model with experts, from a folder that `save_saml` wrote."""
     from saml_models.loading import load_model
@@ -21,8 +26,10 @@ def saml(model: str, device: torch.device, folder: Path) -> Texts:
     network, processor = load_model(folder, device)
     if device.type == "cuda":
         network.half()
+    language = spoken(network)
     return lambda clips: [
-        t.text for t in transcribe_many(network, processor, clips, timestamps=False)
+        t.text
+        for t in transcribe_many(network, processor, clips, language=language, timestamps=False)
     ]
 
 
@@ -34,6 +41,8 @@ def transformers(model: str, device: torch.device, compiled: bool = False) -> Te
     if device.type == "cuda":
         network.half()
     options: dict[str, Any] = {"max_new_tokens": 200}
+    if spoken(network):
+        options["language"] = spoken(network)
     if compiled:
         if device.type != "cuda":
             raise SystemExit("needs a GPU: CUDA graphs")
