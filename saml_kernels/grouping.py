@@ -40,8 +40,8 @@ class Runs:
                 f"speakers: holds {wrong[0]}; expected 0..{count - 1} for these experts"
             )
         self.even = len(set(self.lengths)) <= 1
-        self.everyone_once = self.names == list(range(count))
-        if not self.even and len(set(self.names)) < len(self.names):
+        self.everyone_once = self.even and self.names == list(range(count))
+        if len(set(self.names)) < len(self.names):
             self.order = speakers.argsort(stable=True)
             lengths = speakers.bincount(minlength=count)
             self.names = lengths.nonzero()[:, 0].tolist()
@@ -51,10 +51,11 @@ class Runs:
         """Each row by the transpose of its speaker's matrix: [M, K] and [S, n, K] -> [M, n]."""
         if not len(x):
             return x.new_empty(0, stacks.shape[1])
-        if self.even:
+        few = stacks[0].numel() <= FEW_ELEMENTS
+        if self.everyone_once or (self.even and few):
             own = stacks if self.everyone_once else stacks[self.found]
             return (x.unflatten(0, (len(own), -1)) @ own.transpose(1, 2)).flatten(0, 1)
-        if len(x) <= FEW_ROWS and stacks[0].numel() <= FEW_ELEMENTS:
+        if len(x) <= FEW_ROWS and few:
             return (x.unsqueeze(1) @ stacks[self.speakers].transpose(1, 2)).squeeze(1)
         return self.each(lambda s, part: F.linear(part, stacks[s]), x)
 
