@@ -97,7 +97,7 @@ def forward(
     """
     runs = Runs(speakers, len(lora_a))
     long = len(x) > 0 and min(runs.lengths) >= getattr(backend, "STRETCH", math.inf)
-    if long or len(set(runs.names)) == 1:
+    if long or len(runs.names) == 1:
         return runs.each(
             lambda s, x, gates: backend.forward(
                 x, weight, lora_a[s], lora_b[s], gates, bias, scaling

@@ -84,13 +84,15 @@ def training_samples(
         if not utterance.text.strip():
             raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
         clip = utterance.load()
-        if skip_long and len(clip) > MAX_SECONDS * SAMPLE_RATE:
+        seconds = len(clip) / SAMPLE_RATE
+        if seconds > MAX_SECONDS and skip_long:
             continue
-        if len(clip) > MAX_SECONDS * SAMPLE_RATE:
-            seconds = len(clip) / SAMPLE_RATE
+        if seconds > MAX_SECONDS:
             raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
         kept.append(utterance)
         clips.append(clip)
+    if utterances and not kept:
+        raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
     heard = decode_clips(model, processor, clips, on_done=on_done)
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
@@ -107,6 +109,7 @@ def adapt(
     *,
     speaker: str | None = None,
     kind: str = "experts",
+    skip_long: bool = False,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
@@ -119,6 +122,7 @@ def adapt(
         options: `options_for(kind, model)` unless given.
         speaker: name for the profile; the utterances' own unless given.
         kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
+        skip_long: leave out what is longer than 30 s instead of refusing it.
         checkpoint: as for `training.fit`.
         on_step: called with (steps done, steps in all, loss).
 
@@ -139,7 +143,7 @@ def adapt(
     check_whole(model)
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with kept_experts(model):
-        samples = training_samples(model, processor, utterances)
+        samples = training_samples(model, processor, utterances, skip_long=skip_long)
         # The original weights have never seen a short window; the experts learn it as they train.
         model.saml_short_windows = True  # type: ignore[assignment]
         with nullcontext() if kind == "experts" else _offsets_alone(model):

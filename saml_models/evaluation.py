@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from saml_kernels.errors import SAMLError
-from saml_models.adaptation import MAX_SECONDS, adapt
+from saml_models.adaptation import adapt
 from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
@@ -202,8 +202,7 @@ def evaluate(
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
     for fold in folds:
-        short = [u for u in fold.train if len(u.load()) <= MAX_SECONDS * SAMPLE_RATE]
-        profiles.append(adapt(saml, processor, short or fold.train, options))
+        profiles.append(adapt(saml, processor, fold.train, options, skip_long=True))
         done(1)
     result.seconds["adapting"] = time.monotonic() - started
     chosen_by = {"adapted": list(range(len(folds)))}

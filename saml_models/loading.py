@@ -14,7 +14,6 @@ import torch
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models.conformer import is_conformer, load_conformer
-from saml_models.devices import on_device
 from saml_models.speakers import SpeakerProfile
 from saml_models.storage import DESCRIPTION, load_saml
 from saml_models.surgery import SurgeryReport, apply_saml
@@ -47,8 +46,7 @@ def load_model(
     """
     folder = Path(name_or_path).expanduser()
     if (folder / DESCRIPTION).is_file():
-        model, processor = load_saml(folder)
-        on_device(model, device)
+        model, processor = load_saml(folder, device)
         model.config._name_or_path = os.fspath(name_or_path)
         return model, processor
     load = load_conformer if is_conformer(name_or_path) else load_whisper

@@ -27,6 +27,7 @@ from transformers import GenerationConfig
 from saml_kernels import SAMLConfig, quantize
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
+from saml_models.devices import on_device
 from saml_models.families import Family, family_named, family_of
 from saml_models.files import atomic_path
 from saml_models.surgery import (
@@ -254,7 +255,8 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     """Load what `save_saml` wrote; the logits are those of the saved model, bit for bit.
 
     Raises:
-        SAMLError: a file is missing or damaged, or tensors do not fit the description.
+        SAMLError: a file is missing or damaged, tensors do not fit the description, or the device
+            is not there.
     """
     source = Path(folder)
     stored, _ = read_tensors(source / WEIGHTS)
@@ -288,7 +290,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         processor = family.load_processor(source)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds
         raise SAMLError(f"{source}: the tokeniser's files are damaged; copy them again") from error
-    return (model.to(device) if device else model), processor
+    return on_device(model, device), processor
 
 
 def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 # torch and transformers are imported inside functions, so that `saml --help` answers at once.
-
 __all__ = [
     "Device",
     "Epochs",

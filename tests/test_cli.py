@@ -270,7 +270,10 @@ def test_quantize_writes_a_model_that_transcribes(tmp_path, profile, clips):
 
 def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest, monkeypatch):
     small = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
-    quick = lambda network, config: apply_saml(network, replace(config, expert_init="lora"))  # noqa: E731
+
+    def quick(network, config):
+        return apply_saml(network, replace(config, expert_init="lora"))
+
     monkeypatch.setattr(surgery, "apply_saml", quick)
     experts, out = tmp_path / "experts.safetensors", tmp_path / "ann.safetensors"
     size = ("--num-experts", 2, "--rank", 2)

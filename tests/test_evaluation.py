@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 
 from saml_kernels import SAMLConfig, SAMLError
+from saml_models.adaptation import training_samples
 from saml_models.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation import SYSTEMS, _other, evaluate, make_folds
 from saml_models.figures import plot_speakers
@@ -80,3 +83,12 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
         assert row["reference"] and row["quantised"]
     plot_speakers(read, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_too_long_to_be_learnt_from(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.full(31 * 16000, 0.1, np.float32), 16000)
+    long = people(tmp_path, {"a": 1})["a"]
+    with pytest.raises(SAMLError, match=r"a-0: 31\.0 s long"):
+        training_samples(None, None, long)
+    with pytest.raises(SAMLError, match="a-0: over 30 s long, as all others"):
+        training_samples(None, None, long, skip_long=True)
