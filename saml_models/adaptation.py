@@ -16,6 +16,7 @@ from saml_models.audio import SAMPLE_RATE
 from saml_models.conformer import Conformer
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
+from saml_models.families import family_of
 from saml_models.identification import embed
 from saml_models.speakers import SpeakerProfile, check_whole, kept_experts
 from saml_models.surgery import expert_parameters, routers_of
@@ -66,6 +67,8 @@ def training_samples(
 ) -> list[Sample]:
     """Clips and targets for `fit`; bare transcripts borrow the model's own case and punctuation.
 
+    To a multilingual Whisper they are all in one language, the one it hears in most of a few.
+
     Args:
         model: hears the clips, to find the style.
         processor: of that model.
@@ -94,10 +97,11 @@ def training_samples(
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
     heard = decode_clips(model, processor, clips, on_done=on_done)
+    language = family_of(model).prompt_language(model, processor, clips) if clips else None
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)
-        samples.append(Sample(load, len(clip) / SAMPLE_RATE, target))
+        samples.append(Sample(load, len(clip) / SAMPLE_RATE, target, language))
     return samples
 
 

@@ -26,11 +26,15 @@ IGNORED = -100  # cross_entropy's own mark for positions without a target
 
 @dataclass(frozen=True)
 class Sample:
-    """One training clip: a function that loads it (float32, 16 kHz), its length and its text."""
+    """One training clip: a function that loads it (float32, 16 kHz), its length and its text.
+
+    `language` is that of the prompt: see `Family.prompt_language`.
+    """
 
     load: Callable[[], np.ndarray]
     seconds: float
     text: str
+    language: str | None = None
 
 
 def plan_batches(
@@ -72,7 +76,7 @@ class BatchMaker:
     ) -> None:
         self.family, self.processor = family, processor
         self.samples, self.options = samples, options
-        self.texts = [family.token_ids(processor, s.text) for s in samples]
+        self.texts = [family.token_ids(processor, s.text, s.language) for s in samples]
         self.kept: dict[tuple[int, float], Tensor] = {}
 
     def __call__(self, step: int, index: list[int]) -> tuple[Tensor, ...]:

@@ -69,7 +69,13 @@ class ConformerFamily:
         ask: Any = processor.apply_transcription_request
         return ask(silence, source_language=language or "en")["decoder_input_ids"][0].tolist()
 
-    def token_ids(self, processor: CanaryProcessor, text: str) -> tuple[list[int], int]:
+    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
+        """The prompt's own."""
+        return None
+
+    def token_ids(
+        self, processor: CanaryProcessor, text: str, language: str | None = None
+    ) -> tuple[list[int], int]:
         """Prompt, text and end."""
         tokenizer, prompt = processor.tokenizer, self.prompt(processor, None)
         words = tokenizer(text.strip(), add_special_tokens=False).input_ids

@@ -97,7 +97,13 @@ class EspnetFamily(ConformerFamily):
             features, lengths = model.normalize(features, lengths)
         return features[0, : int(lengths)].cpu()
 
-    def token_ids(self, processor: Any, text: str) -> tuple[list[int], int]:
+    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
+        """There is no prompt."""
+        return None
+
+    def token_ids(
+        self, processor: Any, text: str, language: str | None = None
+    ) -> tuple[list[int], int]:
         """Start, text in the token list's case, end."""
         model = processor.asr_model
         letters = "".join(model.token_list[:-1])

