@@ -37,6 +37,7 @@ from saml_models.window import (
     FULL_WINDOW,
     audio_mask,
     audio_window,
+    clip_window,
     log_mel,
     own_windows,
     window_frames,
@@ -50,7 +51,7 @@ TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by
 
 
 class WhisperFamily:
-    """See `Family`. A model whose experts were trained on short windows is given short ones."""
+    """See `Family`. Clips of up to 30 s are heard in windows of their own: `clip_window`."""
 
     model_type = "whisper"
     model_class: Any = WhisperForConditionalGeneration
@@ -121,8 +122,7 @@ class WhisperFamily:
         language: str | None,
     ) -> list[str]:
         """Clips of up to 30 s, without timestamps, each with a window of its own."""
-        short = bool(getattr(model, "saml_short_windows", False))
-        frames = [window_frames(len(c)) if short else FULL_WINDOW for c in clips]
+        frames = [clip_window(model, len(clip)) for clip in clips]
         decode = _greedy if beam_size == 1 and can_decode(model) else partial(_beams, beam_size)
         routing = getattr(model, "saml_routing", None) or Routing()
         texts: list[str] = []

@@ -20,7 +20,14 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from saml_models.audio import SAMPLE_RATE
 
-__all__ = ["FRAMES_PER_SECOND", "audio_window", "log_mel", "own_windows", "window_frames"]
+__all__ = [
+    "FRAMES_PER_SECOND",
+    "audio_window",
+    "clip_window",
+    "log_mel",
+    "own_windows",
+    "window_frames",
+]
 
 FRAMES_PER_SECOND = 100
 FULL_WINDOW = 3000
@@ -47,6 +54,18 @@ def log_mel(processor: WhisperProcessor, clips: list[np.ndarray], frames: int) -
         truncation=True,
     )
     return features.input_features
+
+
+def clip_window(model: nn.Module, samples: int) -> int:
+    """Mel frames of the window in which a model hears a clip of `samples` by itself.
+
+    A second more than the clip where its experts learnt that; `saml_margin` seconds more where one
+    is set (loading.py does, for quantised models); else 30 s.
+    """
+    if getattr(model, "saml_short_windows", False):
+        return window_frames(samples)
+    margin = getattr(model, "saml_margin", None)
+    return FULL_WINDOW if margin is None else window_frames(samples, float(margin))
 
 
 @contextmanager

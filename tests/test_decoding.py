@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from saml_kernels import SAMLConfig
 from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable
-from saml_models.window import audio_window, log_mel, own_windows, window_frames
+from saml_models.loading import load_adaptable, load_model
+from saml_models.storage import save_saml
+from saml_models.window import audio_window, clip_window, log_mel, own_windows, window_frames
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,21 @@ def test_as_alone(experts, clips, beam_size):
     alone = [decode_clips(*experts, [c], beam_size=beam_size)[0] for c in clips]
     assert len({window_frames(len(c)) for c in clips}) == 4 and all(alone)
     assert decode_clips(*experts, clips, beam_size=beam_size) == alone
+
+
+def test_windows_are_as_long_as_a_model_needs(experts, clips, tmp_path):
+    samples = 16000 * 4
+    assert clip_window(experts[0], samples) == 500  # its experts know short ones
+    plain, _ = load_model("tiny.en")
+    assert clip_window(plain, samples) == 3000  # as released
+    bare, processor = load_adaptable("tiny.en", SAMLConfig(num_experts=0))
+    assert clip_window(bare, samples) == 1400
+    assert clip_window(bare, 16000 * 25) == 3000
+    save_saml(bare, processor, tmp_path)
+    again, _ = load_model(tmp_path)
+    assert clip_window(again, samples) == 1400
+    texts = decode_clips(bare, processor, clips[:2])
+    assert texts == decode_clips(again, processor, clips[:2]) and all(texts)
 
 
 def test_nothing_beyond_its_own_window_reaches_a_row(experts, clips):
