@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Seconds of silence after a clip, for a quantised Whisper without experts that know short windows:
-# on development speech it makes no more errors so than in 30 s, which take it longer.
+# base makes no more errors so than in 30 s (bench/windows.py).
 MARGIN = 10.0
 MOST = 8192  # ranks of all experts of a layer that a file may ask memory for
 
