@@ -148,8 +148,7 @@ def adapt(
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with kept_experts(model):
         samples = training_samples(model, processor, utterances, skip_long=skip_long)
-        # The original weights have never seen a short window; the experts learn it as they train.
-        model.saml_short_windows = True  # type: ignore[assignment]
+        options = _windows(model, options)
         with nullcontext() if kind == "experts" else _offsets_alone(model):
             report = fit(model, processor, samples, options, checkpoint, on_step)
         profile = make(
@@ -166,6 +165,19 @@ def adapt(
     if not hasattr(model, "get_encoder"):  # ESPnet's: cannot be told apart by voice
         return profile
     return replace(profile, embedding=embed(model, processor, [s.load() for s in samples]))
+
+
+def _windows(model: Any, options: TrainingOptions) -> TrainingOptions:
+    """Options whose clips are heard as they will be, and as the model can learn from few of them.
+
+    Experts that were pretrained on short windows go on with those. The original weights have never
+    seen one, which takes more than a few clips to learn: they hear `saml_margin` seconds more.
+    """
+    margin = getattr(model, "saml_margin", None)
+    if margin is not None and not getattr(model, "saml_short_windows", False):
+        return replace(options, margins=(float(margin),))
+    model.saml_short_windows = True
+    return options
 
 
 @contextmanager

@@ -231,6 +231,19 @@ def test_targets_leave_out_the_prompt_and_the_padding(tiny_en: Any, samples: lis
     assert not torch.equal(make_batch(1, [0])[0], make_batch(2, [0])[0])
 
 
+def test_experts_that_know_no_short_windows_learn_in_the_models_own(
+    monkeypatch: pytest.MonkeyPatch, tiny_en: Any, utterances: list[Utterance]
+) -> None:
+    model, seen = make(), []
+    model.saml_margin = 10.0
+    monkeypatch.setattr(
+        "saml_models.adaptation.fit", lambda *args: seen.append(args[3].margins) or fit(*args)
+    )
+    profile = adapt(model, tiny_en[1], utterances, replace(OPTIONS, epochs=1))
+    assert profile.about["short_windows"] is False
+    assert seen == [(10.0,)]
+
+
 def test_adapt_returns_a_profile_and_leaves_the_model_alone(
     tiny_en: Any, utterances: list[Utterance]
 ) -> None:
