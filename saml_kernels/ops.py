@@ -1,6 +1,6 @@
 """`saml_linear`: the operator as PyTorch sees it, and the choice of backend.
 
-One `torch.library` operator carries every backend. It has a fake implementation (so that
+One custom operator of PyTorch's carries every backend. It has a fake implementation (so that
 `torch.compile(fullgraph=True)` traces through), an autograd formula, and refuses `vmap` by name.
 Autocast is applied in `saml_linear`, because the scales of the weight must stay float32.
 """
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from saml_kernels import cpu, grouping, reference, triton
 from saml_kernels.arguments import check
@@ -38,7 +38,7 @@ _WEIGHT = (
 )
 # `gates` is [M, E]; where a temperature is given, the router [E, K] that makes them.
 _EXPERTS = "Tensor lora_a, Tensor lora_b, Tensor gates"
-_library = torch.library.Library("saml_kernels", "DEF")
+_library = library.Library("saml_kernels", "DEF")
 _library.define(
     f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
     "Tensor? speakers, int? top_k=None, float? temperature=None) -> Tensor"
@@ -444,13 +444,11 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("saml_kernels::linear", _linear_fake, lib=_library)
-torch.library.register_fake("saml_kernels::linear_backward", _linear_backward_fake, lib=_library)
-torch.library.register_autograd(
-    "saml_kernels::linear", _gradients, setup_context=_save, lib=_library
-)
-torch.library.register_autograd("saml_kernels::linear_backward", _no_second_order, lib=_library)
+library.register_fake("saml_kernels::linear", _linear_fake, lib=_library)
+library.register_fake("saml_kernels::linear_backward", _linear_backward_fake, lib=_library)
+library.register_autograd("saml_kernels::linear", _gradients, setup_context=_save, lib=_library)
+library.register_autograd("saml_kernels::linear_backward", _no_second_order, lib=_library)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for _name in ("linear", "linear_backward"):
-        torch.library.register_vmap(f"saml_kernels::{_name}", _no_vmap, lib=_library)
+        library.register_vmap(f"saml_kernels::{_name}", _no_vmap, lib=_library)

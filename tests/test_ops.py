@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from saml_kernels import SAMLError, available_backends, ops, quantize, saml_linear
 from saml_kernels.quant import FORMATS, QuantizedTensor
@@ -163,10 +163,10 @@ def test_opcheck(backend: str, case: str) -> None:
     for t in (x, a, b, gates, bias):
         t.requires_grad_()
     args: list[Any] = [x, *ops._parts(weight), a, b, gates, None if case == "no bias" else bias]
-    torch.library.opcheck(torch.ops.saml_kernels.linear.default, (*args, 1.3, backend, None))
+    library.opcheck(torch.ops.saml_kernels.linear.default, (*args, 1.3, backend, None))
     plain = [t.detach() if isinstance(t, Tensor) else t for t in args]
     backward = (torch.randn(5, N), *plain[:-1], 1.3, backend, [True, True, False, True], None)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.saml_kernels.linear_backward.default,
         backward,
         test_utils=("test_schema", "test_faketensor"),

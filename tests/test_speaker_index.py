@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from saml_kernels import SAMLError, quantize, saml_linear
 from saml_kernels.ops import _parts, available_backends
@@ -88,7 +89,7 @@ def test_opcheck(backend):
     arguments = (
         leaves[0], *_parts(weight), *leaves[1:], bias, 0.5, backend, index.to(torch.int32)
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
+    library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 
 
 def test_compiles_whole_and_broadcasts():

@@ -31,7 +31,7 @@ class Driver:
     def __init__(self, library: Any = None) -> None:
         """`library` stands in for libcuda.so.1."""
         try:
-            self.library = library or ctypes.CDLL("libcuda.so.1")
+            self.cuda = library or ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise SAMLError(f"CUDA driver: {error}; is an NVIDIA driver installed?") from error
 
@@ -64,7 +64,7 @@ class Driver:
         )  # fmt: skip
 
     def _check(self, call: str, *arguments: Any) -> None:
-        status = getattr(self.library, call)(*arguments)
+        status = getattr(self.cuda, call)(*arguments)
         if status:
             raise SAMLError(f"CUDA driver: {call} failed with error {status}")
 

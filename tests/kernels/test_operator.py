@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import TOLERANCE, assert_close, make_case, truth
+from torch import library
 
 from saml_kernels import available_backends, quantize, saml_linear
 from saml_kernels.ops import _parts
@@ -31,7 +32,7 @@ def test_opcheck(device):
     case = make_case(1, 6, 24, 64, 2, 3, device=device)
     x, a, b, g, bias = leaves(case)
     arguments = (x, *_parts(case.weight), a, b, g, bias, 0.5, "triton", None)
-    torch.library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
+    library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:Input #")

@@ -6,6 +6,7 @@ from cases import assert_close, draw_case, make_case, many
 from hypothesis import given
 from hypothesis import strategies as st
 from routed_cases import NAMES, check_answers, make_router, truth
+from torch import library
 from ways import WAYS, fitting
 
 from saml_kernels import saml_linear_routed
@@ -100,4 +101,4 @@ def test_through_the_operator(device):
     for name, tensor, wanted in zip(NAMES, found, truth(case, router, 2, 1.5), strict=True):
         assert_close(tensor, wanted, 4e-6, name)
     arguments = (x, *_parts(case.weight), a, b, v, case.bias, 0.5, "triton", None, 2, 1.5)
-    torch.library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
+    library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
