@@ -22,6 +22,7 @@ from saml_models.speakers import SpeakerProfile, check_whole, kept_experts
 from saml_models.surgery import expert_parameters, routers_of
 from saml_models.training import Sample, TrainingOptions, fit
 from saml_models.transcripts import in_model_style
+from saml_models.window import margin_of
 
 __all__ = ["ADAPTATION", "GATES", "adapt", "model_name", "options_for", "training_samples"]
 
@@ -96,8 +97,8 @@ def training_samples(
         clips.append(clip)
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
-    heard = decode_clips(model, processor, clips, on_done=on_done)
     language = family_of(model).prompt_language(model, processor, clips) if clips else None
+    heard = decode_clips(model, processor, clips, language=language, on_done=on_done)
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)
@@ -173,9 +174,9 @@ def _windows(model: Any, options: TrainingOptions) -> TrainingOptions:
     Experts that were pretrained on short windows go on with those. The original weights have never
     seen one, which takes more than a few clips to learn: they hear `saml_margin` seconds more.
     """
-    margin = getattr(model, "saml_margin", None)
+    margin = margin_of(model)
     if margin is not None and not getattr(model, "saml_short_windows", False):
-        return replace(options, margins=(float(margin),))
+        return replace(options, margins=(margin,))
     model.saml_short_windows = True
     return options
 

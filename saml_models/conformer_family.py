@@ -70,14 +70,14 @@ class ConformerFamily:
         return ask(silence, source_language=language or "en")["decoder_input_ids"][0].tolist()
 
     def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
-        """The prompt's own."""
+        """None has to be named: Canary's prompt has its own, ESPnet's model has no prompt."""
         return None
 
     def token_ids(
         self, processor: CanaryProcessor, text: str, language: str | None = None
     ) -> tuple[list[int], int]:
         """Prompt, text and end."""
-        tokenizer, prompt = processor.tokenizer, self.prompt(processor, None)
+        tokenizer, prompt = processor.tokenizer, self.prompt(processor, language)
         words = tokenizer(text.strip(), add_special_tokens=False).input_ids
         return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
 

@@ -97,10 +97,6 @@ class EspnetFamily(ConformerFamily):
             features, lengths = model.normalize(features, lengths)
         return features[0, : int(lengths)].cpu()
 
-    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
-        """There is no prompt."""
-        return None
-
     def token_ids(
         self, processor: Any, text: str, language: str | None = None
     ) -> tuple[list[int], int]:

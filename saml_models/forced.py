@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from saml_models.families import Clip, family_of
+from saml_models.window import margin_of
 
 __all__ = ["Confidence", "confidence"]
-
-MARGIN = 1.0  # seconds of silence after a clip, as in decoding short windows
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ def confidence(model: Any, processor: Any, clip: Clip, text: str) -> Confidence:
     """Of a model in a text for a clip (float32 [samples] at 16 kHz, at most 30 s)."""
     family = family_of(model)
     routing = getattr(model, "saml_routing", None)
-    margin = MARGIN if getattr(model, "saml_short_windows", False) else None
     prepared = family.prepare(processor, clip)
-    features, mask = family.collate(processor, [prepared], margin)
+    features, mask = family.collate(processor, [prepared], margin_of(model))
     language = family.prompt_language(model, processor, [clip])
     ids, prompt = family.token_ids(processor, text, language)
     inputs = torch.tensor([ids[:-1]], device=model.device)

@@ -330,11 +330,13 @@ def _complete_merges(tokenizer: WhisperTokenizer) -> None:
     Without it " the" is three tokens that the model has never seen side by side, and learning such
     a text teaches it to write them.
     """
+    merged = "".join(_FIRST_MERGE)
+    if merged not in tokenizer.get_vocab() or tokenizer.tokenize(" t") == [merged]:
+        return
     backend = tokenizer.backend_tokenizer
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    if _FIRST_MERGE not in merges and "".join(_FIRST_MERGE) in model["vocab"]:
-        backend.model = models.BPE(vocab=model["vocab"], merges=[_FIRST_MERGE, *merges])
+    backend.model = models.BPE(vocab=model["vocab"], merges=[_FIRST_MERGE, *merges])
 
 
 def _checked_vocabulary(

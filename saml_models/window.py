@@ -25,16 +25,18 @@ __all__ = [
     "audio_window",
     "clip_window",
     "log_mel",
+    "margin_of",
     "own_windows",
     "window_frames",
 ]
 
 FRAMES_PER_SECOND = 100
 FULL_WINDOW = 3000
+MARGIN = 1.0  # seconds of silence after a clip in a short window
 _STEP = 50  # windows are multiples of half a second, so that few shapes occur
 
 
-def window_frames(samples: int, margin: float = 1.0) -> int:
+def window_frames(samples: int, margin: float = MARGIN) -> int:
     """Mel frames for a clip of `samples` at 16 kHz plus `margin` seconds, at most 3000."""
     frames = math.ceil((samples / SAMPLE_RATE + margin) * FRAMES_PER_SECOND / _STEP) * _STEP
     return min(FULL_WINDOW, frames)
@@ -56,16 +58,21 @@ def log_mel(processor: WhisperProcessor, clips: list[np.ndarray], frames: int) -
     return features.input_features
 
 
-def clip_window(model: nn.Module, samples: int) -> int:
-    """Mel frames of the window in which a model hears a clip of `samples` by itself.
+def margin_of(model: nn.Module) -> float | None:
+    """Seconds of silence after a clip that a model hears by itself; None is its whole window.
 
-    A second more than the clip where its experts learnt that; `saml_margin` seconds more where one
-    is set (loading.py does, for quantised models); else 30 s.
+    One where its experts learnt that; else `saml_margin` (loading.py sets it on quantised models).
     """
     if getattr(model, "saml_short_windows", False):
-        return window_frames(samples)
+        return MARGIN
     margin = getattr(model, "saml_margin", None)
-    return FULL_WINDOW if margin is None else window_frames(samples, float(margin))
+    return None if margin is None else float(margin)
+
+
+def clip_window(model: nn.Module, samples: int) -> int:
+    """Mel frames of the window in which a model hears a clip of `samples`: see `margin_of`."""
+    margin = margin_of(model)
+    return FULL_WINDOW if margin is None else window_frames(samples, margin)
 
 
 @contextmanager
