@@ -54,7 +54,8 @@ def main(
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str | None, typer.Option(help="Names in RECOGNISERS, by semicolons.")] = None,
     experts: Annotated[
-        Path | None, typer.Option(help="What `saml adapt` or `pretrain` wrote; default: shipped.")
+        Path | None,
+        typer.Option(help="What `saml adapt` or `pretrain` wrote, or english; default: shipped."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -81,8 +82,9 @@ def main(
         texts = row.pop("texts")
         row["real_time_factor"] = round(row["seconds"] / seconds, 5)
         row["wer"] = round(float(pooled(word_errors([u.text for u in utterances], texts)).wer), 2)
-    title = f"transcription, Whisper {model}, {len(utterances)} clips, {seconds:.0f} s of speech"
-    record(f"P7 {model}", title, (rows, skipped), results, where, threads)
+    named = f"{model}, experts {experts.stem}" if experts else model
+    title = f"transcription, Whisper {named}, {len(utterances)} clips, {seconds:.0f} s of speech"
+    record(f"P7 {named}", title, (rows, skipped), results, where, threads)
 
 
 if __name__ == "__main__":

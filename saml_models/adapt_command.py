@@ -13,6 +13,7 @@ from saml_models.speaker_commands import Store
 from saml_models.terminal import (
     Device,
     Epochs,
+    Experts,
     LearningRate,
     Model,
     Seed,
@@ -62,9 +63,7 @@ def adapt(
         typer.Option(help="Instead of --data: speech of many speakers, each of whom is enrolled."),
     ] = None,
     ray: Annotated[bool, typer.Option(help="With --manifest: in parallel, with Ray.")] = False,
-    experts: Annotated[
-        Path | None, typer.Option(help="Pretrained experts to start from; default: those shipped.")
-    ] = None,
+    experts: Experts = None,
     store: Store = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,

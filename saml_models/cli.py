@@ -15,6 +15,7 @@ from saml_models.speaker_commands import Store
 from saml_models.terminal import (
     Device,
     Epochs,
+    Experts,
     LearningRate,
     Model,
     Seed,
@@ -97,7 +98,7 @@ def transcribe(
     ] = None,
     experts: Annotated[
         Path | None,
-        typer.Option(help="Pretrained; for a profile of gates, those it was made with."),
+        typer.Option(help="Pretrained, as for adapt; for gates, those they were made with."),
     ] = None,
     store: Store = None,
     device: Device = None,
@@ -221,9 +222,7 @@ def pretrain(
 def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A new folder.")],
     model: Model = "tiny.en",
-    experts: Annotated[
-        Path | None, typer.Option(help="Pretrained experts; default: those shipped.")
-    ] = None,
+    experts: Experts = None,
 ) -> None:
     """Write a low-bit model with its experts as a folder that --model takes."""
     quiet_libraries()

@@ -19,7 +19,7 @@ from typing import Any
 from saml_kernels.errors import SAMLError
 from saml_models.adaptation import adapt, options_for
 from saml_models.corpora import Utterance, by_speaker
-from saml_models.loading import load_adaptable
+from saml_models.loading import load_adaptable, pretrained_experts
 from saml_models.store import ProfileStore, check_name
 from saml_models.training import TrainingOptions, forget
 from saml_models.unsupervised import adapt_unsupervised
@@ -50,7 +50,7 @@ class Job:
         clips = [
             (u.id, str(u.audio), _size(u.audio), u.start, u.end, u.text) for u in self.utterances
         ]
-        start = self.experts and hashlib.sha256(Path(self.experts).read_bytes()).hexdigest()
+        start = self.experts and pretrained_experts(self.model, self.experts).hash
         options = self.options and asdict(self.options)
         how = [self.model, start, self.kind, options, self.changes, self.unsupervised]
         return hashlib.sha256(json.dumps([clips, how]).encode()).hexdigest()

@@ -24,6 +24,7 @@ __all__ = [
     "load_for_speakers",
     "load_model",
     "make_adaptable",
+    "pretrained_experts",
     "profile_config",
     "shipped_experts",
 ]
@@ -68,19 +69,21 @@ def load_adaptable(
     Args:
         name_or_path: as for `load_model`; a saved SAML model keeps its layers and experts.
         config: of the layers; None takes that of the pretrained experts, else `SAMLConfig()`.
-        experts: a profile file that `saml pretrain` made; None takes those that ship with the
-            package for this model, if no `config` asks for something else.
+        experts: a profile file that `saml pretrain` made, or a name (see `pretrained_experts`);
+            None takes those that ship with the package for this model, if no `config` asks for
+            something else.
         device: None is the CPU.
 
     Raises:
         SAMLError: as `load_model` does, or the experts do not fit the model.
     """
     model, processor = load_model(name_or_path, device)
+    name = os.fspath(name_or_path)
     if hasattr(model, "saml_config"):
         if experts is not None:
-            _apply(SpeakerProfile.load(experts), model, experts)
+            _apply(pretrained_experts(name, experts), model, experts)
     else:
-        make_adaptable(model, os.fspath(name_or_path), config, experts)
+        make_adaptable(model, name, config, experts)
     return model, processor
 
 
@@ -101,7 +104,7 @@ def load_for_speakers(
             of nobody.
         perhaps: others, that need not fit; without `profiles` one of these says the configuration,
             if there is one, one that was made with this model.
-        experts: a file of pretrained experts instead of those that ship with the package.
+        experts: as for `load_adaptable`.
 
     Raises:
         SAMLError: as `load_model` does, or the profiles do not fit the model.
@@ -143,7 +146,7 @@ def make_adaptable(
     """
     profile = None
     if experts is not None:
-        profile = SpeakerProfile.load(experts)
+        profile = pretrained_experts(name, experts)
     elif config is None:
         profile = shipped_experts(name)
     if profile is None:
@@ -162,7 +165,32 @@ def shipped_experts(name: str) -> SpeakerProfile | None:
     """The pretrained experts in this package for a model's name; None if there are none."""
     if Path(name).name != name or Path(name).exists():  # a folder comes before a name
         return None
-    resource = files("saml_models") / "experts" / f"{name}.safetensors"
+    return _shipped(f"{name}.safetensors")
+
+
+def pretrained_experts(name: str, experts: str | os.PathLike[str]) -> SpeakerProfile:
+    """Those in a file, or by a name those in this package that are not for every use of a model.
+
+    `base` hears many languages: what it learnt for one of them is taken when asked for, "english".
+
+    Args:
+        name: what the model was loaded by.
+        experts: a file, which comes before a name.
+
+    Raises:
+        SAMLError: there is neither, or the file is damaged.
+    """
+    word = os.fspath(experts)
+    if not Path(word).exists() and word.isidentifier() and Path(name).name == name:
+        found = _shipped(f"{name}.{word}.safetensors")
+        if found is None:
+            raise SAMLError(f"{word}: no such file, and no experts of that name for {name}")
+        return found
+    return SpeakerProfile.load(experts)
+
+
+def _shipped(file: str) -> SpeakerProfile | None:
+    resource = files("saml_models") / "experts" / file
     if not resource.is_file():
         return None
     with as_file(resource) as path:

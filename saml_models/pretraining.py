@@ -11,6 +11,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.adaptation import model_name, training_samples
 from saml_models.calibration import input_moments, start_experts
 from saml_models.corpora import Utterance, by_speaker
+from saml_models.loading import MARGIN
 from saml_models.speakers import SpeakerProfile
 from saml_models.surgery import config_of
 from saml_models.training import TrainingOptions, fit
@@ -56,11 +57,12 @@ def pretrain(
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
-    # Only the style of what is heard is used: short windows are good enough, and ten times faster.
-    model.saml_short_windows = True  # type: ignore[assignment]
+    # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
+    model.saml_margin = MARGIN
     samples = training_samples(
         model, processor, utterances, keep_audio=False, skip_long=True, on_done=on_heard
     )
+    model.saml_short_windows = True  # type: ignore[assignment]
     options = options or PRETRAINING
     if original is not None and config_of(model).expert_init != "lora":
         start_experts(model, original, input_moments(original, processor, samples, options))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from saml_models.quiet import quiet_libraries
-from saml_models.terminal import Device, check_file, device_named
+from saml_models.terminal import Device, Experts, check_file, device_named
 
 __all__ = ["add_commands"]
 
@@ -36,7 +36,7 @@ def evaluate(
         int | None, typer.Option(help="Adapt on the first K utterances, test on the rest.")
     ] = None,
     folds: Annotated[int, typer.Option(help="Without --adapt-utterances: cross-validation.")] = 2,
-    experts: Annotated[Path | None, typer.Option(help="Pretrained experts to start from.")] = None,
+    experts: Experts = None,
     beam_size: Annotated[
         int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
     ] = 1,

@@ -14,6 +14,7 @@ from rich.console import Console
 __all__ = [
     "Device",
     "Epochs",
+    "Experts",
     "Interrupted",
     "LearningRate",
     "Model",
@@ -43,6 +44,10 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the utterances.")]
 LearningRate = Annotated[float | None, typer.Option(min=1e-9, help="AdamW's peak.")]
+Experts = Annotated[
+    Path | None,
+    typer.Option(help="Pretrained: a file, or `english` for base; default: those shipped."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.")]
 
 
