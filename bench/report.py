@@ -28,8 +28,8 @@ def main(
     files = sorted(results.glob("*.json"))
     timed = [f for f in files if "works" in json.loads(f.read_text())]
     for path, data in zip(timed, load(timed), strict=True):
-        plot_layers(data, path.with_suffix(".png"))
-        print(f"figure: {path.with_suffix('.png')}")
+        if plot_layers(data, path.with_suffix(".png")):
+            print(f"figure: {path.with_suffix('.png')}")
     scored = [f for f in files if f.stem.startswith("wer-")]
     if scored:
         figure = results / "wer-bytes.png"

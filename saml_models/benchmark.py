@@ -126,8 +126,8 @@ def _run(
     typer.echo(f"written: {path}")
     figure = path.with_suffix(".png")
     try:
-        plot_layers(results.data, figure)
-        typer.echo(f"figure: {figure}")
+        if plot_layers(results.data, figure):
+            typer.echo(f"figure: {figure}")
     except SAMLError as error:
         # The numbers are safe; a missing drawing library must not lose them.
         typer.echo(f"no figure: {error}")

@@ -311,7 +311,10 @@ def test_tables_and_figures(tmp_path):
     data = fixture()
     titles = [t.title for t in tables(data) if t.title]
     assert titles == ["P2: decoding; Some GPU", "P7: transcription"]
-    plot_layers(data, tmp_path / "layers.png")
+    assert plot_layers(data, tmp_path / "layers.png")
+    models = {**data, "works": {"P7": data["works"]["P7"]}}
+    assert not plot_layers(models, tmp_path / "models.png")
+    assert not (tmp_path / "models.png").exists()
     wer = {"full_precision": 7.0, "quantised": 8.0, "experts": 7.5, "adapted": 6.0}
     size = {"full_bytes": 150e6, "quantised_bytes": 19e6, "saml_bytes": 20e6}
     plot_wer([("train-clean-5", {"wer": wer, "size": size})], tmp_path / "wer.png")

@@ -15,13 +15,18 @@ __all__ = ["plot_layers", "plot_wer"]
 SUBJECT = "saml + experts"
 
 
-def plot_layers(data: dict[str, Any], path: Path) -> None:
+def plot_layers(data: dict[str, Any], path: Path) -> bool:
     """A PNG of two panels: measured time over its floor, and our time over each contender's.
+
+    Returns:
+        False, and no PNG, where no layers were timed.
 
     Raises:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
     rows = [r for entry in data["works"].values() for r in entry["rows"] if "m" in r]
+    if not rows:
+        return False
     figure = _figure(13.0, 5.5)
     left, right = figure.subplots(1, 2)
     names = dict.fromkeys(r["contender"] for r in rows)
@@ -34,15 +39,15 @@ def plot_layers(data: dict[str, Any], path: Path) -> None:
             color=colours[name],
             marker="o" if ours else "x", s=26 if ours else 20, alpha=0.8,
         )  # fmt: skip
-    if rows:
-        ends = [min(r["floor_us"] for r in rows), max(r["floor_us"] for r in rows)]
-        left.plot(ends, ends, color="black", linewidth=1, label="roofline")
+    ends = [min(r["floor_us"] for r in rows), max(r["floor_us"] for r in rows)]
+    left.plot(ends, ends, color="black", linewidth=1, label="roofline")
     left.set(xscale="log", yscale="log", xlabel="floor of the shape (us)", ylabel="measured (us)")
     left.legend(frameon=False, fontsize=7)
     _bars(right, data, colours)
     about = data["about"]
     figure.suptitle(f"{about['device']}, {about['date']}")
     _save(figure, path)
+    return True
 
 
 def _bars(axes: Any, data: dict[str, Any], colours: dict[str, str]) -> None:
@@ -104,8 +109,9 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
+    """On a logarithmic axis: no powers of ten, and only as many numbers as fit side by side."""
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
 
 
 def _figure(width: float, height: float) -> Any:
