@@ -25,6 +25,7 @@ from saml_models.corpora import load_corpus
 from saml_models.loading import load_adaptable
 from saml_models.scoring import pooled, word_errors
 from saml_models.storage import save_saml
+from saml_models.terminal import Experts
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,10 +54,7 @@ def main(
     threads: Annotated[int, typer.Option()] = 2,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str | None, typer.Option(help="Names in RECOGNISERS, by semicolons.")] = None,
-    experts: Annotated[
-        Path | None,
-        typer.Option(help="What `saml adapt` or `pretrain` wrote, or english; default: shipped."),
-    ] = None,
+    experts: Experts = None,
     results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     audio: Annotated[Path | None, typer.Option(hidden=True)] = None,

@@ -165,7 +165,11 @@ def shipped_experts(name: str) -> SpeakerProfile | None:
     """The pretrained experts in this package for a model's name; None if there are none."""
     if Path(name).name != name or Path(name).exists():  # a folder comes before a name
         return None
-    return _shipped(f"{name}.safetensors")
+    resource = files("saml_models") / "experts" / f"{name}.safetensors"
+    if not resource.is_file():
+        return None
+    with as_file(resource) as path:
+        return SpeakerProfile.load(path)
 
 
 def pretrained_experts(name: str, experts: str | os.PathLike[str]) -> SpeakerProfile:
@@ -181,20 +185,12 @@ def pretrained_experts(name: str, experts: str | os.PathLike[str]) -> SpeakerPro
         SAMLError: there is neither, or the file is damaged.
     """
     word = os.fspath(experts)
-    if not Path(word).exists() and word.isidentifier() and Path(name).name == name:
-        found = _shipped(f"{name}.{word}.safetensors")
-        if found is None:
-            raise SAMLError(f"{word}: no such file, and no experts of that name for {name}")
-        return found
-    return SpeakerProfile.load(experts)
-
-
-def _shipped(file: str) -> SpeakerProfile | None:
-    resource = files("saml_models") / "experts" / file
-    if not resource.is_file():
-        return None
-    with as_file(resource) as path:
-        return SpeakerProfile.load(path)
+    if Path(word).exists() or not word.isidentifier():
+        return SpeakerProfile.load(experts)
+    found = shipped_experts(f"{name}.{word}")
+    if found is None:
+        raise SAMLError(f"{word}: no such file, and no experts of that name for {name}")
+    return found
 
 
 def profile_config(profile: SpeakerProfile) -> SAMLConfig:
