@@ -18,7 +18,6 @@ import torch
 from saml_kernels import quantize
 from saml_kernels.timing import timed
 from saml_kernels.triton import backward, configs, forward
-from saml_kernels.triton.launch import Experts, skinny
 from saml_kernels.triton.tuning import Problem
 
 __all__ = ["check_kernels", "collected", "recomputation", "sanitize", "small_case", "verdict"]
@@ -148,14 +147,13 @@ def small_case() -> None:
 
 
 def recomputation() -> list[dict[str, Any]]:
-    """What backward pays for keeping nothing: P = X A^T once more, beside the whole of backward."""
+    """What keeping P spares the backward, and the bytes that it holds for it."""
     rows = []
     for m, n, k in ((1500, 2048, 512), (12000, 2048, 512), (12000, 5120, 1280)):
         call = Problem(m, n, k, experts=4, rank=16)
-        a = Experts(call.a.unsqueeze(0), True, None)
-        hidden = call.x.new_empty(m, 64)
-        plain = torch.empty_like(hidden, dtype=torch.float32)
-        again = partial(skinny, call.x, a, call.gates, 1.0, gated=hidden, plain=plain)
-        found = {"again": timed(again), "backward": timed(call.backward)}
-        rows.append({"m": m, "n": n, "k": k, "bytes_if_kept": plain.nbytes, **found})
+        found = {
+            name: timed(partial(call.backward, keep=keep))
+            for name, keep in (("backward, P kept", True), ("P made again", False))
+        }
+        rows.append({"m": m, "n": n, "k": k, "bytes_if_kept": 4 * m * 64, **found})
     return rows

@@ -4,8 +4,9 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.embedding import SAMLEmbedding
 from saml_kernels.errors import SAMLError
 from saml_kernels.linear import SAMLLinear
-from saml_kernels.ops import available_backends, saml_linear, saml_linear_routed
+from saml_kernels.ops.api import saml_linear, saml_linear_routed
 from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.registry import available_backends
 
 __all__ = [
     "QuantizedTensor",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
+from saml_kernels.reference import Gating
 from saml_kernels.triton.configs import pretending
 from saml_kernels.triton.dispatch import interpreting, kernel, load_kernels, recording
 from saml_kernels.triton.prebuilt import MANIFEST
@@ -41,7 +42,7 @@ VOCABULARY = 51865  # Whisper's, of the output head; the others differ in nothin
 TOKENS = (*range(1, 33), *(int(32 * 1.1**i) for i in range(1, 52)))
 PROCESSORS = (1, 8, 20, 132, 1000)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-EXPERT_FORMATS = ("float", "int8")
+EXPERT_FORMATS = ("float", "float32", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
 REGISTERS = 255  # a thread's most
@@ -97,7 +98,8 @@ def build(
         out: folder for cubins and `kernels.json`.
         dtype: of the activations; format: of the weights.
         experts, rank: E and r.
-        expert_format: "float" (the activations' type) or "int8", which cannot be trained.
+        expert_format: of experts, router and bias: "float" (the activations' type), "float32" (as
+            autocast leaves them), or "int8" experts, which cannot be trained.
         router: "token" (the kernels make the gates) or "given" (they are an argument).
         top_k: of the token router; None keeps all gates.
         speakers: rows of many speakers in a call.
@@ -129,7 +131,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Built] = {}
     layers = _Layers(
-        WIDTHS[model], DTYPES[dtype], format, experts, rank, expert_format == "int8",
+        WIDTHS[model], DTYPES[dtype], format, experts, rank, expert_format,
         (top_k, 1.0) if router == "token" else None, speakers, train,
     )  # fmt: skip
     for launch in layers.launches(arch):
@@ -155,8 +157,8 @@ class _Layers:
     format: str
     experts: int
     rank: int
-    int8: bool
-    routing: tuple[int | None, float] | None
+    kind: str
+    gating: Gating | None
     many: bool
     train: bool
 
@@ -170,44 +172,79 @@ class _Layers:
                     yield from found
 
     def _calls(self) -> Iterator[Callable[[], Any]]:
-        backend: Any = import_module("saml_kernels.triton")
         d = self.width
         for k, n in ((d, d), (d, 4 * d), (4 * d, d), (d, VOCABULARY)):
             weight = QuantizedTensor.empty((n, k), self.format, device="meta")
-            bias = self._tensor(n)
+            biases = (self._parameter(n), None)  # Whisper's k_proj has none
             for m in TOKENS:
-                x, dy = self._tensor(m, k), self._tensor(m, n)
-                for experts, how in self._experts(m, n, k):
-                    for b in (bias, None):  # Whisper's k_proj has none
-                        yield partial(backend.forward, x, weight, *experts, b, 1.0, **how)
-                    if self.train:
-                        needs = (True,) * 4
-                        yield partial(backend.backward, dy, x, weight, *experts, 1.0, needs, **how)
+                for experts, gating, speakers in self._experts(m, n, k):
+                    for bias in biases:
+                        yield partial(self._call, m, weight, experts, bias, speakers, gating)
 
-    def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """(A, B, gates or router) and what else a call takes; then a base without experts.
+    def _call(
+        self,
+        m: int,
+        weight: QuantizedTensor,
+        experts: tuple[Any, Any, Tensor],
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        gating: Gating | None,
+    ) -> None:
+        """Forward as it runs without gradients; to train, as it runs with them, and backward."""
+        backend: Any = import_module("saml_kernels.triton")
+        plan: Any = import_module("saml_kernels.triton.plan")
+        (a, b, gates), (n, k) = experts, weight.shape
+        x, dy = self._tensor(m, k), self._tensor(m, n)
+        parts, given = plan.weight_parts(weight), (weight, a, b, gates)
+        facts = backend.facts_of(x, *given, bias, speakers, gating)
+        arguments = (x, parts, *_pieces(a), *_pieces(b), gates, bias, speakers, 1.0)
+        plan.forward_plan(facts, False)(*arguments)
+        if not self.train:
+            return
+        _, plain, made = plan.forward_plan(facts, True)(*arguments)
+        facts = backend.facts_of(x, *given, None, speakers, gating, dy=dy)
+        back = (dy, x, parts, a, b, gates, speakers, 1.0)
+        needs = (True,) * 4
+        plan.backward_plan(facts, needs, False)(*back)
+        for dtype in (None, torch.float32) if self.kind == "float32" else (None,):
+            plan.backward_plan(facts, needs, plain is not None)(*back, plain, made, dtype)
+
+    def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+        """(A, B, gates or router), gating and speakers; then a base without experts.
 
         The latter is the output head, and every layer while dropout is on.
         """
         if n != VOCABULARY:
             lead = (2,) if self.many else ()
-            a: Any = self._tensor(*lead, self.experts, self.rank, k)
-            b: Any = self._tensor(*lead, self.experts, n, self.rank)
-            if self.int8:
+            a: Any = self._parameter(*lead, self.experts, self.rank, k)
+            b: Any = self._parameter(*lead, self.experts, n, self.rank)
+            if self.kind == "int8":
                 a, b = (
                     QuantizedTensor.empty(t.shape, "int8", 128, False, device="meta")
                     for t in (a, b)
                 )
             gates = self._tensor(m, self.experts)
-            if self.routing is not None:
-                gates = self._tensor(*lead, self.experts, k)
+            if self.gating is not None:
+                gates = self._parameter(*lead, self.experts, k)
             index = torch.empty(m, dtype=torch.int32, device="meta") if self.many else None
-            yield (a, b, gates), {"routing": self.routing, "speakers": index}
+            yield (a, b, gates), self.gating, index
         if n == VOCABULARY or self.train:
-            yield (self._tensor(0, 1, k), self._tensor(0, n, 1), self._tensor(m, 0)), {}
+            none = (self._tensor(0, 1, k), self._tensor(0, n, 1), self._tensor(0))
+            yield none, None, None
 
     def _tensor(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device="meta")
+
+    def _parameter(self, *shape: int) -> Tensor:
+        dtype = torch.float32 if self.kind == "float32" else self.dtype
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _pieces(experts: Tensor | QuantizedTensor) -> tuple[Tensor, Tensor | None]:
+    """Elements and, of int8 experts, scales."""
+    if isinstance(experts, QuantizedTensor):
+        return experts.codes, experts.absmax
+    return experts, None
 
 
 def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
@@ -220,7 +257,10 @@ def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
     named = dict(zip(function.arg_names, types, strict=False))
     named |= dict.fromkeys(launch.constants, "constexpr")
     constants = {(function.arg_names.index(n),): v for n, v in launch.constants.items()}
-    constants |= {(i,): 1 for i, kind in enumerate(types) if kind == "constexpr"}
+    absent = {i for i, value in enumerate(launch.arguments) if value is None}
+    constants |= {
+        (i,): None if i in absent else 1 for i, kind in enumerate(types) if kind == "constexpr"
+    }
     attributes = {(position,): [["tt.divisibility", ALIGNMENT]] for position in aligned}
     source = ASTSource(function, named, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_kernels.config import SAMLConfig
-from saml_kernels.ops import autocast_dtype, saml_linear
+from saml_kernels.ops.api import saml_linear
+from saml_kernels.ops.arguments import autocast_dtype
 from saml_kernels.quant import QuantizedTensor, quantize
 
 __all__ = ["QuantizedConv1d", "QuantizedConv2d", "SAMLEmbedding", "TiedHead"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from saml_kernels import grouping, reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.ops import autocast_dtype, saml_linear, saml_linear_routed
+from saml_kernels.ops.api import saml_linear, saml_linear_routed
+from saml_kernels.ops.arguments import autocast_dtype, readable
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.routing import Router, Routing, SpeakerRouter, TokenRouter, UtteranceRouter
 
@@ -172,13 +173,13 @@ class SAMLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        x = x.to(autocast_dtype(x) or x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.voices is not None:
             rows = x if x.dim() > 2 else x.unsqueeze(-2)
-            y = self._of_many(rows, bias, self.voices)
+            y = self._of_many(rows, self.voices)
             return y.view(*x.shape[:-1], self.out_features)
-        lora_a, lora_b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)
+        lora_a, lora_b, bias = self.lora_a, self.lora_b, self.bias
+        if lora_a.dtype != x.dtype:
+            lora_a, lora_b, bias = (readable(t, x) for t in (lora_a, lora_b, bias))
         if len(lora_a) == 0:
             return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
         c, scaling = self.config, self.config.scaling
@@ -186,11 +187,14 @@ class SAMLLinear(nn.Module):
         balancing = self.training and c.balance > 0  # needs the router's own probabilities
         router = self.router if isinstance(self.router, TokenRouter) else None
         if router is not None and router.offset is None and not dropping and not balancing:
-            weight = router.weight.to(x.dtype)
+            weight = router.weight
+            if weight.dtype != x.dtype:
+                weight = readable(weight, x)
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, weight, bias, scaling, c.top_k, c.temperature
             )
-        gates = self.gates(x).to(x.dtype)
+        x = x.to(autocast_dtype(x) or x.dtype)
+        gates = self.gates(x)
         if self.config.mix == "sum" and not dropping:
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling)
         # Dropout acts on the experts' input alone and merged experts are one LoRA per clip: both
@@ -198,18 +202,20 @@ class SAMLLinear(nn.Module):
         base = saml_linear(x, self.weight, lora_a[:0], lora_b[:0], x.new_empty(0), bias)
         seen = F.dropout(x, self.config.dropout, self.training)
         experts = _merged if self.config.mix == "merged" else _summed
-        return base + scaling * experts(seen, lora_a, lora_b, gates)
+        return base + scaling * experts(seen, lora_a.to(x.dtype), lora_b.to(x.dtype), gates)
 
-    def _of_many(self, x: Tensor, bias: Tensor | None, voices: Voices) -> Tensor:
+    def _of_many(self, x: Tensor, voices: Voices) -> Tensor:
         """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
         c, scaling, index = self.config, self.config.scaling, self.routing.speakers_of(x)
-        lora_a, lora_b = voices.lora_a.to(x.dtype), voices.lora_b.to(x.dtype)
-        router = voices.router.to(x.dtype)
+        lora_a, lora_b, bias = (readable(t, x) for t in (voices.lora_a, voices.lora_b, self.bias))
+        router = readable(voices.router, x)
         if isinstance(self.router, TokenRouter) and voices.offset is None:
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,
                 speakers=index,
             )  # fmt: skip
+        x = x.to(autocast_dtype(x) or x.dtype)
+        router = router.to(x.dtype)
         if isinstance(self.router, TokenRouter | UtteranceRouter):
             logits = grouping.logits(self.router.seen(x), router, index)
         elif self.router is not None:
@@ -223,7 +229,8 @@ class SAMLLinear(nn.Module):
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)
         base = saml_linear(x, self.weight, lora_a[0, :0], lora_b[0, :0], x.new_empty(0), bias)
         own = index.flatten()
-        return base + scaling * _merged(x, lora_a[own], lora_b[own], gates)
+        own_a, own_b = lora_a[own].to(x.dtype), lora_b[own].to(x.dtype)
+        return base + scaling * _merged(x, own_a, own_b, gates)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -52,6 +52,7 @@ class QuantizedTensor(nn.Module):
     nested_absmax: Tensor | None
     offset: Tensor | None
     native: Any = None  # the CPU backend's description of the layer that this weight is of
+    prepared: Any = None  # the Triton backend's calls of that layer
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ from torch import Tensor
 from saml_kernels.quant import QuantizedTensor
 
 __all__ = [
+    "Gating",
+    "Gradients",
     "backward",
     "forward",
     "gates_from_logits",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+Gating = tuple[int | None, float]  # of a token router: top k (None: all gates), temperature
 
 
 def stack_a(lora_a: Tensor) -> Tensor:

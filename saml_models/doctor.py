@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from saml_kernels.cpu import native_status
 from saml_kernels.errors import SAMLError
-from saml_kernels.ops import PREFERRED, why_unavailable
+from saml_kernels.registry import PREFERRED, why_unavailable
 from saml_models.offline import OFFLINE_MODELS, find_model
 from saml_models.training import mixed_precision
 

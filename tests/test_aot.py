@@ -18,7 +18,7 @@ from saml_kernels.triton.dispatch import KERNELS, kernel, recording
 from saml_kernels.triton.prebuilt import Driver, Prebuilt
 from saml_kernels.triton.signature import Varying, key_of, signature
 
-FORWARD = set(KERNELS) - {"outer", "router_gradient"}
+FORWARD = set(KERNELS) - {"gradients", "project_backward"}
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
@@ -43,6 +43,7 @@ def check_build(folder, *arguments):
 @pytest.mark.parametrize(
     "options",
     ["sm_80 --speakers --train", "sm_90 --dtype bfloat16 --top-k 2",
+     "sm_87 --train --expert-format float32",
      "sm_80 --dtype float32 --experts 1 --rank 1"],
 )  # fmt: skip
 def test_builds_without_spills(options, tmp_path):
@@ -97,6 +98,15 @@ class Library:
         return 0
 
 
+def stream_of(device):
+    return 7
+
+
+def start(ready, launch):
+    """Bind the launch's kernel and start it with the launch's own arguments."""
+    ready.bind(key_of(launch), launch, 0, (8, 7))(*launch.arguments)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("sm_87")
@@ -121,7 +131,7 @@ def calls(width: int, tokens: int):
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40, 100, 300, 1024, 1500])
 def test_a_folder_holds_what_any_number_of_tokens_needs(folder, tokens):
     library = Library()
-    ready = Prebuilt(folder, Driver(library))
+    ready = Prebuilt(folder, Driver(library, stream_of))
     found = calls(512, tokens)
     assert len(found) >= 5
     for launch in found:
@@ -140,13 +150,13 @@ def test_a_folder_holds_what_any_number_of_tokens_needs(folder, tokens):
             sent.append(len(places) - len(given))
 
         library.check = check
-        ready.launch(key_of(launch), launch, 7, 0, (8, 7))
+        start(ready, launch)
         assert sent == [2]  # Triton's two scratch pointers
         grid, threads, _, stream, _ = library.launched[-1]
         assert grid == [*launch.grid, 1, 1][:3] and threads == 32 * launch.warps and stream == 7
     assert set(library.loaded) == {b"\x7fELF"}
     before = len(library.loaded)
-    ready.launch(key_of(found[-1]), found[-1], 7, 0, (8, 7))
+    start(ready, found[-1])
     assert len(library.loaded) == before  # a module is loaded once
 
 
@@ -163,12 +173,12 @@ def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, 
     """Surgery on a model of base's shapes; one clip's encoder, and the decoder's steps by beams."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    from saml_kernels import SAMLConfig, SAMLLinear, ops
+    from saml_kernels import SAMLConfig, SAMLLinear, registry
     from saml_models.surgery import apply_saml
 
     monkeypatch.setattr(backend, "unsupported", lambda x, weight: None)
     monkeypatch.setattr(backend, "why_unavailable", lambda: None)
-    monkeypatch.setattr(ops, "PREFERRED", {"meta": "triton"})
+    monkeypatch.setattr(registry, "PREFERRED", {"meta": "triton"})
     heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
     wide = {"encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "d_model": 512}
     shape = WhisperConfig(encoder_layers=1, decoder_layers=1, vocab_size=51865, **heads, **wide)
@@ -189,26 +199,26 @@ def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, 
 
 
 def test_a_folder_for_another_device(folder):
-    ready = Prebuilt(folder, Driver(Library()))
+    ready = Prebuilt(folder, Driver(Library(), stream_of))
     launch = calls(512, 1)[0]
     for capability in ((8, 6), (9, 0)):
         with pytest.raises(SAMLError, match=r"built for sm_87, this device is sm_"):
-            ready.launch(key_of(launch), launch, 0, 0, capability)
+            ready.bind(key_of(launch), launch, 0, capability)
 
 
 def test_a_kernel_that_is_not_in_the_folder(folder):
-    ready = Prebuilt(folder, Driver(Library()))
+    ready = Prebuilt(folder, Driver(Library(), stream_of))
     launch = next(c for c in calls(352, 1) if c.name == "partial")  # not a multiple of 64
     with pytest.raises(SAMLError, match="holds no partial kernel for this call"):
-        ready.launch(key_of(launch), launch, 0, 0, (8, 7))
+        ready.bind(key_of(launch), launch, 0, (8, 7))
 
 
 def test_from_9_0_on_a_folder_is_for_one_architecture(folder, tmp_path):
     manifest = json.loads((folder / "kernels.json").read_text()) | {"arch": "sm_90"}
     (tmp_path / "kernels.json").write_text(json.dumps(manifest))
-    ready, launch = Prebuilt(tmp_path, Driver(Library())), calls(512, 1)[0]
+    ready, launch = Prebuilt(tmp_path, Driver(Library(), stream_of)), calls(512, 1)[0]
     with pytest.raises(SAMLError, match="built for sm_90, this device is sm_91"):
-        ready.launch(key_of(launch), launch, 0, 0, (9, 1))
+        ready.bind(key_of(launch), launch, 0, (9, 1))
 
 
 @pytest.mark.parametrize(
@@ -224,10 +234,10 @@ def test_a_damaged_cubin(folder, tmp_path):
     (tmp_path / "kernels.json").write_text(json.dumps(manifest))
     for entry in manifest["kernels"]:
         (tmp_path / entry["file"]).write_bytes(b"\x7fELF")
-    ready = Prebuilt(tmp_path, Driver(Library()))
+    ready = Prebuilt(tmp_path, Driver(Library(), stream_of))
     launch = calls(512, 1)[0]
     with pytest.raises(SAMLError, match="damaged"):
-        ready.launch(key_of(launch), launch, 0, 0, (8, 7))
+        ready.bind(key_of(launch), launch, 0, (8, 7))
 
 
 @pytest.mark.parametrize(
@@ -258,4 +268,4 @@ def test_the_driver_says_no(folder):
     library.cuModuleLoadData = lambda *_: 209
     launch = calls(512, 1)[0]
     with pytest.raises(SAMLError, match="cuModuleLoadData failed with error 209"):
-        Prebuilt(folder, Driver(library)).launch(key_of(launch), launch, 0, 0, (8, 7))
+        Prebuilt(folder, Driver(library, stream_of)).bind(key_of(launch), launch, 0, (8, 7))

@@ -92,7 +92,7 @@ def test_leading_dimensions_and_autocast():
     ("change", "message"),
     [
         ({"router": torch.zeros(E + 1, K)}, "router: shape"),
-        ({"router": torch.zeros(E, K, dtype=torch.float64)}, "router: torch.float64"),
+        ({"router": torch.zeros(E, K, dtype=torch.float64)}, "router: dtype torch.float64"),
         ({"top_k": 0}, "top_k: 0; expected 1..3"),
         ({"top_k": 4}, "top_k: 4; expected 1..3"),
         ({"temperature": 0.0}, "temperature: 0.0"),

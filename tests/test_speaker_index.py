@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import library
 
 from saml_kernels import SAMLError, quantize, saml_linear
-from saml_kernels.ops import _parts, available_backends
+from saml_kernels.ops.library import parts_of
+from saml_kernels.registry import available_backends
 from saml_kernels.reference import saml_linear_reference
 
 BACKENDS = [b for b in ("reference", "cpu", "triton") if b in available_backends()]
@@ -87,7 +88,7 @@ def test_opcheck(backend):
     x, weight, a, b, gates, bias, index = make(6, 3)
     leaves = [t.requires_grad_() for t in (x, a, b, gates)]
     arguments = (
-        leaves[0], *_parts(weight), *leaves[1:], bias, 0.5, backend, index.to(torch.int32)
+        leaves[0], *parts_of(weight), *leaves[1:], bias, 0.5, backend, index.to(torch.int32)
     )  # fmt: skip
     library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 

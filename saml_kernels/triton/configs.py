@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -31,8 +31,10 @@ __all__ = [
     "choose",
     "device_traits",
     "forget_tables",
+    "on_change",
     "pretending",
     "read_table",
+    "table_changed",
     "user_table",
 ]
 
@@ -139,6 +141,24 @@ def forget_tables() -> None:
     """Read the tables anew at the next call."""
     _tables.cache_clear()
     choose.cache_clear()
+    table_changed()
+
+
+_forgetters: list[Callable[[], None]] = []
+changes = 0  # how often what plans were made from has changed
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever plans made so far no longer hold."""
+    _forgetters.append(forget)
+
+
+def table_changed() -> None:
+    """Plans made so far no longer hold: other tables, or other kernels."""
+    global changes
+    changes += 1
+    for forget in _forgetters:
+        forget()
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,9 @@ import triton.language as tl
 from saml_kernels.triton.device import (
     add_experts,
     base_product,
+    chosen,
     expert_tile,
+    gate_tile,
     gates_of,
     multiply,
     next_speaker,
@@ -59,20 +61,23 @@ def _project(
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
     codes, absmax, nested, nested_code, offset, table,
-    experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [M, E], [M]
-    M, D, O, R, E, rank, S, SPLIT,
+    experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [.., E], [..]
+    M, D, O, R, E, rank, S, SPLIT, gates_span, speakers_span,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
     BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of [A ; router] plus tiles of O, SPLIT, tiles of M).
 
     Without a router, experts that no row of the tile chose are left unread.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    first_m, rows, row_ok, speaker = rows_of(tl.program_id(2), M, speakers, SPEAKERS, BLOCK_M)
+    first_m, rows, row_ok, speaker = rows_of(
+        tl.program_id(2), M, speakers, speakers_span, SPEAKERS, BLOCK_M
+    )
     steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
     last = tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))
     C = R + E if ROUTER else R
@@ -94,9 +99,8 @@ def partial_kernel(
         columns = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         of_expert, of_router = columns < R, (columns >= R) & (columns < C)
         if not ROUTER:
-            of_gate = gates + first_m * E + rows[:, None] * E + (columns // rank)[None, :]
-            gate = tl.load(of_gate, row_ok[:, None] & of_expert[None, :], 0.0).to(tl.float32)
-            of_expert = of_expert & (tl.max(tl.abs(gate), 0) > 0)
+            gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
+            of_expert = of_expert & chosen(gate, columns // rank, BLOCK_E)
         found = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         if SPEAKERS:
             s = next_speaker(speaker, -1, S)
@@ -120,8 +124,8 @@ def partial_kernel(
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def finish_kernel(
     base, projected, y,                              # [SPLIT, M, O], [SPLIT, M, R (+ E)], [M, O]
-    experts, scales, gates, bias, speakers,          # B, of int8, [M, E] in, [O], [M]
-    M, O, R, E, rank, S, SPLIT, scaling, warmth,
+    experts, scales, gates, bias, speakers,          # B, of int8, [.., E], [O], [..]
+    M, O, R, E, rank, S, SPLIT, gates_span, speakers_span, scaling, inverse_temperature,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr,
     SPEAKERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,7 +133,9 @@ def finish_kernel(
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of O, tiles of M)."""
-    first_m, rows, row_ok, speaker = rows_of(tl.program_id(1), M, speakers, SPEAKERS, BLOCK_M)
+    first_m, rows, row_ok, speaker = rows_of(
+        tl.program_id(1), M, speakers, speakers_span, SPEAKERS, BLOCK_M
+    )
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     out_ok = outs < O
     dtype: tl.constexpr = y.dtype.element_ty
@@ -144,7 +150,10 @@ def finish_kernel(
         for split in range(SPLIT):
             share = projected + (split * size + first_m) * C + R
             logits += tl.load(share + rows[:, None] * C + number[None, :], exists, 0.0)
-        found = gates_of(logits * warmth, E, TOP_K, BLOCK_E)
+        found = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
+        found = tl.where(row_ok[:, None], found, 0.0)  # rows that do not exist choose nothing
+    else:
+        found = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         column_ok = columns < R
@@ -154,14 +163,11 @@ def finish_kernel(
             share = projected + (split * size + first_m) * C
             p += tl.load(share + rows[:, None] * C + columns[None, :], mask, 0.0)
         expert = columns // rank
-        if ROUTER:
-            gate = spread(found, expert, BLOCK_E)
-        else:
-            where = rows[:, None] * E + expert[None, :]
-            gate = tl.load(gates + first_m * E + where, mask, 0.0).to(tl.float32)
+        wanted = column_ok & chosen(found, expert, BLOCK_E)
+        hidden = (p * spread(found, expert, BLOCK_E) * scaling).to(dtype)
         acc = add_experts(
-            acc, (p * gate * scaling).to(dtype), speaker, S, experts, scales, columns,
-            column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+            acc, hidden, speaker, S, experts, scales, columns,
+            wanted, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
             EBLOCK, SPEAKERS, PRECISION, dtype,
         )  # fmt: skip
     for split in range(SPLIT):

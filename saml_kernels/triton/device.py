@@ -10,7 +10,9 @@ import triton.language as tl
 __all__ = [
     "add_experts",
     "base_product",
+    "chosen",
     "expert_tile",
+    "gate_tile",
     "gates_of",
     "multiply",
     "next_speaker",
@@ -31,16 +33,17 @@ def position(tile, tiles_m, tiles_o, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rows_of(pid_m, M, speakers, SPEAKERS: tl.constexpr, BLOCK_M: tl.constexpr):
+def rows_of(pid_m, M, speakers, span, SPEAKERS: tl.constexpr, BLOCK_M: tl.constexpr):
     """A tile's first row (int64), its rows from there on, which exist, and whose they are.
 
-    Offsets are kept in two parts everywhere: what may pass 2^31 in a scalar, the rest in int32.
+    `span` rows share an entry of `speakers`. Offsets are kept in two parts everywhere: what may
+    pass 2^31 in a scalar, the rest in int32.
     """
     first = pid_m.to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     row_ok = rows < M - first
     if SPEAKERS:
-        speaker = tl.load(speakers + first + rows, mask=row_ok, other=-1)
+        speaker = tl.load(speakers + (first + rows) // span, mask=row_ok, other=-1)
     else:
         speaker = tl.zeros((BLOCK_M,), tl.int32)
     return first, rows, row_ok, speaker
@@ -188,6 +191,26 @@ def multiply(left, right, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def gate_tile(gates, first_m, rows, row_ok, span, E, BLOCK_E: tl.constexpr):
+    """The gates of a tile's rows, float32 [BLOCK_M, BLOCK_E], zero beyond E.
+
+    `span` rows share a row of `gates` [.., E].
+    """
+    number = tl.arange(0, BLOCK_E)
+    at = ((first_m + rows) // span)[:, None] * E + number[None, :]
+    found = tl.load(gates + at, mask=row_ok[:, None] & (number < E)[None, :], other=0.0)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def chosen(gates, expert, BLOCK_E: tl.constexpr):
+    """Whether some row of a tile of gates [BLOCK_M, BLOCK_E] chose each of `expert` [n]: [n]."""
+    used = tl.max(tl.abs(gates), 0)
+    mine = tl.arange(0, BLOCK_E)[:, None] == expert[None, :]
+    return tl.max(tl.where(mine, used[:, None], 0.0), 0) > 0
+
+
+@triton.jit
 def gates_of(logits, E, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr):
     """Softmax of [BLOCK_M, BLOCK_E] over the first E, or over the TOP_K largest of them.
 
@@ -267,13 +290,12 @@ def base_product(
 
 @triton.jit
 def _add_own(
-    acc, h, s, experts, scales, columns, column_ok, outs, out_ok, rank,
+    acc, h, s, experts, scales, columns, wanted, outs, out_ok, rank,
     stride_s, stride_e, stride_j, stride_o,
     EBLOCK: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    chosen = column_ok & (tl.max(tl.abs(h.to(tl.float32)), 0) > 0)
     b = expert_tile(
-        experts, scales, s, columns, chosen, outs, out_ok, rank,
+        experts, scales, s, columns, wanted, outs, out_ok, rank,
         stride_s, stride_e, stride_j, stride_o, EBLOCK,
     )  # fmt: skip
     return multiply(h.to(DTYPE), b.to(DTYPE), acc, PRECISION)
@@ -281,20 +303,21 @@ def _add_own(
 
 @triton.jit
 def add_experts(
-    acc, h, speaker, S, experts, scales, columns, column_ok, outs, out_ok, rank,
+    acc, h, speaker, S, experts, scales, columns, wanted, outs, out_ok, rank,
     stride_s, stride_e, stride_j, stride_o,
     EBLOCK: tl.constexpr, SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """acc + H B^T over the given columns, each row by its own speaker's experts.
 
-    What no row of this tile chose is not read.
+    Columns that are not `wanted` are not read. What says so must not come from `h`: a loop that
+    loads `h` for both would be pipelined with too few buffers for it.
     """
     if SPEAKERS:
         s = next_speaker(speaker, -1, S)
         while s < S:
             acc = _add_own(
                 acc, tl.where(speaker[:, None] == s, h, 0.0), s, experts, scales,
-                columns, column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+                columns, wanted, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
                 EBLOCK, PRECISION, DTYPE,
             )  # fmt: skip
             s = next_speaker(speaker, s, S)
@@ -302,6 +325,6 @@ def add_experts(
     else:
         return _add_own(
             acc, h, 0, experts, scales,
-            columns, column_ok, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
+            columns, wanted, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,
             EBLOCK, PRECISION, DTYPE,
         )  # fmt: skip

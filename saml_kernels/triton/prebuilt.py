@@ -9,27 +9,33 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import struct
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.triton.signature import Launch, signature
 
-__all__ = ["MANIFEST", "Driver", "Prebuilt"]
+__all__ = ["MANIFEST", "Driver", "Prebuilt", "started"]
 
 MANIFEST = "kernels.json"
 MANIFEST_BYTES, CUBIN_BYTES = 16 << 20, 8 << 20  # more than any real one
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 << 10  # what a kernel may use without asking
+_LETTERS = {"pointer": "Q", "fp32": "f", "i32": "i", "i64": "q"}  # as `struct` spells them
 
 
 class Driver:
     """The few calls of libcuda that load and start a kernel."""
 
-    def __init__(self, library: Any = None) -> None:
-        """`library` stands in for libcuda.so.1."""
+    def __init__(self, library: Any = None, stream_of: Callable[[int], int] | None = None) -> None:
+        """`library` stands in for libcuda.so.1, `stream_of` for PyTorch's current stream."""
+        self.stream_of = stream_of or torch._C._cuda_getCurrentRawStream
         try:
             self.cuda = library or ctypes.CDLL("libcuda.so.1")
         except OSError as error:
@@ -46,27 +52,85 @@ class Driver:
             self._check("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), size)
         return function
 
-    def start(
+    def starter(
         self,
         function: ctypes.c_void_p,
         grid: tuple[int, ...],
         threads: int,
         shared: int,
-        stream: int,
-        parameters: list[Any],
-    ) -> None:
-        """Start a function on a stream; `parameters` are ctypes values in its order."""
-        places = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+        kinds: list[str],
+    ) -> Callable[..., None]:
+        """Starts a function on a stream: called with (stream, *values) of `kinds`, in its order.
+
+        Kinds are "pointer", "fp32", "i32" and "i64"; a pointer's value is its address.
+        """
+        layout, offsets = "", []
+        for kind in kinds:
+            size = struct.calcsize(_LETTERS[kind])
+            layout += f"{-struct.calcsize('=' + layout) % size}x"
+            offsets.append(struct.calcsize("=" + layout))
+            layout += _LETTERS[kind]
+        packed = struct.Struct("=" + layout)
+        room = ctypes.create_string_buffer(max(1, packed.size))
+        first = ctypes.addressof(room)
+        places = (ctypes.c_void_p * len(kinds))(*(first + at for at in offsets))
         sizes = (*grid, 1, 1)[:3]
-        self._check(
-            "cuLaunchKernel", function, *map(ctypes.c_uint, (*sizes, threads, 1, 1, shared)),
-            ctypes.c_void_p(stream), places, None,
-        )  # fmt: skip
+        fixed = (function, *map(ctypes.c_uint, (*sizes, threads, 1, 1, shared)))
+        check, lock = self._check, Lock()  # the driver copies the parameters before it returns
+
+        def start(stream: int, *values: Any) -> None:
+            with lock:
+                packed.pack_into(room, 0, *values)
+                check("cuLaunchKernel", *fixed, ctypes.c_void_p(stream), places, None)
+
+        return start
 
     def _check(self, call: str, *arguments: Any) -> None:
         status = getattr(self.cuda, call)(*arguments)
         if status:
             raise SAMLError(f"CUDA driver: {call} failed with error {status}")
+
+
+def started(
+    driver: Driver,
+    function: ctypes.c_void_p,
+    launch: Launch,
+    device: int,
+    threads: int,
+    shared: int,
+    parameters: list[int],
+) -> Callable[..., None]:
+    """A call of `function` with arguments of the kinds of `launch`.
+
+    Args:
+        driver, function, threads, shared: as for `Driver.starter`.
+        launch: grid, and an example of the arguments.
+        device: index, whose current stream is used.
+        parameters: bytes of each of the function's own.
+
+    Raises:
+        ValueError: the function takes others.
+    """
+    types = signature(launch)[0]
+    given = [(i, kind) for i, kind in enumerate(types) if kind != "constexpr"]
+    kinds = ["pointer" if kind.startswith("*") else kind for _, kind in given]
+    # What Triton adds: scratch memory, which these kernels do not use.
+    added = len(parameters) - len(kinds)
+    kinds += ["pointer"] * added
+    if [struct.calcsize(_LETTERS[kind]) for kind in kinds] != parameters:
+        raise ValueError("takes other arguments")
+    start = driver.starter(function, launch.grid, threads, shared, kinds)
+    tensors = [i for i, kind in given if kind.startswith("*")]
+    pick = itemgetter(*(i for i, _ in given))
+    nothing, stream_of = (0,) * added, driver.stream_of
+
+    def call(*arguments: Any) -> None:
+        values = list(arguments)
+        for i in tensors:
+            values[i] = values[i].data_ptr()
+        start(stream_of(device), *pick(values), *nothing)
+
+    return call
 
 
 class Prebuilt:
@@ -95,10 +159,16 @@ class Prebuilt:
             raise SAMLError(f"{path}: not a manifest of kernels ({error!r})") from error
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
-    def launch(
-        self, key: str, launch: Launch, stream: int, device: int, capability: tuple[int, int]
-    ) -> None:
-        """Start the kernel of that key.
+    def bind(
+        self, key: str, launch: Launch, device: int, capability: tuple[int, int]
+    ) -> Callable[..., None]:
+        """How the kernel of that key is started with arguments of the kinds of `launch`.
+
+        Args:
+            key: see `signature.key_of`.
+            launch: grid, and an example of the arguments.
+            device: index; the current one.
+            capability: of that device.
 
         Raises:
             SAMLError: the folder is for other devices, lacks the kernel, or holds a damaged one.
@@ -122,16 +192,13 @@ class Prebuilt:
             image = self._image(entry)
             function = self._driver.function(image, entry["entry"], entry["shared"])
             self._functions[key, device] = function
-        types = signature(launch)[0]
-        given = zip(types, launch.arguments, strict=True)
-        parameters = [_parameter(kind, a) for kind, a in given if kind != "constexpr"]
-        # What Triton adds: scratch memory, which these kernels do not use.
-        parameters += [ctypes.c_void_p(0)] * (len(entry["parameters"]) - len(parameters))
-        if [ctypes.sizeof(p) for p in parameters] != entry["parameters"]:
-            raise SAMLError(f"{self.folder}: {entry['file']} takes other arguments; build it again")
-        self._driver.start(
-            function, launch.grid, 32 * entry["warps"], entry["shared"], stream, parameters
-        )
+        try:
+            return started(
+                self._driver, function, launch, device, 32 * entry["warps"], entry["shared"],
+                entry["parameters"],
+            )  # fmt: skip
+        except ValueError as error:
+            raise SAMLError(f"{self.folder}: {entry['file']} {error}; build it again") from error
 
     def _image(self, entry: dict[str, Any]) -> bytes:
         path = self.folder / entry["file"]
@@ -159,9 +226,3 @@ def _entry(values: dict[str, Any]) -> dict[str, Any]:
     if any(size not in (4, 8) for size in found["parameters"]):
         raise ValueError(f"parameters: {found['parameters']}")
     return found
-
-
-def _parameter(kind: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Launch", "Varying", "key_of", "signature"]
+__all__ = ["ALIGNMENT", "Launch", "Varying", "key_of", "kinds_of", "signature"]
 
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -29,7 +29,7 @@ class Launch:
     Attributes:
         name: of the kernel, a key of `KERNELS`.
         grid: programs in up to three dimensions.
-        arguments: tensors, integers and floats in the kernel's order.
+        arguments: tensors (None where there is none), integers and floats in the kernel's order.
         constants: compile-time values by name.
         warps, stages: of a program.
     """
@@ -45,11 +45,14 @@ class Launch:
 def signature(launch: Launch) -> tuple[list[str], list[int]]:
     """Types of the arguments, and the positions of those that are multiples of 16.
 
-    As Triton does at a first call: a size that is 1 is a constant, unless it varies.
+    As Triton does at a first call: an absent tensor is a constant, and so is a size that is 1,
+    unless it varies.
     """
     types, aligned = [], []
     for position, value in enumerate(launch.arguments):
-        if isinstance(value, Tensor):
+        if value is None:
+            types.append("constexpr")
+        elif isinstance(value, Tensor):
             types.append(_TYPES[value.dtype])
             # Storage begins at a multiple of 16; without memory the offset says the same.
             start = value.storage_offset() * value.itemsize if value.is_meta else value.data_ptr()
@@ -66,8 +69,16 @@ def signature(launch: Launch) -> tuple[list[str], list[int]]:
     return types, aligned
 
 
-def key_of(launch: Launch) -> str:
+def kinds_of(launch: Launch) -> tuple[Any, ...]:
     """What tells one compiled kernel from another: name, types, alignment, constants, warps."""
-    constants = sorted(launch.constants.items())
-    parts = [launch.name, *signature(launch), constants, launch.warps, launch.stages]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    types, aligned = signature(launch)
+    absent = tuple(i for i, value in enumerate(launch.arguments) if value is None)
+    constants = tuple(sorted(launch.constants.items()))
+    return (
+        launch.name, tuple(types), absent, tuple(aligned), constants, launch.warps, launch.stages
+    )  # fmt: skip
+
+
+def key_of(launch: Launch) -> str:
+    """`kinds_of` as a name for files."""
+    return hashlib.sha256(repr(kinds_of(launch)).encode()).hexdigest()[:16]

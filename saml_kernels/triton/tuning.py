@@ -28,9 +28,10 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor, quantize
 from saml_kernels.reference import saml_linear_reference
 from saml_kernels.timing import current, timed
-from saml_kernels.triton import backward, forward
+from saml_kernels.triton import backward, facts_of, forward
 from saml_kernels.triton.configs import Config, bounded, device_traits, forget_tables, user_table
 from saml_kernels.triton.dispatch import triton_errors
+from saml_kernels.triton.plan import backward_plan, weight_parts
 
 __all__ = ["TOKENS", "Problem", "candidates", "tune"]
 
@@ -77,6 +78,7 @@ class Problem:
         self.b = torch.randn(experts, n, rank, **kind) / math.sqrt(rank)
         self.gates = torch.rand(m, experts, **kind)
         self.bias = torch.randn(n, **kind)
+        self.projected = self.x.float() @ self.a.reshape(-1, k).T.float()
         self.turn = 0
 
     def weight(self) -> QuantizedTensor:
@@ -89,10 +91,19 @@ class Problem:
         rest = (self.a, self.b, self.gates, self.bias, 1.0)
         return forward(self.x, self.weight(), *rest, route=route)
 
-    def backward(self, route: str | Config | None = None) -> Tensor:
-        """dX [M, K], with every other gradient made beside it."""
-        rest = (self.a, self.b, self.gates, 1.0, (True,) * 4)
-        dx = backward(self.dy, self.x, self.weight(), *rest, route=route)[0]
+    def backward(self, route: str | Config | None = None, keep: bool = True) -> Tensor:
+        """dX [M, K], with every other gradient made beside it.
+
+        With `keep` as after a forward that kept P, which is what training runs.
+        """
+        weight, needs = self.weight(), (True,) * 4
+        experts = (self.a, self.b, self.gates)
+        if not keep:
+            dx = backward(self.dy, self.x, weight, *experts, 1.0, needs, route=route)[0]
+        else:
+            facts = facts_of(self.x, weight, *experts, None, None, None, dy=self.dy, route=route)
+            given = (self.dy, self.x, weight_parts(weight), *experts, None, 1.0)
+            dx = backward_plan(facts, needs, True)(*given, self.projected)[0]
         assert dx is not None
         return dx
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saml_kernels.ops import choose_backend
+from saml_kernels.registry import choose_backend
 from saml_kernels.reference import saml_linear_reference
 from saml_kernels.roofline import Cost, linear_cost
 from saml_kernels.timing import poisoned_error

@@ -5,7 +5,7 @@ import torch
 
 from saml_kernels.codes import code_table
 from saml_kernels.quant import QuantizedTensor
-from saml_kernels.triton import launch
+from saml_kernels.triton import dequantize
 
 
 def every_byte(format: str, device: str) -> QuantizedTensor:
@@ -23,8 +23,7 @@ def every_byte(format: str, device: str) -> QuantizedTensor:
 def test_every_byte(format, dtype, device):
     """On a GPU these are the permutes, in the interpreter the look-up in memory: one answer."""
     weight = every_byte(format, device)
-    out = torch.empty(weight.shape, dtype=dtype, device=device)
-    launch.dequantize_into(weight, out)
+    out = dequantize(weight, dtype)
     values = code_table(format)
     codes = torch.arange(256)
     if format != "int8":
@@ -45,7 +44,5 @@ def test_by_permutes_and_by_memory(device, monkeypatch):
     found = []
     for version in (None, "6.0"):  # ROCm has no PTX
         monkeypatch.setattr(torch.version, "hip", version)
-        out = torch.empty(weight.shape, dtype=torch.float32, device=device)
-        launch.dequantize_into(weight, out)
-        found.append(out)
+        found.append(dequantize(weight, torch.float32))
     torch.testing.assert_close(*found, rtol=0, atol=0)

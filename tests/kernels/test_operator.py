@@ -6,7 +6,7 @@ from cases import TOLERANCE, assert_close, make_case, truth
 from torch import library
 
 from saml_kernels import available_backends, quantize, saml_linear
-from saml_kernels.ops import _parts
+from saml_kernels.ops.library import parts_of
 
 
 def leaves(case):
@@ -31,7 +31,7 @@ def test_autograd(device):
 def test_opcheck(device):
     case = make_case(1, 6, 24, 64, 2, 3, device=device)
     x, a, b, g, bias = leaves(case)
-    arguments = (x, *_parts(case.weight), a, b, g, bias, 0.5, "triton", None)
+    arguments = (x, *parts_of(case.weight), a, b, g, bias, 0.5, "triton", None)
     library.opcheck(torch.ops.saml_kernels.linear.default, arguments)
 
 

@@ -11,7 +11,7 @@ from ways import WAYS, fitting
 
 from saml_kernels import saml_linear_routed
 from saml_kernels import triton as backend
-from saml_kernels.ops import _parts
+from saml_kernels.ops.library import parts_of
 from saml_kernels.triton.configs import ROUTES
 
 
@@ -100,5 +100,5 @@ def test_through_the_operator(device):
     found = (y.detach().view(12, 40), *(t.grad for t in leaves))
     for name, tensor, wanted in zip(NAMES, found, truth(case, router, 2, 1.5), strict=True):
         assert_close(tensor, wanted, 4e-6, name)
-    arguments = (x, *_parts(case.weight), a, b, v, case.bias, 0.5, "triton", None, 2, 1.5)
+    arguments = (x, *parts_of(case.weight), a, b, v, case.bias, 0.5, "triton", None, 2, 1.5)
     library.opcheck(torch.ops.saml_kernels.linear.default, arguments)

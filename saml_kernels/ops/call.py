@@ -1,0 +1,216 @@
+"""How a call runs: as it is, prepared for its layer, with gradients, or as an operator of torch's.
+
+Compilers, exporters and transforms must see one of PyTorch's operators (library.py). Eager calls
+need none, and PyTorch's dispatcher takes longer over so many arguments than most products take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels import cpu, grouping, reference
+from saml_kernels.ops import library
+from saml_kernels.ops.arguments import autocast_dtype, check
+from saml_kernels.ops.autograd import Operator
+from saml_kernels.ops.prepared import Prepared
+from saml_kernels.quant import QuantizedTensor
+from saml_kernels.reference import Gating, Gradients
+from saml_kernels.registry import BACKENDS, choose_backend
+
+__all__ = ["run"]
+
+Experts = Tensor | QuantizedTensor
+
+
+def run(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Experts,
+    lora_b: Experts,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gating: Gating | None,
+    backend: str | None,
+    speakers: Tensor | None,
+) -> Tensor:
+    """The operator; with `gating`, `gates` is a token router's weight. See `api.saml_linear`."""
+    eager = _eager(x)
+    if eager:
+        ready = weight.prepared
+        if ready is not None and backend in (None, "triton") and x.device == ready.device:
+            if ready.holds(lora_a, lora_b, gates, bias, scaling, gating):
+                return ready(x, lora_a, lora_b, gates, bias, speakers)
+        elif backend in (None, "cpu") and speakers is None and not torch.is_grad_enabled():
+            given, router = (gates, None) if gating is None else (None, gates)
+            y = cpu.quick(
+                x, weight, lora_a, lora_b, given, router, bias, scaling, *(gating or ())
+            )  # fmt: skip
+            if y is not None:
+                return y
+    dtype = autocast_dtype(x)
+    check(x, weight, lora_a, lora_b, gates, bias, speakers, gating, dtype)
+    name = choose_backend(x if dtype is None else x.new_empty(0, dtype=dtype), weight, backend)
+    tensors = (x, lora_a, lora_b, gates, bias, speakers)
+    eager = eager and all(map(_plain, tensors))
+    if name == "triton" and eager and x.numel():
+        ready = Prepared(weight, lora_a, lora_b, gates, bias, scaling, gating)
+        if ready.reads_as_they_lie(x):
+            weight.prepared = ready
+            return ready(x, lora_a, lora_b, gates, bias, speakers)
+    lora_a, lora_b = (
+        t.dequantize(dtype or x.dtype) if isinstance(t, QuantizedTensor) else t
+        for t in (lora_a, lora_b)
+    )
+    if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name)):
+        gates, gating = _gates(x, gates, gating, speakers, dtype), None
+    if not eager:
+        return _as_operator(
+            name, x, weight, lora_a, lora_b, gates, bias, scaling, gating, speakers, dtype
+        )
+    call = _Plain(name, weight, float(scaling), gating, speakers, dtype or x.dtype)
+    learning = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, lora_a, lora_b, gates, bias)
+    )
+    if learning:
+        return Operator.apply(x, lora_a, lora_b, gates, bias, call)
+    return call.forward(x, lora_a, lora_b, gates, bias)[0]
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether nothing watches: no compiler, tracer, dispatch mode or transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or not _plain(x)
+    )
+
+
+def _plain(tensor: Any) -> bool:
+    """Whether a tensor is no more than that."""
+    return not isinstance(tensor, Tensor) or not (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _routes(name: str) -> bool:
+    return getattr(BACKENDS[name], "ROUTING", False)
+
+
+def _gates(
+    x: Tensor,
+    router: Tensor,
+    gating: Gating,
+    speakers: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The gates [..., E] of a token router, made by PyTorch."""
+    x, router = x.to(dtype or x.dtype), router.to(dtype or x.dtype)
+    # Grouping looks at the index, which a compiler cannot trace, and needs a row to look at.
+    few = speakers is None or 0 in (router.shape[-2], x.numel())
+    if speakers is None or few or torch.compiler.is_compiling():
+        return reference.route(x, router, *gating, speakers)
+    logits = grouping.logits(x, router, speakers)
+    return reference.gates_from_logits(logits, *gating).to(x.dtype)
+
+
+def _rows(
+    x: Tensor, gates: Tensor, gating: Gating | None, speakers: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x as [M, K], gates as [M, E] unless they are a router, and the speaker of each row."""
+    lead = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])
+    if gating is None:
+        experts = gates.shape[-1]
+        gates = gates.expand(*lead, experts).reshape(rows.shape[0], experts)
+    if speakers is not None:
+        speakers = speakers.expand(lead).reshape(-1).to(torch.int32)
+    return rows, gates, speakers
+
+
+def _as_operator(
+    name: str,
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    gating: Gating | None,
+    speakers: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """By PyTorch's dispatcher; casts and broadcasts are operators of their own there."""
+    lead = x.shape[:-1]
+    if dtype is not None:
+        x, lora_a, lora_b, gates = (t.to(dtype) for t in (x, lora_a, lora_b, gates))
+        bias = None if bias is None else bias.to(dtype)
+    rows, gates, speakers = _rows(x, gates, gating, speakers)
+    y = library.linear(
+        name, rows, weight, lora_a, lora_b, gates, bias, float(scaling), speakers, gating
+    )
+    return y.view(*lead, y.shape[-1])
+
+
+class _Plain:
+    """A checked call of any backend."""
+
+    def __init__(
+        self,
+        name: str,
+        weight: QuantizedTensor,
+        scaling: float,
+        gating: Gating | None,
+        speakers: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.weight, self.scaling, self.gating = name, weight, scaling, gating
+        self.speakers, self.dtype = speakers, dtype
+
+    def forward(
+        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        lead, self.like = x.shape[:-1], (x.shape, x.dtype)
+        x = x.to(self.dtype)
+        rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
+        bias = None if bias is None else bias.to(self.dtype)
+        experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))
+        y = library.forward(
+            self.name, rows, self.weight, *experts, spread, bias, self.scaling, speakers,
+            self.gating,
+        )  # fmt: skip
+        return y.view(*lead, y.shape[-1]), (x,)
+
+    def backward(
+        self,
+        dy: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        gates: Tensor,
+        kept: tuple[Tensor | None, ...],
+        needs: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        (x,) = kept
+        assert x is not None
+        rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
+        experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))
+        dy = dy.reshape(-1, self.weight.shape[0])
+        dx, da, db, dg = library.backward(
+            self.name, dy.contiguous(), rows, self.weight, *experts, spread, self.scaling,
+            needs, speakers, self.gating,
+        )  # fmt: skip
+        if dg is not None and self.gating is None:
+            dg = dg.view(*self.like[0][:-1], gates.shape[-1]).sum_to_size(gates.shape)
+        shape, dtype = self.like
+        return (
+            None if dx is None else dx.view(shape).to(dtype),
+            None if da is None else da.to(lora_a.dtype),
+            None if db is None else db.to(lora_b.dtype),
+            None if dg is None else dg.to(gates.dtype),
+        )

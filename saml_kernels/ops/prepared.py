@@ -1,0 +1,320 @@
+"""A call checked once for its layer: everything that the next call would find out again.
+
+Compiled kernels and their arguments are chosen by shape (plan.py); what a layer keeps is which plan
+serves which input, and the tensors that a plan is started with. It is dropped when one of those
+tensors is replaced or lies elsewhere (an optimiser's step in place changes neither), and never
+copied or saved with the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels.ops.arguments import autocast_dtype, check, span
+from saml_kernels.ops.autograd import Operator
+from saml_kernels.quant import QuantizedTensor
+from saml_kernels.reference import Gating, Gradients
+from saml_kernels.triton import DTYPES, configs, facts_of
+from saml_kernels.triton.plan import Facts, backward_plan, forward_plan, weight_parts
+from saml_kernels.triton.signature import ALIGNMENT
+
+__all__ = ["Prepared"]
+
+MOST_SHAPES = 256  # inputs that a layer remembers
+Experts = Tensor | QuantizedTensor
+
+
+class Prepared:
+    """The operator on one layer's tensors.
+
+    Attributes:
+        device: where they lie.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        gating: Gating | None,
+    ) -> None:
+        """The arguments, already checked; `gates` counts only as a router's weight."""
+        self.weight, self.settings = weight, (scaling, gating)
+        self.scaling, self.gating = float(scaling), gating
+        self.device = weight.codes.device
+        self.parts = weight_parts(weight)
+        self.none = 0 in lora_a.shape[-3:-1]
+        self.tensors = self._tensors(lora_a, lora_b, gates, bias)
+        self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
+        self.changes = configs.changes
+        self.calls: dict[Any, _Kind] = {}
+        self.bias: tuple[int, Tensor] | None = None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """None: a copied layer is prepared anew."""
+
+    def __reduce__(self) -> Any:
+        """None, for the same reason."""
+        return type(None), ()
+
+    def _tensors(
+        self, lora_a: Experts, lora_b: Experts, gates: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        parts: Any = self.weight._buffers
+        experts: tuple[Tensor | None, ...] = (None, None, None)
+        if not self.none:
+            codes = (t.codes if isinstance(t, QuantizedTensor) else t for t in (lora_a, lora_b))
+            experts = (*codes, gates if self.gating else None)
+        return (
+            parts["codes"], parts["absmax"], parts["nested_absmax"], parts["offset"],
+            *experts, bias,
+        )  # fmt: skip
+
+    def holds(
+        self,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        gating: Gating | None,
+    ) -> bool:
+        """Whether it was made for these very tensors, which lie where they lay."""
+        if (scaling, gating) != self.settings or self.changes != configs.changes:
+            return False
+        if self.none != (0 in lora_a.shape[-3:-1]):
+            return False
+        given = self._tensors(lora_a, lora_b, gates, bias)
+        for own, place, tensor in zip(self.tensors, self.places, given, strict=True):
+            if own is not tensor:
+                return False
+            if place is not None and (tensor.data_ptr(), tensor.dtype) != place:  # type: ignore[union-attr]
+                return False
+        return True
+
+    def reads_as_they_lie(self, x: Tensor) -> bool:
+        """Whether the kernels can be given these tensors."""
+        learning = torch.is_grad_enabled() and x.requires_grad
+        allowed = (*DTYPES, torch.int8)
+        experts = self.tensors[4:]
+        eight_bit = any(t is not None and t.dtype == torch.int8 for t in experts)
+        whole = all(t is None or t.dtype in allowed for t in experts)
+        return whole and not (eight_bit and learning)
+
+    def __call__(
+        self,
+        x: Tensor,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+    ) -> Tensor:
+        """y [..., N].
+
+        Raises:
+            SAMLError: x, given gates or the speaker index do not fit.
+        """
+        learning = torch.is_grad_enabled() and (
+            x.requires_grad
+            or gates.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (isinstance(lora_a, Tensor) and lora_a.requires_grad)
+            or (isinstance(lora_b, Tensor) and lora_b.requires_grad)
+        )
+        dtype = autocast_dtype(x) or x.dtype
+        key = [x.shape, x.dtype, dtype, learning, x.data_ptr() % ALIGNMENT]
+        if dtype == torch.float32:
+            key.append(torch.backends.cuda.matmul.fp32_precision)
+        if self.gating is None:
+            key += (gates.shape, gates.dtype, gates.data_ptr() % ALIGNMENT)
+        if speakers is not None:
+            key += (speakers.shape, speakers.dtype, speakers.data_ptr() % ALIGNMENT)
+        kind = self.calls.get(tuple(key))
+        if kind is None:
+            if len(self.calls) >= MOST_SHAPES:
+                self.calls.clear()
+            kind = _Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, learning)
+            self.calls[tuple(key)] = kind
+        if learning:
+            return Operator.apply(x, lora_a, lora_b, gates, bias, _Bound(kind, speakers))
+        return kind.forward(x, lora_a, lora_b, gates, bias, speakers)[0]
+
+    def bias_in(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A bias cast to `dtype` once, for cuBLAS."""
+        version = bias._version
+        if self.bias is None or self.bias[0] != version or self.bias[1].dtype != dtype:
+            self.bias = (version, bias.detach().to(dtype))
+        return self.bias[1]
+
+
+class _Kind:
+    """Calls of one layer with inputs of one shape, dtype and alignment."""
+
+    def __init__(
+        self,
+        layer: Prepared,
+        x: Tensor,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        dtype: torch.dtype,
+        learning: bool,
+    ) -> None:
+        cast = None if dtype == x.dtype else dtype
+        check(x, layer.weight, lora_a, lora_b, gates, bias, speakers, layer.gating, cast)
+        self.layer, self.dtype = layer, dtype
+        lead = x.shape[:-1]
+        self.shape = (*lead, layer.weight.shape[0])
+        self.gates_span = self.speakers_span = 1
+        self.spread_gates = self.spread_speakers = False
+        if layer.gating is None and not layer.none:
+            found = span(gates.shape[:-1], lead)
+            self.spread_gates, self.gates_span = found is None, found or 1
+        if speakers is not None:
+            found = span(speakers.shape, lead)
+            self.spread_speakers, self.speakers_span = found is None, found or 1
+        self.lead, self.gates_shape = lead, gates.shape
+        x, gates, speakers = self._given(x, gates, speakers)
+        spans = (self.gates_span, self.speakers_span)
+        self.facts: Facts = facts_of(
+            x, layer.weight, lora_a, lora_b, gates, bias, speakers, layer.gating,
+            spans=spans, dtype=dtype,
+        )  # fmt: skip
+        self.plan = forward_plan(self.facts, learning)
+        eight_bit = isinstance(lora_a, QuantizedTensor)
+        self.scales = (lora_a.absmax, lora_b.absmax) if eight_bit else (None, None)  # type: ignore
+        self.cast_bias = self.plan.route == "scratch" and bias is not None and bias.dtype != dtype
+        self.backward_facts: dict[bool, Facts] = {}
+
+    def _given(
+        self, x: Tensor, gates: Tensor, speakers: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the kernels are given: contiguous, broadcast where entries do not lie in a row."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if self.spread_gates:
+            gates = gates.expand(*self.lead, gates.shape[-1])
+        if not gates.is_contiguous():
+            gates = gates.contiguous()
+        if speakers is not None:
+            if self.spread_speakers:
+                speakers = speakers.expand(self.lead)
+            speakers = speakers.to(torch.int32).contiguous()
+        return x, gates, speakers
+
+    def forward(
+        self,
+        x: Tensor,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """y [..., N], and what the backward wants kept."""
+        layer = self.layer
+        x, gates, speakers = self._given(x, gates, speakers)
+        if self.cast_bias and bias is not None:
+            bias = layer.bias_in(bias, self.dtype)
+        a, b = lora_a, lora_b
+        if self.scales[0] is not None:
+            a, b = lora_a.codes, lora_b.codes  # type: ignore[union-attr]
+        with on_device(layer.device):
+            y, plain, made = self.plan(
+                x, layer.parts, a, self.scales[0], b, self.scales[1], gates, bias, speakers,  # type: ignore[arg-type]
+                layer.scaling,
+            )  # fmt: skip
+        return y.view(self.shape), (x, plain, made, speakers)
+
+
+class _Bound:
+    """A call of a kind with its speaker index, for `Operator`."""
+
+    __slots__ = ("kind", "speakers", "x_dtype")
+
+    def __init__(self, kind: _Kind, speakers: Tensor | None) -> None:
+        self.kind, self.speakers = kind, speakers
+
+    def forward(
+        self, x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        self.x_dtype = x.dtype
+        return self.kind.forward(x, lora_a, lora_b, gates, bias, self.speakers)
+
+    def backward(
+        self,
+        dy: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        gates: Tensor,
+        kept: tuple[Tensor | None, ...],
+        needs: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        kind, layer = self.kind, self.kind.layer
+        x, plain, made, speakers = kept
+        assert x is not None
+        if dy.dtype != kind.dtype:
+            dy = dy.to(kind.dtype)
+        if not dy.is_contiguous():
+            dy = dy.contiguous()
+        _, given, _ = kind._given(x, gates, None)
+        aligned = dy.data_ptr() % ALIGNMENT == 0
+        facts = kind.backward_facts.get(aligned)
+        if facts is None:
+            mine = kind.facts
+            facts = mine._replace(bias=False, kinds=(*mine.kinds, aligned))
+            kind.backward_facts[aligned] = facts
+        plan = backward_plan(facts, needs, plain is not None)
+        dx_dtype = None if self.x_dtype == kind.dtype else self.x_dtype
+        with on_device(layer.device):
+            dx, da, db, dg = plan(
+                dy,
+                x,
+                layer.parts,
+                lora_a,
+                lora_b,
+                given,
+                speakers,
+                layer.scaling,
+                plain,
+                made,
+                dx_dtype,
+            )
+        if dx is not None:
+            dx = dx.view(x.shape)
+        if dg is not None and layer.gating is None:
+            if kind.gates_span > 1:
+                dg = dg.view(-1, kind.gates_span, dg.shape[-1]).sum(1).to(gates.dtype)
+            elif kind.spread_gates:
+                dg = dg.view(*kind.lead, gates.shape[-1]).sum_to_size(gates.shape)
+            dg = dg.view(gates.shape)
+        return dx, da, db, dg
+
+
+class on_device:
+    """Within the block `device` is CUDA's current one; free where it is already, or is none."""
+
+    __slots__ = ("before", "index")
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        self.before = -1
+        if self.index is not None and torch._C._cuda_getDevice() != self.index:
+            self.before = torch._C._cuda_exchangeDevice(self.index)
+
+    def __exit__(self, *unused: Any) -> None:
+        if self.before >= 0:
+            torch._C._cuda_maybeExchangeDevice(self.before)
