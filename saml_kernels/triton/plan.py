@@ -310,7 +310,7 @@ class _Decode:
         )  # fmt: skip
         self.finish = Launcher(
             "finish", (_tiles(f.n, block_o), _tiles(f.m, block_m)),
-            2 if f.speakers else config.warps, 1,
+            2 if f.speakers and block_m < 64 else config.warps, 1,
             **common, **gating, EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m, BLOCK_O=block_o,
             BLOCK_R=min(64, max(16, _power_of_2(f.columns))),
         )  # fmt: skip
@@ -513,7 +513,7 @@ class BackwardPlan:
                 BLOCK_R=block_r, BLOCK_O=GRADIENT_TILE, BLOCK_M=32 if f.exact else 64,
             )  # fmt: skip
         if need_x or need_a or self.through:
-            together, block_m, block_r, block_d = _narrow_tiles(f, False)
+            together, block_m, block_r, block_d = _narrow_tiles(f, True)
             tail = (f.experts if routed else 0) + pad
             self.narrow = Launcher(
                 # Gates and their gradients lie in registers beside the tile.
@@ -620,13 +620,16 @@ class BackwardPlan:
         return self.product(dy, weight, None, None, dtype=dtype)
 
 
-def _narrow_tiles(f: Facts, routed: bool) -> tuple[int, int, int, int]:
-    """Experts together, rows, columns and depth of a tile that projects on the experts."""
+def _narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:
+    """Experts together, rows, columns and depth of a tile that projects on the experts.
+
+    `gates` says that they, or their gradients, are made beside it.
+    """
     together = min(f.experts, max(1, 64 // f.rank))
     block_r = max(16, _power_of_2(together * f.rank))
     block_m = 16 if block_r > 128 else _tile_rows(f.m, f.traits[1])
     block_d = 64  # at 128 some of its kernels do not fit the registers (sm_87)
-    if f.exact and (routed or f.speakers):
+    if f.exact and (gates or f.speakers):
         block_m, block_d = 16, FLOAT32_TILE
     return together, block_m, block_r, block_d
 
