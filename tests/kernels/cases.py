@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from saml_kernels import reference
 from saml_kernels.quant import QuantizedTensor, quantize
+from saml_kernels.triton.dispatch import interpreting
 
 EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
 many = settings(
@@ -117,16 +120,55 @@ def assert_close(
     assert error < tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
+def bands() -> list[tuple[int, int]]:
+    """The first and the last M of each row of the default tuning table; the last row is cut."""
+    table = json.loads((files("saml_kernels.triton") / "tables" / "default.json").read_text())
+    ends = {row["max_m"] for way in ("forward", "backward") for row in table[way]} - {None}
+    starts = [0, *sorted(ends)]
+    return [(a + 1, b) for a, b in zip(starts, [*sorted(ends), max(ends) + 40], strict=True)]
+
+
+# N and K of a real layer where kernels are compiled, and pipelined; the interpreter takes long.
+REAL_WIDTH = 128 if interpreting() else 512
+LAYOUTS = ("whole", "whole", "offset", "strided")
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers one element past an aligned address ("offset"), or every other one."""
+    *lead, last = tensor.shape
+    if layout == "offset":
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    if layout == "strided":
+        return tensor.new_empty(*lead, 2 * last)[..., ::2].copy_(tensor)
+    return tensor
+
+
 def draw_case(draw: Any, device: str = "cpu") -> Case:
-    """A case of any shape, format and dtype; `draw` is that of hypothesis."""
-    experts = draw(st.integers(1, 16), "E")
-    rank = draw(st.integers(1, 64), "r")
-    # The interpreter takes long over many columns.
-    m = draw(st.integers(0, 200 if experts * rank <= 256 else 40), "M")
-    block_size = draw(st.sampled_from((32, 64, 128, 256)), "block")
-    k = draw(st.one_of(st.sampled_from((block_size, 2 * block_size)), st.integers(1, 150)), "K")
-    return make_case(
-        draw(st.integers(0, 2**32), "seed"), m, draw(st.integers(1, 130), "N"), k, experts, rank,
+    """A case of any format and dtype; `draw` is that of hypothesis.
+
+    Half of them have sizes that real layers have (multiples of 64, aligned addresses), with M in
+    one of the bands of the default table; the others have any size at all, and any layout.
+    """
+    real = draw(st.booleans(), "real sizes")
+    if real:
+        first, last = draw(st.sampled_from(bands()), "band")
+        m = draw(st.integers(first, min(last, first + 40)), "M")
+        # The interpreter takes long over many tiles.
+        widths = [w for w in (64, 128, 256, 512) if m * w <= 1 << 14] or [64]
+        n, k = (draw(st.sampled_from(widths), name) for name in "NK")
+        sizes = [(1, 16), (4, 16), (16, 4), (2, 32), (1, 64), (8, 16)]
+        experts, rank = draw(st.sampled_from(sizes if m <= 300 else sizes[:5]), "E, r")
+        block_size = 64
+    else:
+        experts = draw(st.integers(1, 16), "E")
+        rank = draw(st.integers(1, 64), "r")
+        # Nor are many columns quick.
+        m = draw(st.integers(0, 200 if experts * rank <= 256 else 40), "M")
+        block_size = draw(st.sampled_from((32, 64, 128, 256)), "block")
+        k = draw(st.one_of(st.sampled_from((block_size, 2 * block_size)), st.integers(1, 150)), "K")
+        n = draw(st.integers(1, 130), "N")
+    case = make_case(
+        draw(st.integers(0, 2**32), "seed"), m, n, k, experts, rank,
         format=draw(st.sampled_from(("nf4", "fp4", "int8", "int4")), "format"),
         dtype=draw(st.sampled_from(tuple(TOLERANCE)), "dtype"),
         block_size=block_size, double_quant=draw(st.booleans(), "double_quant"),
@@ -135,6 +177,11 @@ def draw_case(draw: Any, device: str = "cpu") -> Case:
         speakers=draw(st.sampled_from((None, None, 1, 3, 7)), "speakers"),
         bias=draw(st.booleans(), "bias"), device=device,
     )  # fmt: skip
+    if not real:
+        for name in ("x", "dy", "lora_a", "lora_b", "gates"):
+            layout = draw(st.sampled_from(LAYOUTS), f"layout of {name}")
+            setattr(case, name, laid_out(getattr(case, name), layout))
+    return case
 
 
 def check_answers(case: Case, found: Sequence[Tensor | None]) -> None:

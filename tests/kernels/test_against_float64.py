@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import TOLERANCE, assert_close, check_answers, draw_case, make_case, many, truth
+from cases import (
+    REAL_WIDTH,
+    TOLERANCE,
+    assert_close,
+    check_answers,
+    draw_case,
+    laid_out,
+    make_case,
+    many,
+    truth,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from ways import WAYS, fitting
@@ -37,6 +47,22 @@ def test_random_shapes(data, device):
 @pytest.mark.parametrize("m", [1, 5, 17, 130])
 def test_routes_at_whisper_widths(m, route, device):
     check(make_case(m, m, 384, 384, 4, 4, device=device), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_aligned_as_real_layers_are(route, device):
+    """Compiled, tiles of such sizes are copied ahead of their use, which others are not."""
+    sizes = (300, REAL_WIDTH, REAL_WIDTH, 4, 16)
+    check(make_case(10, *sizes, dtype=torch.float16, device=device), route)
+
+
+@pytest.mark.parametrize("layout", ["offset", "strided"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_tensors_that_lie_askew(route, layout, device):
+    case = make_case(11, 20, 128, 128, 4, 16, dtype=torch.float16, device=device)
+    for name in ("x", "dy", "lora_a", "lora_b", "gates"):
+        setattr(case, name, laid_out(getattr(case, name), layout))
+    check(case, route)
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "int4"])

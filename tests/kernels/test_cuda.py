@@ -1,8 +1,10 @@
 """What only a CUDA device can show: graphs, streams, devices, no synchronisation, 2^31 elements."""
 
 import pytest
+import routed_cases
 import torch
-from cases import TOLERANCE, assert_close, make_case, truth
+from cases import NAMES, TOLERANCE, assert_close, make_case, truth
+from routed_cases import make_router
 
 from saml_kernels import saml_linear, saml_linear_routed
 from saml_kernels import triton as backend
@@ -40,6 +42,25 @@ def test_capture_and_replay(route, speakers):
         graph.replay()
         for a, b in zip(found, both(case, route, router), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("n", "k"), [(512, 512), (512, 2048), (2048, 512)])
+@pytest.mark.parametrize(("experts", "rank"), [(4, 16), (16, 4), (4, 4), (8, 16)])
+@pytest.mark.parametrize("m", [1, 24, 300, 1500])
+def test_real_layers(m, experts, rank, n, k, dtype):
+    """Sizes and alignments that Triton pipelines: every route, stages 2 to 5 at M = 300."""
+    case = make_case(m, m, n, k, experts, rank, dtype=dtype, device="cuda")
+    router = make_router(case, 1, 2, 1.0)
+    given, routed = truth(case), routed_cases.truth(case, router, 2, 1.0)
+    sizes = truth(case, True), routed_cases.truth(case, router, 2, 1.0, True)
+    ways = [*ROUTES, *(Config(r, stages=s) for r in ("fused", "dense") for s in (2, 3, 4, 5))]
+    for way in ways if m == 300 else ROUTES:
+        for gates, wanted, size in zip((None, router), (given, routed), sizes, strict=True):
+            for name, found, *known in zip(
+                NAMES, both(case, way, gates), wanted, size, strict=True
+            ):
+                assert_close(found, known[0], 2 * TOLERANCE[dtype], f"{way}: {name}", known[1])
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_close, draw_case, make_case, many
+from cases import LAYOUTS, REAL_WIDTH, assert_close, draw_case, laid_out, make_case, many
 from hypothesis import given
 from hypothesis import strategies as st
 from routed_cases import NAMES, check_answers, make_router, truth
@@ -15,9 +15,9 @@ from saml_kernels.ops.library import parts_of
 from saml_kernels.triton.configs import ROUTES
 
 
-def check(case, seed, top_k, temperature, route):
+def check(case, seed, top_k, temperature, route, layout="whole"):
     top_k = None if top_k is None else min(top_k, case.lora_a.shape[-3])
-    router = make_router(case, seed, top_k, temperature)
+    router = laid_out(make_router(case, seed, top_k, temperature), layout)
     arguments = (case.weight, case.lora_a, case.lora_b, router)
     how = {"speakers": case.speakers, "routing": (top_k, temperature), "route": route}
     found = [
@@ -34,9 +34,10 @@ def test_random_shapes(data, device):
     case, seed = draw_case(draw, device), draw(st.integers(0, 2**32), "router")
     top_k = draw(st.sampled_from((None, 1, 2)), "top_k")
     temperature = draw(st.sampled_from((1.0, 0.5, 2.0)), "temperature")
+    layout = draw(st.sampled_from(LAYOUTS), "layout of the router")
     way = draw(WAYS, "way")
     with fitting(way):
-        check(case, seed, top_k, temperature, way)
+        check(case, seed, top_k, temperature, way, layout)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -44,6 +45,24 @@ def test_random_shapes(data, device):
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_routes_at_whisper_widths(m, top_k, route, device):
     check(make_case(m, m, 384, 384, 4, 4, device=device), m, top_k, 1.0, route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("experts", "rank"), [(4, 16), (16, 4)], ids=["R+E=68", "R+E=80"])
+def test_aligned_as_real_layers_are(experts, rank, route, device):
+    """Compiled, tiles of such sizes are copied ahead of their use, which others are not."""
+    sizes = (300, REAL_WIDTH, REAL_WIDTH, experts, rank)
+    case = make_case(12, *sizes, dtype=torch.float16, device=device)
+    check(case, 13, None, 1.0, route)
+
+
+@pytest.mark.parametrize("layout", ["offset", "strided"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_tensors_that_lie_askew(route, layout, device):
+    case = make_case(14, 20, 128, 128, 4, 16, dtype=torch.float16, device=device)
+    for name in ("x", "dy", "lora_a", "lora_b"):
+        setattr(case, name, laid_out(getattr(case, name), layout))
+    check(case, 15, 2, 1.0, route, layout)
 
 
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0, i & 8 > 0) for i in range(16)])

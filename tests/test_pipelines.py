@@ -1,0 +1,175 @@
+"""No pipelined loop of the kernels may multiply another iteration's tile; see pipelines.py."""
+
+import os
+import random
+import re
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pipelines
+import triton
+import triton.language as tl
+
+from saml_kernels import triton as backend
+from saml_kernels.quant import QuantizedTensor
+from saml_kernels.triton.configs import ROUTES, Config, pretending
+from saml_kernels.triton.dispatch import interpreting, recording
+from saml_kernels.triton.signature import Launch, key_of
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="nothing is compiled in the interpreter")
+
+PROCESSORS = {"sm_80": 108, "sm_87": 16, "sm_90": 132, "sm_120": 170}
+# The loads of these lie behind a condition of their loop, where Triton pipelines nothing.
+NOT_PIPELINED = {"outer"}
+STAGES = (2, 3, 4, 5)
+WAYS = (
+    None, *ROUTES, Config(), Config("decode", 16, 32, 64, 2, scale="after"),
+    *(Config(route, stages=s) for route in ("fused", "dense") for s in STAGES),
+    *(Config(route, split=2, stages=s) for route in ("decode", "split") for s in STAGES),
+)  # fmt: skip
+DTYPES = (torch.float16, torch.bfloat16)
+# x and experts: the layer's type, or float32 as an optimizer holds them.
+TYPES = (*zip(DTYPES, DTYPES, strict=True), *((dtype, torch.float32) for dtype in DTYPES))
+EXPERTS = ((4, 16), (16, 4), (4, 4), (8, 16))  # E, r; R + E is a multiple of 16 or not
+TOKENS = (1, 24, 48, 200, 300, 1500)  # one at least in each band of the default table
+WIDTHS = ((512, 512), (512, 2048), (2048, 512))  # N, K
+ROUTINGS = (None, (None, 1.0), (2, 0.5))  # gates given, or a token router
+# PIPELINES=all asks for every call there is; what the suite runs is a fixed choice of these.
+EVERYTHING = os.environ.get("PIPELINES") == "all"
+CHOSEN = 24
+
+
+def calls(arch: str) -> list[tuple]:
+    """Layers and ways: the reported one by every route first, then a choice of all."""
+    known = [
+        ((torch.float16, torch.float16), (4, 16), routing, 300, (512, 512), route)
+        for routing in ROUTINGS[:2] for route in ROUTES
+    ]  # fmt: skip
+    every = [
+        call for call in product(TYPES, EXPERTS, ROUTINGS, TOKENS, WIDTHS, WAYS)
+        if not isinstance(call[-1], Config) or call[3] in (1, 300)  # the others go by the tokens
+    ]  # fmt: skip
+    return known + (every if EVERYTHING else random.Random(arch).sample(every, CHOSEN))
+
+
+def launches(arch: str, call: tuple) -> tuple[list[Launch], list[Launch]]:
+    """What the backend would launch, forward and backward."""
+    (dtype, expert_dtype), (experts, rank), routing, m, (n, k), way = call
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    weight = QuantizedTensor.empty((n, k), "nf4", device="meta")
+    gates = tensor(m, experts)
+    if routing is not None:
+        gates = tensor(experts, k, dtype=expert_dtype)
+    a = tensor(experts, rank, k, dtype=expert_dtype)
+    b = tensor(experts, n, rank, dtype=expert_dtype)
+    bias, how = tensor(n, dtype=expert_dtype), {"routing": routing, "route": way}
+    with pretending(arch, PROCESSORS[arch]):
+        with recording() as forward:
+            backend.forward(tensor(m, k), weight, a, b, gates, bias, 1.0, **how)
+        with recording() as backward:
+            needs = (True,) * 4
+            backend.backward(tensor(m, n), tensor(m, k), weight, a, b, gates, 1.0, needs, **how)
+    return forward, backward
+
+
+@pytest.mark.parametrize("arch", PROCESSORS)
+def test_every_read_finds_its_own_iteration(arch):
+    reports: dict[str, pipelines.Report] = {}
+    faults, directions = [], [0, 0]
+    for call in calls(arch):
+        for direction, found in enumerate(launches(arch, call)):
+            for launch in found:
+                key = key_of(launch)
+                if key not in reports:
+                    reports[key] = pipelines.check(pipelines.gpu_ir(launch, arch))
+                    faults += [f"{launch.name} of {call}: {f}" for f in reports[key].faults[:2]]
+                    if launch.stages > 1 and launch.name not in NOT_PIPELINED:
+                        assert reports[key].buffers, f"{launch.name} of {call}: not pipelined"
+                directions[direction] += max(reports[key].buffers.values(), default=0) > 1
+    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:20])
+    assert all(directions), "no buffer of several slots"
+
+
+# The checker itself: a kernel that is right, one that is not, and a right one's IR made wrong.
+
+
+@triton.jit
+def _product(h, b, y, D, GUARDED: tl.constexpr, BLOCK: tl.constexpr):
+    """y [BLOCK, BLOCK] = h [BLOCK, D] b [D, BLOCK]; GUARDED skips rows of b where h is zero."""
+    rows = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for first in range(0, D, BLOCK):
+        columns = first + rows
+        left = tl.load(h + rows[:, None] * D + columns[None, :])
+        wanted = columns < D
+        if GUARDED:
+            wanted = tl.max(tl.abs(left.to(tl.float32)), 0) > 0
+        at = b + columns[:, None] * BLOCK + rows[None, :]
+        acc = tl.dot(left, tl.load(at, wanted[:, None], 0.0), acc)
+    tl.store(y + rows[:, None] * BLOCK + rows[None, :], acc)
+
+
+def product_ir(arch: str, stages: int, guarded: bool) -> str:
+    types = {"h": "*fp16", "b": "*fp16", "y": "*fp32", "D": "i32"}
+    types |= {"GUARDED": "constexpr", "BLOCK": "constexpr"}
+    constants = {(4,): guarded, (5,): 64}
+    return pipelines.compiled_ir(_product, types, constants, [0, 1, 2, 3], arch, 4, stages)
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("arch", PROCESSORS)
+def test_a_right_kernel(arch, stages):
+    report = pipelines.check(product_ir(arch, stages, False))
+    assert not report.faults
+    assert len(report.buffers) == 2 and min(report.buffers.values()) >= stages - 1
+
+
+@pytest.mark.parametrize("stages", STAGES)
+def test_a_load_guarded_by_what_the_loop_multiplies(stages):
+    """Triton counts too few slots for `left`, which Hopper multiplies where it lies."""
+    report = pipelines.check(product_ir("sm_90", stages, True))
+    pattern = re.compile(r"warp_group_dot multiplies copy 0 of %\w+, copy [1-9] of %left")
+    assert any(pattern.search(fault) for fault in report.faults), report
+
+
+# What is replaced, by what, and what the check says; SLOTS is 3 on sm_80 and 4 on sm_90.
+MUTATIONS = {
+    "fewer slots": ("memdesc<SLOTSx", "memdesc<FEWERx", "no slot"),
+    "wraps early": (r"(%cSLOTS_i32 = arith.constant) SLOTS", r"\1 FEWER", "finds copy|reads it"),
+    "reads the next": ("= %c-1_i32,", "= %c0_i32,", "finds copy"),
+    "copies elsewhere": (r"(index %left\w*)\[%c0_i32", r"\1[%c1_i32", "finds nothing|finds copy"),
+    "first two exchanged": (
+        r"(index %left\w*\[%c)([01])_", lambda m: f"{m[1]}{1 - int(m[2])}_", "multiplies|expected"
+    ),
+    "waits for too few": (r"num = 4 :", "num = 5 :", "before it was waited for"),
+    "leaves products running": ("pendings = 1 :", "pendings = 2 :", "while a product reads it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_right_kernel_made_wrong(mutation, arch):
+    text = product_ir(arch, 4, False)
+    slots = max(pipelines.check(text).buffers.values())
+    pattern, changed, message = MUTATIONS[mutation]
+    if isinstance(changed, str):
+        changed = changed.replace("FEWER", str(slots - 1))
+    wrong = re.sub(pattern.replace("SLOTS", str(slots)), changed, text)
+    if "pendings" in pattern and arch == "sm_80":
+        assert wrong == text  # its products are not asynchronous
+        return
+    assert wrong != text
+    report = pipelines.check(wrong)
+    assert any(re.search(message, fault) for fault in report.faults), report
+
+
+def test_what_is_not_understood_is_a_fault():
+    text = product_ir("sm_80", 3, False).replace("ttg.local_load", "ttg.local_gather")
+    assert any("not followed" in fault for fault in pipelines.check(text).faults)
