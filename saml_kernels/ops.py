@@ -79,13 +79,20 @@ def choose_backend(x: Tensor, weight: QuantizedTensor, backend: str | None = Non
     return backend
 
 
+# Asked here, because torch 2.11 cannot trace the question. The meta device, for one, has none.
+AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would compute with `x` in; None where it is off or leaves `x` alone."""
     device = x.device.type
     if not x.is_floating_point() or x.dtype == torch.float64:
         return None
-    # The meta device, for one, has no autocast to ask about.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
