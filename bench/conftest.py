@@ -13,7 +13,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.bench.cases import WORKS, Case, cases_of
 from saml_models.bench.environment import result_path
 from saml_models.bench.figures import plot_layers
-from saml_models.bench.harness import Results, Setting, run_case
+from saml_models.bench.harness import Results, Setting, run_case, takes_part
 from saml_models.bench.report import tables
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("layers beside their peers")
     group.addoption("--full", action="store_true", help="every width and number of tokens")
-    group.addoption("--work", default=",".join(WORKS), help="P1 to P6, by commas")
+    group.addoption("--work", default=",".join(WORKS), help="P1, P2, ..., by commas")
     group.addoption("--rounds", type=int, default=7, help="samples of each contender")
     group.addoption("--on", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
     group.addoption("--threads", type=int, help="of the CPU")
@@ -69,11 +69,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = torch.device(config.getoption("--on")).type
     short, pairs = not config.getoption("--full"), []
     for work in config.getoption("--work").split(","):
-        against = WORKS[work].against
         for case in cases_of(work, device, short):
             for name, contender in contenders().items():
-                named = contender.speakers is None if against is None else name in against
-                if named and case.mode in contender.modes:
+                if takes_part(case, contender):
                     pairs.append(pytest.param(case, name, id=f"{case.label}: {name}"))
     metafunc.parametrize(("case", "name"), pairs)
 

@@ -78,14 +78,16 @@ _TABLES = {
 }
 
 
+# By device, then by name. A dictionary, because torch.compile sees through no function's cache: it
+# would copy the table from the host at every call, which a CUDA graph cannot capture.
+_COPIES: dict[str, dict[str, Tensor]] = {"cpu": _TABLES}
+
+
 def _on(name: str, device: torch.device | str) -> Tensor:
-    # torch.compile sees through no cache: on the CPU it meets the constant itself.
-    return _TABLES[name] if torch.device(device).type == "cpu" else _copy(name, device)
-
-
-@lru_cache(maxsize=64)
-def _copy(name: str, device: torch.device | str) -> Tensor:
-    return _TABLES[name].to(device)
+    there = _COPIES.setdefault(str(device), {})
+    if name not in there:
+        there[name] = _TABLES[name].to(device)
+    return there[name]
 
 
 def code_table(format: str, device: torch.device | str = "cpu") -> Tensor:

@@ -191,8 +191,24 @@ def timed(
         return interleaved({"": replay}, where, rounds, lengths={"": length})[""].to_dict()
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """A captured graph, its last result, and the calls whose memory it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+    train: Train
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
 def captured(train: Train) -> Callable[[], Any]:
     """The whole train as one CUDA graph of the current device.
+
+    A graph holds the addresses of what its kernels read, and keeps none of it alive. What the calls
+    of `train` hold (weights, inputs) is kept by what this returns; it must not be replaced.
 
     Returns:
         Replays the graph and gives the last result.
@@ -221,11 +237,7 @@ def captured(train: Train) -> Callable[[], Any]:
             torch._C._cuda_releasePool(before.device_index, pool)
         raise
 
-    def replay() -> Any:
-        graph.replay()
-        return results[-1]
-
-    return replay
+    return _Replay(graph, results[-1], tuple(train))
 
 
 def poisoned_error(

@@ -24,7 +24,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def bench(
-    work: Annotated[str | None, typer.Option(help="P1 to P6, by commas; default all.")] = None,
+    work: Annotated[str | None, typer.Option(help="P1, P2, ..., by commas; default all.")] = None,
     full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
     width: Annotated[int | None, typer.Option(min=32, help="d: 384 tiny, 512 base, ...")] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows, by commas.")] = None,

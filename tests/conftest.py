@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +40,26 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Streams and CUDA graphs without a GPU: what is captured runs at once, a replay does nothing.
+
+    `.replayed` is called at each replay, `.before` is the stream outside of captures, and `.told`
+    lists what was made current.
+    """
+    before = SimpleNamespace(device_index=1, wait_stream=lambda other: None)
+    fakes = SimpleNamespace(replayed=lambda: None, before=before, told=[])
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: fakes.replayed())
+    for name, fake in {
+        "Stream": lambda: side, "current_stream": lambda: before, "CUDAGraph": lambda: graph,
+        "stream": lambda s: nullcontext(), "graph": lambda *given: nullcontext(),
+        "graph_pool_handle": lambda: (0, 7), "set_stream": fakes.told.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return fakes
 
 
 @pytest.fixture(params=(*native.LEVELS, "no native code"), scope="module")

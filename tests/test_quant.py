@@ -269,3 +269,21 @@ def test_on_the_meta_device_sizes_are_those_of_a_real_weight(format, double_quan
     described = [(n, b.shape, b.dtype) for n, b in empty.named_buffers()]
     assert described == [(n, b.shape, b.dtype) for n, b in real.named_buffers()]
     assert all(b.is_meta for b in empty.buffers())
+
+
+def test_a_compiled_call_copies_no_table_from_the_host():
+    """A CUDA graph cannot capture such a copy; the meta device stands for a GPU."""
+    weight, graphs = quantize(torch.randn(64, 128)).to("meta"), []
+
+    def recording(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda w: w.dequantize(), backend=recording, fullgraph=True)
+    for _ in range(3):  # the first may put the tables there
+        compiled(weight)
+    torch.compiler.reset()
+    last = graphs[-1]
+    assert any("meta_nf4_pairs" in t for t in last) and any("meta_nested" in t for t in last)
+    assert not any("TABLES" in target for target in last)

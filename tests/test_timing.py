@@ -1,8 +1,9 @@
 """The one place that takes times, and the roofline beside them."""
 
+import gc
 import statistics
+import weakref
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,24 +84,15 @@ def test_launches_count_once_the_sweep_is_over(launches, monkeypatch):
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_failed_capture_leaves_nothing_behind(ends, monkeypatch):
+def test_a_failed_capture_leaves_nothing_behind(ends, fake_graphs, monkeypatch):
     """Without a GPU: the stream is the one before, and the allocator is out of the capture."""
-    told = []
-    ours = SimpleNamespace(device_index=1, wait_stream=lambda other: None)
-    side = SimpleNamespace(wait_stream=lambda other: None)
+    told = fake_graphs.told
 
     def end(*where):
         told.append(("end", *where))
         if ends:  # the capture did that itself
             raise RuntimeError("not currently recording to mempool_id")
 
-    fakes = {
-        "Stream": lambda: side, "current_stream": lambda: ours, "CUDAGraph": object,
-        "stream": lambda s: nullcontext(), "graph": lambda *given: nullcontext(),
-        "graph_pool_handle": lambda: (0, 7), "set_stream": lambda s: told.append(s),
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
     monkeypatch.setattr(
         torch._C, "_cuda_releasePool", lambda *where: told.append(("release", *where))
@@ -114,7 +106,24 @@ def test_a_failed_capture_leaves_nothing_behind(ends, monkeypatch):
 
     with pytest.raises(ValueError, match="cannot be captured"):
         timing.captured([call])
-    assert told == [ours, ("end", 1, (0, 7)), *([] if ends else [("release", 1, (0, 7))])]
+    released = [] if ends else [("release", 1, (0, 7))]
+    assert told == [fake_graphs.before, ("end", 1, (0, 7)), *released]
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_replay(fake_graphs):
+    class Call:
+        def __call__(self):
+            return 7
+
+    train = [Call() for _ in range(3)]
+    live = [weakref.ref(call) for call in train]
+    replay = timing.captured(train)
+    train.clear()
+    gc.collect()
+    assert [ref() is not None for ref in live] == [True] * 3 and replay() == 7
+    del replay
+    gc.collect()
+    assert [ref() for ref in live] == [None] * 3
 
 
 def poisoning(step):

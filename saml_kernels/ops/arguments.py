@@ -14,6 +14,12 @@ from saml_kernels.reference import Gating
 
 __all__ = ["autocast_dtype", "check", "readable", "span"]
 
+# Asked here, because torch 2.11 cannot trace the question. The meta device, for one, has none.
+AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+    if torch.amp.is_autocast_available(name)
+)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -22,8 +28,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not x.is_floating_point() or x.dtype == torch.float64:
         return None
     device = x.device.type
-    # Other devices (meta, for one) have no autocast to ask about, and 2.11 cannot trace the asking.
-    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+    if device not in AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

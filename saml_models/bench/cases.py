@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["WIDTHS", "WORKS", "Case", "Work", "cases_of"]
@@ -14,6 +14,7 @@ SHORT_WIDTHS = (384, 1280)
 FRAMES = 1500  # of the encoder, for one window of 30 s
 EXPERTS, RANK = 4, 16
 SWEEP_EXPERTS, SWEEP_RANKS = (1, 4, 8), (4, 8, 16)
+VOCABULARY = 51864  # of the English-only Whispers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Case:
         experts, rank: E and r.
         speakers: the most speakers whose rows stand in the batch.
         clip: rows of one utterance, which belong to one speaker.
+        router: "given": gates [M, E] come with x; "token": the layer makes them of x.
+        dtype: what it runs in; None leaves that to the device.
+        autocast: experts and router are held in float32, and autocast to `dtype`.
     """
 
     work: str
@@ -38,13 +42,16 @@ class Case:
     rank: int = RANK
     speakers: int = 1
     clip: int = 1
+    router: str = "given"
+    dtype: str | None = None
+    autocast: bool = False
 
     @property
     def label(self) -> str:
         """Short, for people."""
         shape = f"{self.m} x {self.k} -> {self.n}"
         more = "" if (self.experts, self.rank) == (EXPERTS, RANK) else (
-            f", {self.experts} x {self.rank}"
+            f", {self.experts} x {self.rank}" if self.experts else ", no experts"
         )  # fmt: skip
         return f"{self.work} {self.mode} {shape}{more}"
 
@@ -59,8 +66,10 @@ class Work:
         tokens: numbers of rows.
         short_tokens: what a short run takes of them.
         sweep: whether numbers of experts and ranks are varied as well.
-        against: names of the contenders, None for all that can run the mode.
-        speakers: see `Case`.
+        against: names of the contenders, None for all that can run the case.
+        widths, short_widths: d of the models whose layers they are.
+        outputs: the layers' out-features; None takes those of a block: d to d, d to 4 d and back.
+        alike: what its cases have in common beside these, by the attribute's name in `Case`.
     """
 
     title: str
@@ -69,12 +78,22 @@ class Work:
     short_tokens: tuple[int, ...]
     sweep: bool = False
     against: tuple[str, ...] | None = None
-    speakers: int = 1
+    widths: tuple[int, ...] = WIDTHS
+    short_widths: tuple[int, ...] = SHORT_WIDTHS
+    outputs: int | None = None
+    alike: Mapping[str, Any] = field(default_factory=dict)
+
+    def shapes(self, d: int) -> tuple[tuple[int, int], ...]:
+        """(out-features, in-features) of the layers at width d."""
+        return ((d, d), (4 * d, d), (d, 4 * d)) if self.outputs is None else ((self.outputs, d),)
 
 
 MIXED = ("dense", "saml, 1 speaker", "saml, 8 speakers", "saml, 64 speakers",
          "bitsandbytes + PEFT, mixed batch of 64")  # fmt: skip
 COMPOSED = ("dense", "bitsandbytes + gated PEFT", "saml + experts")
+# As `SAMLConfig()` makes them and `fit` trains them; P1 to P6 are larger and leave the router out.
+DEFAULTS = {"rank": 4, "router": "token"}
+TRAINED = {**DEFAULTS, "dtype": "bfloat16", "autocast": True}
 
 WORKS: dict[str, Work] = {
     "P1": Work("encoder", ("graph", "eager"), (FRAMES, 8 * FRAMES), (FRAMES,), sweep=True),
@@ -86,9 +105,21 @@ WORKS: dict[str, Work] = {
     "P4": Work("training step of one layer", ("train",), (FRAMES, 8 * FRAMES), (FRAMES,)),
     "P5": Work(
         "many speakers in a batch", ("graph", "eager"), (64, 64 * FRAMES // 4), (64,),
-        against=MIXED, speakers=64,
+        against=MIXED, alike={"speakers": 64},
     ),
     "P6": Work("linear layers on the CPU", ("eager",), (1, 5, 16, 300, FRAMES), (16, 300)),
+    "P9": Work(
+        "a layer by default", ("graph", "eager"), (1, 5, FRAMES, 8 * FRAMES), (5, FRAMES),
+        alike=DEFAULTS,
+    ),
+    "P10": Work(
+        "training step of a layer by default", ("train",), (FRAMES, 8 * FRAMES), (FRAMES,),
+        alike=TRAINED,
+    ),
+    "P11": Work(
+        "the tied output head", ("graph", "eager"), (1, 5, 64), (1, 5), short_widths=(384,),
+        outputs=VOCABULARY, alike={"experts": 0},
+    ),
 }  # fmt: skip
 
 
@@ -103,22 +134,25 @@ def cases_of(
 ) -> list[Case]:
     """The cases of one work on a device; the last four replace what it would choose itself.
 
-    P6 is the CPU's own, P1 and P2 are asked of both; a CPU has no graphs.
+    P6 is the CPU's own, the others are asked of both; a CPU has no graphs, and trains in float32.
+    P7 and P8 are whole models.
     """
     plan = WORKS[work]
     if work == "P6" and device_type != "cpu":
         return []
-    widths = widths or (SHORT_WIDTHS if short else WIDTHS)
+    widths = widths or (plan.short_widths if short else plan.widths)
+    alike = dict(plan.alike)
+    if device_type == "cpu":
+        alike |= {"dtype": None, "autocast": False}
     tokens = tokens or (plan.short_tokens if short else plan.tokens)
     modes = [m for m in plan.modes if m != "graph" or device_type == "cuda"]
     found = []
     for mode in modes:
         for d in widths:
-            for n, k in ((d, d), (4 * d, d), (d, 4 * d)):
+            for n, k in plan.shapes(d):
                 for m in tokens:
                     clip = FRAMES // 4 if m >= FRAMES else 1
-                    case = Case(work, mode, m, n, k, speakers=plan.speakers, clip=clip)
-                    found.append(case)
+                    found.append(replace(Case(work, mode, m, n, k, clip=clip), **alike))
     if plan.sweep and not short and not (experts or rank):
         middle = next(c for c in found if c.n == c.k)
         found += [
@@ -127,7 +161,6 @@ def cases_of(
             for r in SWEEP_RANKS
             if (e, r) != (EXPERTS, RANK)
         ]
-    changes: dict[str, Any] = {
-        k: v for k, v in (("experts", experts), ("rank", rank)) if v is not None
-    }
-    return [replace(case, **changes) for case in found]
+    asked = {"experts": experts, "rank": rank}
+    changes: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
+    return [replace(case, **changes) if case.experts else case for case in found]

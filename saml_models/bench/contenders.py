@@ -1,25 +1,27 @@
 """What runs a case: this package, the dense layer, and the equation compiled by PyTorch.
 
 A contender builds a `Layer` from `Operands`; peers.py adds those that come from other packages.
-Gates are given to each [M, E]: no router is timed for anyone.
+Gates are given to each [M, E] and no router is timed for anyone, unless the case has a token
+router: then each makes its own, softmax(x V^T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from saml_kernels import QuantizedTensor, quantize, saml_linear
+from saml_kernels import QuantizedTensor, SAMLConfig, SAMLLinear, quantize, saml_linear
 from saml_kernels.reference import saml_linear_reference
 from saml_models.bench.cases import Case
 
 __all__ = [
     "Contender", "Layer", "Operands", "contenders", "nf4", "one_lora", "own_contenders",
-    "speaker_index",
+    "softmax_gates", "speaker_index",
 ]  # fmt: skip
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # codes, 8-bit scales, their own scales: a weight
@@ -36,12 +38,16 @@ class Operands:
     bias: Tensor
     lora_a: Tensor
     lora_b: Tensor
+    router: Tensor
 
     @classmethod
     def random(
         cls, case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0
     ) -> Operands:
-        """Weights of the size that keeps y near 1; experts [S, E, r, K] and [S, E, N, r]."""
+        """Weights of the size that keeps y near 1; experts [S, E, r, K] and [S, E, N, r].
+
+        The router is [E, K], where the case has one.
+        """
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -51,15 +57,26 @@ class Operands:
         s, e, r = case.speakers, case.experts, case.rank
         weight, bias = normal(case.n, case.k), normal(case.n)
         lora_a, lora_b = normal(s, e, r, case.k), normal(s, e, case.n, r)
-        return cls(case, device, dtype, weight, bias, lora_a, lora_b)
+        router = normal(e if case.router == "token" else 0, case.k)
+        return cls(case, device, dtype, weight, bias, lora_a, lora_b, router)
 
     def cast(self, *tensors: Tensor) -> list[Tensor]:
         """Copies in the dtype that the layer runs in."""
         return [t.to(self.dtype, copy=True) for t in tensors]
 
     def trainable(self, *tensors: Tensor) -> list[Tensor]:
-        """Such copies, as leaves that want a gradient where the case trains."""
-        return [t.requires_grad_(self.case.mode == "train") for t in self.cast(*tensors)]
+        """Copies as they are trained: leaves that want a gradient where the case trains."""
+        train = self.case.mode == "train"
+        return [t.to(self.trained, copy=True).requires_grad_(train) for t in tensors]
+
+    @property
+    def trained(self) -> torch.dtype:
+        """Of what is trained."""
+        return torch.float32 if self.case.autocast else self.dtype
+
+    def own_router(self) -> Tensor | None:
+        """A layer's own router [E, K] as it is trained; None where gates are given."""
+        return self.trainable(self.router)[0] if self.case.router == "token" else None
 
 
 @dataclass
@@ -67,14 +84,21 @@ class Layer:
     """A layer ready to run.
 
     Attributes:
-        call: (x [M, K], gates [M, E]) -> y [M, N].
-        trainable: what must have a gradient after a training step, beside x and the gates.
+        call: (x [M, K], gates [M, E]) -> y [M, N]; with a router of its own it ignores the gates.
+        trainable: what must have a gradient after a training step, beside x and the gates; the
+            router joins it.
         weight: the float weight [N, K] that it stands for, where that is its own.
+        router: the parameter [E, K] that makes its gates, where the case has one.
     """
 
     call: Callable[[Tensor, Tensor], Tensor]
     trainable: list[Tensor] = field(default_factory=list)
     weight: Tensor | None = None
+    router: Tensor | None = None
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.router is not None:
+            self.trainable = [*self.trainable, self.router]
 
 
 Build = Callable[[Operands], Layer]
@@ -134,7 +158,25 @@ def _saml_base(o: Operands) -> Layer:
     return Layer(lambda x, gates: saml_linear(x, weight, a, b, gates[:, :0], bias))
 
 
+def softmax_gates(x: Tensor, router: Tensor) -> Tensor:
+    """A token router in plain PyTorch, as a user would write it: [M, K], [E, K] -> [M, E]."""
+    return F.linear(x, router).softmax(-1).to(x.dtype)
+
+
+def _saml_layer(o: Operands) -> Layer:
+    """As it is in a model."""
+    case, train = o.case, o.case.mode == "train"
+    config = SAMLConfig(case.experts, case.rank, alpha=float(case.rank))  # s = 1
+    bias, *learnt = o.trainable(o.bias, o.lora_a[0], o.lora_b[0], o.router)
+    layer: Any = SAMLLinear(nf4(o), bias, config)
+    a, b, router = (nn.Parameter(t, train) for t in learnt)
+    layer.lora_a, layer.lora_b, layer.router.weight = a, b, router
+    return Layer(lambda x, gates: layer(x), [a, b], router=router)
+
+
 def _saml(o: Operands) -> Layer:
+    if o.case.router == "token":
+        return _saml_layer(o)
     weight, (bias,) = nf4(o), o.cast(o.bias)
     a, b = o.trainable(o.lora_a[0], o.lora_b[0])
     return Layer(lambda x, gates: saml_linear(x, weight, a, b, gates, bias), [a, b])
@@ -156,19 +198,28 @@ def _saml_speakers(count: int) -> Build:
     return build
 
 
-def _reference(
-    x: Tensor, weight: QuantizedTensor, a: Tensor, b: Tensor, gates: Tensor, bias: Tensor
-) -> Tensor:
+def _equation(
+    x: Tensor, weight: QuantizedTensor, a: Tensor, b: Tensor, gates: Tensor, bias: Tensor,
+    routed: bool,
+) -> Tensor:  # fmt: skip
+    if routed:
+        gates = softmax_gates(x, gates)
     return saml_linear_reference(x, weight.dequantize(x.dtype), a, b, gates, bias)
 
 
 def _compiled(o: Operands) -> Layer:
     """The equation in plain PyTorch, dequantisation included, under torch.compile."""
-    weight, (bias,) = nf4(o), o.cast(o.bias)
+    weight, (bias,), router = nf4(o), o.cast(o.bias), o.own_router()
     a, b = o.trainable(o.lora_a[0], o.lora_b[0])
+    weight.dequantize()  # puts the code tables on the device, before a graph is captured
     torch.compiler.reset()  # one shape at a time: nothing is generalised or given up on
-    run = torch.compile(_reference)
-    return Layer(lambda x, gates: run(x, weight, a, b, gates, bias), [a, b])
+    run = torch.compile(_equation)
+
+    def call(x: Tensor, gates: Tensor) -> Tensor:
+        how = gates if router is None else router
+        return run(x, weight, a, b, how, bias, router is not None)
+
+    return Layer(call, [a, b], router=router)
 
 
 def one_lora(o: Operands) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from saml_models.bench.environment import about
 from saml_models.bench.stage import Stage, Step
 from saml_models.files import write_json
 
-__all__ = ["Results", "Setting", "chosen", "run_case", "run_cases"]
+__all__ = ["Results", "Setting", "chosen", "run_case", "run_cases", "takes_part"]
 
 OURS = ("saml base", "saml + experts")
 
@@ -51,14 +51,19 @@ class Setting:
         self.built_slowly: set[tuple[str, str]] = set()
 
 
+def takes_part(case: Case, contender: Contender) -> bool:
+    """Whether a contender is asked to run a case: the work names it, or nobody."""
+    wanted = WORKS[case.work].against if case.work in WORKS else None
+    named = contender.speakers is None if wanted is None else contender.name in wanted
+    fits = case.experts > 0 or contender.experts == "none"
+    return named and fits and case.mode in contender.modes
+
+
 def chosen(case: Case, setting: Setting) -> tuple[list[Contender], dict[str, str]]:
     """Who runs a case, and why the others of its work do not."""
-    wanted = WORKS[case.work].against if case.work in WORKS else None
     run, skipped = [], {}
     for name, contender in setting.registry.items():
-        if wanted is None and contender.speakers is not None:
-            continue  # P5's own
-        if (wanted is not None and name not in wanted) or case.mode not in contender.modes:
+        if not takes_part(case, contender):
             continue
         reason = contender.why_not(setting.device)
         if reason is None and contender.slow_build and setting.short:

@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saml_models.bench.contenders import Contender, Layer, Operands, one_lora, speaker_index
+from saml_models.bench.contenders import (
+    Contender,
+    Layer,
+    Operands,
+    one_lora,
+    softmax_gates,
+    speaker_index,
+)
 
 __all__ = ["GatedPeftLinear", "bitsandbytes_linear", "peer_contenders"]
 
@@ -142,7 +149,7 @@ class GatedPeftLinear(nn.Module):
         """x [..., K], gates [..., E] unless routed -> [..., N]."""
         if gates is None:
             assert self.router is not None
-            gates = self.router(x).softmax(-1)
+            gates = softmax_gates(x, self.router.weight)
         layer = self.layer
         y = layer.base_layer(x)
         for e in range(gates.shape[-1]):
@@ -181,8 +188,15 @@ def _bitsandbytes(o: Operands) -> Layer:
 
 
 def _gated_peft(o: Operands) -> Layer:
-    module = GatedPeftLinear(_float_linear(o), o.case.experts, o.case.rank, o.dtype)
-    return Layer(module, _set_adapters(module.layer, o.lora_a[0], o.lora_b[0]))
+    case, router = o.case, o.own_router()
+    module = GatedPeftLinear(_float_linear(o), case.experts, case.rank, o.dtype, router is not None)
+    for half in (module.layer.lora_A, module.layer.lora_B):
+        half.to(o.trained)
+    trainable = _set_adapters(module.layer, o.lora_a[0], o.lora_b[0])
+    if module.router is None or router is None:
+        return Layer(module, trainable)
+    module.router.weight = nn.Parameter(router, case.mode == "train")
+    return Layer(lambda x, gates: module(x), trainable, router=module.router.weight)
 
 
 class _ManualLoRA(torch.autograd.Function):
@@ -219,7 +233,11 @@ def _dequantised(weight: Any) -> Tensor:
 def _manual(o: Operands) -> Layer:
     weight, (bias,) = bitsandbytes_linear(_float_linear(o), o.dtype).weight, o.cast(o.bias)
     a, b = o.trainable(*one_lora(o))
-    return Layer(lambda x, gates: _ManualLoRA.apply(x, weight, a, b, bias), [a, b])
+
+    def call(x: Tensor, gates: Tensor) -> Tensor:
+        return _ManualLoRA.apply(x, weight, a.to(x.dtype), b.to(x.dtype), bias)
+
+    return Layer(call, [a, b])
 
 
 def _mixed_batch(o: Operands) -> Layer:
@@ -253,14 +271,18 @@ def _xlora(o: Operands) -> Layer:
         model: PeftModel = get_peft_model(_Model(_plain(o)), config)  # type: ignore[assignment]
     layer: Any = model.base_model.lora_model.model.model.linear  # type: ignore[union-attr]
     for half in (layer.lora_A, layer.lora_B):
-        half.to(o.device, o.dtype).requires_grad_(o.case.mode == "train")
+        half.to(o.device, o.trained).requires_grad_(o.case.mode == "train")
     trainable = _set_adapters(layer, o.lora_a[0], o.lora_b[0])
     assert len(layer.active_adapters) == e
 
+    router = o.own_router()
+
     def call(x: Tensor, gates: Tensor) -> Tensor:
+        if router is not None:
+            gates = softmax_gates(x, router)
         return layer(x[None], scalings=gates[None, :, None]).squeeze(0)
 
-    return Layer(call, trainable)
+    return Layer(call, trainable, router=router)
 
 
 def _save_adapters(o: Operands, folder: Path) -> dict[str, str]:

@@ -53,17 +53,14 @@ def subjects(data: dict[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
     for work, entry in data["works"].items():
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in entry["rows"]:
-            if (
-                "m" in row
-                and row["contender"].startswith("saml")
-                and row["contender"] != "saml base"
-            ):
+            ours = row["contender"].startswith("saml")
+            if "m" in row and ours and (row["contender"] != "saml base" or row["experts"] == 0):
                 key = (row["mode"], row["m"], row["experts"], row["rank"], row["contender"])
                 groups.setdefault(key, []).append(row)
         for (mode, m, experts, rank, name), rows in groups.items():
-            who = name.removeprefix("saml, ") if name.startswith("saml, ") else (
-                f"{experts} experts of rank {rank}"
-            )  # fmt: skip
+            who = f"{experts} experts of rank {rank}" if experts else "no experts"
+            if name.startswith("saml, "):
+                who = name.removeprefix("saml, ")
             yield work, f"{mode}, {m} token{'s' * (m > 1)}, {who}", rows
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.reference import gates_from_logits, saml_linear_reference
 from saml_kernels.registry import choose_backend
-from saml_kernels.reference import saml_linear_reference
 from saml_kernels.roofline import Cost, linear_cost
 from saml_kernels.timing import poisoned_error
 from saml_models.bench.cases import Case
@@ -21,6 +21,7 @@ __all__ = ["Stage", "Step"]
 
 # Relative to the norm. INT4 peers are held to the float weight that their codes stand for.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+WEIGHTS = 1 << 29  # bytes that the weights of a train may take in float32
 Step = Callable[[], list[Tensor]]
 
 
@@ -28,7 +29,9 @@ class Stage:
     """Inputs of one case and the truth about them."""
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
-        self.case, self.device, self.dtype = case, device, dtype
+        """`dtype` is what a case runs in that names none."""
+        self.case, self.device = case, device
+        self.dtype = getattr(torch, case.dtype) if case.dtype else dtype
         self.operands = [
             Operands.random(case, self.device, self.dtype, seed) for seed in range(self._copies())
         ]
@@ -48,11 +51,12 @@ class Stage:
 
     def _copies(self) -> int:
         """Layers in a train: as many as make it long against a clock's tick and a launch."""
+        most = max(1, WEIGHTS // (4 * self.case.n * self.case.k))
         if self.case.mode == "train" or self.case.m > 256:
             return 1
         if self.device.type == "cpu":
-            return 4
-        return 8 if self.case.speakers > 1 else 16
+            return min(most, 4)
+        return min(most, 8 if self.case.speakers > 1 else 16)
 
     def forget(self, i: int, layer: Layer) -> None:
         """Drop the gradients of a training step."""
@@ -60,14 +64,19 @@ class Stage:
             tensor.grad = None
 
     def step(self, i: int, layer: Layer, gated: bool) -> list[Tensor]:
-        """One call on the i-th input: y; with training, the gradients of x and gates as well."""
+        """One call on the i-th input: y; with training, the gradients of x and gates as well.
+
+        In place of the gates' gradient stands the router's, where that makes them.
+        """
         x, gates = self.x[i], self.gates[i]
         if self.case.mode != "train":
             return [layer.call(x, gates)]
         self.forget(i, layer)
-        y = layer.call(x, gates)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.case.autocast):
+            y = layer.call(x, gates)
         y.backward(self.dy)
-        found = [y.detach(), x.grad, *([gates.grad] if gated else [])]
+        chosen = gates if layer.router is None else layer.router
+        found = [y.detach(), x.grad, *([chosen.grad] if gated else [])]
         return [t for t in found if t is not None]
 
     def error(self, contender: Contender, train: Sequence[Step], layer: Layer) -> float:
@@ -101,12 +110,14 @@ class Stage:
 
     def _compute(self, contender: Contender, weight: Tensor) -> list[Tensor]:
         o, train = self.operands[-1], self.case.mode == "train"
-        bias, a, b = (t.double() for t in o.cast(o.bias, o.lora_a, o.lora_b))
+        bias, a, b, router = (t.double() for t in o.cast(o.bias, o.lora_a, o.lora_b, o.router))
         x = self.x[-1].detach().double().requires_grad_(train)
         gates = self.gates[-1].detach().double()
         if contender.experts == "one":
             gates = torch.ones_like(gates)
-        gates.requires_grad_(train and contender.experts == "gated")
+        routed = self.case.router == "token" and contender.experts == "gated"
+        chosen = router if routed else gates
+        chosen.requires_grad_(train and contender.experts == "gated")
         if contender.experts == "none":
             a, b = a[:, :0], b[:, :0]
             gates = gates[:, :0]
@@ -114,6 +125,8 @@ class Stage:
         index = speaker_index(self.case, count, self.device)
         y = x.new_empty(self.case.m, self.case.n)
         with torch.enable_grad() if train else nullcontext():
+            if routed:
+                gates = gates_from_logits(x @ router.T)
             if count == 1:
                 y = saml_linear_reference(x, weight, a[0], b[0], gates, bias)
             for s in range(count if count > 1 else 0):
@@ -122,7 +135,7 @@ class Stage:
         if not train:
             return [y]
         y.backward(self.dy.double())
-        grads = [t.grad for t in (x, gates) if t.grad is not None]
+        grads = [t.grad for t in (x, chosen) if t.grad is not None]
         return [y.detach(), *grads]
 
     def tolerance(self, contender: Contender) -> float:
