@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from saml_models.families import family_of
+from saml_models.runtime.threads import look, shared_cores
 from saml_models.voices import Speaker, can_mix, hears_short_windows, speaking
 
 __all__ = ["decode_clips"]
@@ -51,13 +52,16 @@ def decode_clips(
     speakers = speakers or [None] * len(clips)
     was_training = model.training
     model.eval()
-    for index in _batches(model, clips, speakers, max(1, batch_size // beam_size)):
-        with speaking(model, [speakers[i] for i in index]):
-            found = family.hear(model, processor, [clips[i] for i in index], beam_size, language)
-        for i, text in zip(index, found, strict=True):
-            texts[i] = text
-        if on_done:
-            on_done(len(index))
+    with shared_cores(model):
+        for index in _batches(model, clips, speakers, max(1, batch_size // beam_size)):
+            look()
+            with speaking(model, [speakers[i] for i in index]):
+                heard = [clips[i] for i in index]
+                found = family.hear(model, processor, heard, beam_size, language)
+            for i, text in zip(index, found, strict=True):
+                texts[i] = text
+            if on_done:
+                on_done(len(index))
     model.train(was_training)
     return texts
 

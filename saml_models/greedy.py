@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from saml_kernels.routing import Routing
+from saml_models.runtime.threads import look
 from saml_models.window import audio_window
 
 __all__ = ["can_decode", "greedy"]
@@ -54,6 +55,7 @@ def greedy(
     rows = list(range(len(limits)))  # which clip each row of the batch is
     going = set(rows)
     while going:
+        look()
         first = decoder.done == 0
         logits = decoder(tokens)
         logits.index_fill_(1, never, -torch.inf)
@@ -84,6 +86,7 @@ def _listen(
     clips: list[Tensor] = []
     done = 0
     for features, mask in windows:
+        look()
         rows = slice(done, done := done + len(features))
         with audio_window(model, features.shape[-1]), routing.narrowed(rows):
             routing.mask = mask.to(model.device)

@@ -15,6 +15,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGU
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
+from saml_models.runtime.threads import shared_cores
 from saml_models.segments import Segment, Word
 from saml_models.window import (
     FRAMES_PER_SECOND,
@@ -130,7 +131,11 @@ def generate_segments(
     attention = model.config._attn_implementation
     accelerators = [model.device] if model.device.type == "cuda" else []
     try:
-        with audio_window(model, frames), torch.random.fork_rng(accelerators):
+        with (
+            shared_cores(model),
+            audio_window(model, frames),
+            torch.random.fork_rng(accelerators),
+        ):
             torch.manual_seed(0)  # the fallback samples; the same speech gives the same text
             result = model.generate(
                 features.to(model.device, model.dtype),

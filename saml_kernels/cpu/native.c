@@ -39,7 +39,8 @@ typedef struct {
 typedef struct {
     const uint8_t *codes; /* of the first row */
     int64_t stride;       /* bytes from row to row */
-    const float *scales;  /* MAX_SCALES floats a row; for codes alone */
+    const float *scales;  /* scale_stride floats a row; for codes alone */
+    int64_t scale_stride;
     const float *x;       /* [m, columns], in the order of the codes */
     const float *table;
     int64_t columns;
@@ -214,10 +215,22 @@ void saml_dequantise(const Weight *w, int64_t first_row, int64_t last_row, void 
 
 #if defined(SAML_X86) || defined(SAML_NEON)
 
-static void expand_scales(const Weight *w, int64_t row, float *out) {
-    const int64_t count = w->columns / w->block, first = row * count;
-    const float unit = w->format == INT8 ? 1.0f / 127.0f : 1.0f;
-    for (int64_t i = 0; i < count; i++) out[i] = scale_of(w, first + i) * unit;
+/* Scales of `count` blocks from `first` on: what scale_of gives, and 1 / 127 times that for int8. */
+static void expand_scales(const Weight *w, int64_t first, int64_t count, float *restrict out) {
+    if (!w->nested) {
+        memcpy(out, (const float *)w->absmax + first, (size_t)count * sizeof *out);
+    } else {
+        const uint8_t *codes = (const uint8_t *)w->absmax + first;
+        const float offset = *w->offset;
+        for (int64_t i = 0; i < count; i++) out[i] = w->nested_code[codes[i]];
+        for (int64_t i = 0, stop; i < count; i = stop) { /* a scale of scales holds for 256 */
+            const float scale = w->nested[(first + i) >> 8];
+            stop = (((first + i) >> 8) + 1) * 256 - first;
+            if (stop > count) stop = count;
+            for (int64_t k = i; k < stop; k++) out[k] = out[k] * scale + offset;
+        }
+    }
+    for (int64_t i = 0; w->format == INT8 && i < count; i++) out[i] *= 1.0f / 127.0f;
 }
 
 typedef struct {
@@ -401,6 +414,7 @@ static void multiply(const LinearJob *job) {
     const float everything = 1.0f;
     float scales[4 * MAX_SCALES], sums[24];
     Tile t = {.columns = w->columns, .scales = scales, .table = w->table, .shift = -1};
+    t.scale_stride = w->columns / w->block;
     t.experts = l->experts;
     t.rank = l->rank;
     t.hidden_stride = width;
@@ -419,7 +433,7 @@ static void multiply(const LinearJob *job) {
     for (int64_t row = begin, rows; row < end; row += rows) {
         rows = end - row >= height ? height : 1;
         if (fused) {
-            for (int r = 0; r < rows; r++) expand_scales(w, row + r, scales + r * MAX_SCALES);
+            expand_scales(w, row * t.scale_stride, rows * t.scale_stride, scales);
             t.codes = w->codes + row * t.stride;
         } else {
             for (int64_t at = row * w->columns, i = 0; i < rows * w->columns; i += w->block)

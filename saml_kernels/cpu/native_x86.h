@@ -81,6 +81,25 @@ static void pack_x86(const float *x, int64_t begin, int64_t end, float *packed) 
         }
 }
 
+/* The totals of up to four vectors at once, each summed in the same order. */
+AVX2 INLINE void store_totals(__m256 a, __m256 b, __m256 c, __m256 d, int count, float *sums) {
+    const __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    if (count >= 4) {
+        _mm_storeu_ps(sums, all);
+        return;
+    }
+    float four[4];
+    _mm_storeu_ps(four, all);
+    for (int i = 0; i < count; i++) sums[i] = four[i];
+}
+
+AVX512 INLINE __m256 halves(__m512 v) {
+    const __m512d wide = _mm512_castps_pd(v);
+    return _mm256_add_ps(_mm512_castps512_ps256(v),
+                         _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+}
+
 /* The dense form: rows of floats, and x in order. */
 AVX512 INLINE void dense_avx512(const Tile *t, const int rows, const int ms, __m512 *acc) {
     for (int64_t k = 0; k < t->columns; k += 16) {
@@ -111,7 +130,7 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const uint8_t *codes = t->codes + r * t->stride;
-            const float *scales = t->scales + r * MAX_SCALES;
+            const float *scales = t->scales + r * t->scale_stride;
             __m512 scale = _mm512_set1_ps(t->shift < 0 ? scales[2 * g] : scales[g >> t->shift]);
             __m512 part[2];
             __m512i words = _mm512_setzero_si512();
@@ -162,13 +181,12 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
             }
         }
 #pragma GCC unroll 24
-    for (int i = 0; i < rows * ms; i++) sums[i] = _mm512_reduce_add_ps(acc[i]);
-}
-
-AVX2 INLINE float total(__m256 v) {
-    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+    for (int i = 0; i < rows * ms; i += 4) {
+        const int left = rows * ms - i; /* a tile of one row sums in the same order as any other */
+        __m256 a = halves(acc[i]), b = left > 1 ? halves(acc[i + 1]) : a;
+        __m256 c = left > 2 ? halves(acc[i + 2]) : a, d = left > 3 ? halves(acc[i + 3]) : a;
+        store_totals(a, b, c, d, left, sums + i);
+    }
 }
 
 AVX2 INLINE void dense_avx2(const Tile *t, const int rows, const int ms, __m256 *acc) {
@@ -203,7 +221,7 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
                 const uint8_t *codes = t->codes + r * t->stride;
-                const float *scales = t->scales + r * MAX_SCALES;
+                const float *scales = t->scales + r * t->scale_stride;
                 const __m256 scale =
                     _mm256_set1_ps(scales[t->shift < 0 ? 2 * g + half : g >> t->shift]);
                 __m256i words = _mm256_setzero_si256();
@@ -256,7 +274,11 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
             }
         }
 #pragma GCC unroll 8
-    for (int i = 0; i < rows * ms; i++) sums[i] = total(acc[i]);
+    for (int i = 0; i < rows * ms; i += 4) {
+        const int left = rows * ms - i; /* a tile of one row sums in the same order as any other */
+        const __m256 a = acc[i], b = left > 1 ? acc[i + 1] : a;
+        store_totals(a, b, left > 2 ? acc[i + 2] : a, left > 3 ? acc[i + 3] : a, left, sums + i);
+    }
 }
 
 #define CASE(TILE, ROWS, MS, FORMAT)            \
