@@ -21,7 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from saml_kernels.cpu import keep_dense
 from saml_kernels.errors import SAMLError
+from saml_models.attention import attention_as_products
 from saml_models.batches import Batch, BatchMaker, Sample, Shapes, plan_batches
 from saml_models.families import family_of
 from saml_models.flat_start import SHORT
@@ -41,6 +43,7 @@ __all__ = [
     "mixed_precision",
 ]
 
+DENSE = 256 << 20  # bytes of dequantised weights that a CPU keeps from pass to pass
 FEW_SHAPES = Shapes(frames=100, tokens=16, dense=True)  # one second; divides Whisper's positions
 
 
@@ -216,29 +219,32 @@ def fit(
         return make(*job).pinned() if accelerator.device.type == "cuda" else make(*job)
 
     try:
-        made = ahead(prepare, todo)
-        for (i, _), batch in zip(todo, made, strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = _learning_rate(i, steps, options)
-            torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
-            if graphed is not None:
-                loss = graphed(batch)
-            else:
-                loss = learn(batch.to(accelerator.device), flat=i * ranks < len(flat))
-            norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
-            if accelerator.scaler is None:  # which has its own way with gradients beyond float16
-                loss = torch.where(norm.isfinite(), loss, norm)
-                optimiser.found_inf = 1 - loss.isfinite().float()  # type: ignore[attr-defined]
-            prepared.step()
-            losses.add(loss)
-            _update_average(average, changing, i, steps, options)
-            saving = (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process
-            if saving or losses.due or i + 1 == steps:
-                losses.read()
-            if saving:
-                state.save(i + 1, losses.known[-1])
-            if on_step:
-                on_step(i + 1, steps, losses.known[-1])
+        with attention_as_products(model, accelerator.mixed_precision), keep_dense(DENSE):
+            made = ahead(prepare, todo)
+            for (i, _), batch in zip(todo, made, strict=True):
+                for group in optimiser.param_groups:
+                    group["lr"] = _learning_rate(i, steps, options)
+                torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
+                if graphed is not None:
+                    loss = graphed(batch)
+                else:
+                    loss = learn(batch.to(accelerator.device), flat=i * ranks < len(flat))
+                norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
+                if (
+                    accelerator.scaler is None
+                ):  # which has its own way with gradients beyond float16
+                    loss = torch.where(norm.isfinite(), loss, norm)
+                    optimiser.found_inf = 1 - loss.isfinite().float()  # type: ignore[attr-defined]
+                prepared.step()
+                losses.add(loss)
+                _update_average(average, changing, i, steps, options)
+                saving = (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process
+                if saving or losses.due or i + 1 == steps:
+                    losses.read()
+                if saving:
+                    state.save(i + 1, losses.known[-1])
+                if on_step:
+                    on_step(i + 1, steps, losses.known[-1])
     finally:
         model.eval()
         routing: Any = getattr(model, "saml_routing", None)

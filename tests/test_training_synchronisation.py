@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +58,7 @@ class Waits(TorchDispatchMode):
         indices = args[1] if func.overloadpacket in (aten.index, aten.index_put_) else ()
         mask = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
         if mask or func.overloadpacket in WAITS:
-            (*_, caller) = [f for f in traceback.extract_stack() if "torch/" not in f.filename][:-1]
-            self.found.append(f"{func} in {caller.filename}:{caller.lineno}")
+            self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
