@@ -196,8 +196,8 @@ def experts_backward(
     if need_b or need_gates:
         projected = x @ a.T
         if need_b:
-            stacked = (dy.T @ (projected * repeated)).mul_(scaling)  # [N, R]
-            db = stacked.view(len(b), experts, rank).permute(1, 0, 2).contiguous()
+            stacked = ((projected * repeated).T @ dy).mul_(scaling)  # [R, N], the faster way round
+            db = stacked.view(experts, rank, len(b)).transpose(1, 2).contiguous()
         if need_gates:  # R numbers are summed: in float32 at least
             wide = projected if projected.dtype == torch.float64 else projected.float()
             dg = (wide * dh).view(len(x), experts, rank).sum(-1).to(gates.dtype)

@@ -101,7 +101,8 @@ def gates_from_logits(
     if training and config.balance > 0:
         probabilities = reference.gates_from_logits(logits, None, config.temperature)
         flat = probabilities.reshape(-1, probabilities.shape[-1])
-        chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat.dtype).mean(0)
+        index = torch.arange(flat.shape[-1], device=flat.device)
+        chosen = (flat.argmax(-1, keepdim=True) == index).to(flat.dtype).mean(0)
         routing.balance.append(flat.shape[-1] * (chosen * flat.mean(0)).sum())
     return reference.gates_from_logits(logits, config.top_k, config.temperature).to(logits.dtype)
 

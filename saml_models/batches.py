@@ -19,7 +19,7 @@ from saml_models.families import Family
 if TYPE_CHECKING:
     from saml_models.training import TrainingOptions
 
-__all__ = ["IGNORED", "BatchMaker", "Sample", "plan_batches"]
+__all__ = ["IGNORED", "Batch", "BatchMaker", "Sample", "Shapes", "plan_batches"]
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -35,6 +35,58 @@ class Sample:
     seconds: float
     text: str
     language: str | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What sizes of a batch are rounded up to, so that few shapes occur: frames and tokens.
+
+    With `dense` the logits of all positions are wanted, and those without a target are ignored.
+    """
+
+    frames: int = 1
+    tokens: int = 1
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step is made of; B clips, T frames, L tokens.
+
+    Attributes:
+        features: of the model's family, augmented.
+        clean: the same without SpecAugment, for the teacher and the flat start.
+        mask: [B, frames] bool, True where there is audio.
+        inputs: token ids int64 [B, L].
+        targets: token ids int64 [B, L], `IGNORED` where there is none.
+        kept: int64 [n], the positions in [B * L] whose logits are wanted.
+        words: where each clip's targets begin and end in its row, the end of the text left out.
+    """
+
+    features: Tensor
+    clean: Tensor
+    mask: Tensor
+    inputs: Tensor
+    targets: Tensor
+    kept: Tensor
+    words: tuple[tuple[int, int], ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return self.features, self.clean, self.mask, self.inputs, self.targets, self.kept
+
+    def holding(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch in other tensors, given in the same order."""
+        features, clean, mask, inputs, targets, kept = tensors
+        return Batch(features, clean, mask, inputs, targets, kept, self.words)
+
+    def pinned(self) -> Batch:
+        """In memory that a CUDA device copies from while the processor goes on."""
+        return self.holding([t.pin_memory() for t in self.tensors()])
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; from pinned memory without waiting for the copies."""
+        return self.holding([t.to(device, non_blocking=True) for t in self.tensors()])
 
 
 def plan_batches(
@@ -72,32 +124,42 @@ class BatchMaker:
     """Audio and text of a batch -> tensors; step i always makes the same ones."""
 
     def __init__(
-        self, family: Family, processor: Any, samples: Sequence[Sample], options: TrainingOptions
+        self,
+        family: Family,
+        processor: Any,
+        samples: Sequence[Sample],
+        options: TrainingOptions,
+        shapes: Shapes | None = None,
     ) -> None:
         self.family, self.processor = family, processor
-        self.samples, self.options = samples, options
+        self.samples, self.options, self.shapes = samples, options, shapes or Shapes()
         self.texts = [family.token_ids(processor, s.text, s.language) for s in samples]
         self.kept: dict[tuple[int, float], Tensor] = {}
 
-    def __call__(self, step: int, index: list[int]) -> tuple[Tensor, ...]:
-        """Features, the same without SpecAugment, mask, inputs and targets for `fit`."""
-        o, family = self.options, self.family
+    def __call__(self, step: int, index: list[int]) -> Batch:
+        """The batch of these clips at this step, on the CPU."""
+        o, family, shapes = self.options, self.family, self.shapes
         rng = random.Random(f"{o.seed}/{step}")
         clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
-        clean, mask = family.collate(self.processor, clips, rng.choice(o.margins))
+        margin = rng.choice(o.margins)
+        clean, mask = family.collate(self.processor, clips, margin, shapes.frames)
         features = clean.clone()
         _spec_augment(family.bands(features), [family.frames(c) for c in clips], rng, o)
         texts = [self.texts[i] for i in index]
-        longest = max(len(ids) for ids, _ in texts)
-        inputs = torch.full((len(index), longest - 1), texts[0][0][-1])
-        targets = torch.full((len(index), longest - 1), IGNORED)
+        longest = max(len(ids) for ids, _ in texts) - 1
+        longest += -longest % shapes.tokens
+        inputs = torch.full((len(index), longest), texts[0][0][-1])
+        targets = torch.full((len(index), longest), IGNORED)
         for row, (ids, prompt) in enumerate(texts):
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
             for i in range(prompt, len(ids) - 1) if o.corrupt else ():
                 if rng.random() < o.corrupt:
                     inputs[row, i] = rng.choice(rng.choice(texts)[0][prompt:])
-        return features, clean, mask, inputs, targets
+        flat = targets.flatten()
+        kept = torch.arange(len(flat)) if shapes.dense else (flat != IGNORED).nonzero().flatten()
+        words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
+        return Batch(features, clean, mask, inputs, targets, kept, words)
 
     def _prepared(self, i: int, speed: float) -> Tensor:
         found = self.kept.get((i, speed))

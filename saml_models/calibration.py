@@ -63,8 +63,8 @@ def input_moments(
     make = BatchMaker(family, processor, chosen, plain)
     try:
         for step, batch in enumerate(plan_batches([s.seconds for s in chosen], plain)):
-            _, clean, mask, inputs, targets = (t.to(device) for t in make(step, batch))
-            family.outputs(model, clean, mask, inputs, targets >= 0)
+            there = make(step, batch).to(device)
+            family.outputs(model, there.clean, there.mask, there.inputs, there.kept)
             if on_done:
                 on_done(len(batch))
     finally:

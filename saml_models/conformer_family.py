@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import soxr
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CanaryConfig, CanaryProcessor, StoppingCriteriaList
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
@@ -17,7 +18,7 @@ from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
 from saml_models.conformer import Conformer
-from saml_models.families import Clip, Outputs
+from saml_models.families import Clip, Outputs, additive_mask, causal_mask
 from saml_models.joint import best_of, ctc_greedy
 from saml_models.limits import OwnLimits
 from saml_models.segments import Segment
@@ -50,10 +51,15 @@ class ConformerFamily:
         return len(prepared)
 
     def collate(
-        self, processor: CanaryProcessor, prepared: Sequence[Tensor], margin: float | None
+        self,
+        processor: CanaryProcessor,
+        prepared: Sequence[Tensor],
+        margin: float | None,
+        step: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Features [B, T, mel bins] with zeros for padding, and the mask [B, T]."""
         features = torch.nn.utils.rnn.pad_sequence(list(prepared), batch_first=True).float()
+        features = F.pad(features, (0, 0, 0, -features.shape[1] % step))
         lengths = torch.tensor([len(clip) for clip in prepared])
         return features, torch.arange(features.shape[1]) < lengths[:, None]
 
@@ -86,13 +92,15 @@ class ConformerFamily:
     ) -> Outputs:
         """Both branches."""
         encoded = model.get_encoder()(features, attention_mask=mask)
+        audio = encoded.attention_mask[:, None, None].bool().expand(-1, -1, inputs.shape[1], -1)
         hidden = model.get_decoder()(
             input_ids=inputs,
+            attention_mask=causal_mask(inputs, features.dtype),
             encoder_hidden_states=encoded.last_hidden_state,
-            encoder_attention_mask=encoded.attention_mask,
+            encoder_attention_mask=additive_mask(audio, features.dtype),
             use_cache=False,
         ).last_hidden_state
-        logits = model.proj_out(hidden[kept]).float()
+        logits = model.proj_out(hidden.flatten(0, 1)[kept]).float()
         if not hasattr(model, "ctc_head"):
             return Outputs(logits)
         ctc = model.ctc_head(encoded.last_hidden_state).float().log_softmax(-1)

@@ -117,9 +117,10 @@ class EspnetFamily(ConformerFamily):
         """Both branches."""
         encoded, lengths, _ = model.encoder(features, mask.sum(1))
         encoded = encoded[0] if isinstance(encoded, tuple) else encoded
-        logits, _ = model.decoder(encoded, lengths, inputs, kept.sum(1))
+        wanted = torch.zeros_like(inputs).flatten().index_fill(0, kept, 1).view_as(inputs)
+        logits, _ = model.decoder(encoded, lengths, inputs, wanted.sum(1))
         ctc = model.ctc.log_softmax(encoded).float()
-        return Outputs(logits[kept].float(), ctc, lengths, model.blank_id)
+        return Outputs(logits.flatten(0, 1)[kept].float(), ctc, lengths, model.blank_id)
 
     def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
         """Subsampled as the encoder does it, where that is one of ESPnet's usual ways."""

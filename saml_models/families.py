@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saml_kernels.errors import SAMLError
 from saml_models.segments import Segment
 
-__all__ = ["Family", "Outputs", "family_named", "family_of"]
+__all__ = ["Family", "Outputs", "additive_mask", "causal_mask", "family_named", "family_of"]
 
 Clip = npt.NDArray[np.float32]  # [samples] at 16 kHz
 
@@ -52,7 +52,7 @@ class Family(Protocol):
         """Spectrogram frames that hold a prepared clip's audio."""
 
     def collate(
-        self, processor: Any, prepared: Sequence[Tensor], margin: float | None
+        self, processor: Any, prepared: Sequence[Tensor], margin: float | None, step: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Features of a batch and a bool mask [B, frames], True where there is audio.
 
@@ -61,6 +61,7 @@ class Family(Protocol):
             prepared: by `prepare`.
             margin: seconds of silence after the longest clip, for models that hear padding; None
                 is the model's whole window.
+            step: spectrogram frames are a multiple of it, as far as the model takes so many.
         """
 
     def bands(self, features: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Family(Protocol):
             model: plain, or with SAML layers.
             features, mask: as from `collate`.
             inputs: token ids [B, L].
-            kept: bool [B, L], the positions whose logits are wanted.
+            kept: int64 [n], the positions in [B * L] whose logits are wanted, in order.
         """
 
     def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
@@ -137,6 +138,22 @@ class Family(Protocol):
 
     def load_processor(self, folder: Path) -> Any:
         """The processor that was saved beside a model."""
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of which keys are seen, bool [B, 1, L, T], what attention adds to its scores.
+
+    Given a mask of two dimensions or none, transformers waits for the device to see what is in it.
+    """
+    hidden = torch.finfo(torch.float16).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)
+
+
+def causal_mask(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask of a decoder that is given whole texts [B, L]: [B, 1, L, L]."""
+    rows, length = inputs.shape
+    seen = torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril()
+    return additive_mask(seen, dtype).expand(rows, 1, -1, -1)
 
 
 def family_of(model: nn.Module) -> Family:

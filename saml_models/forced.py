@@ -36,7 +36,7 @@ def confidence(model: Any, processor: Any, clip: Clip, text: str) -> Confidence:
     language = family.prompt_language(model, processor, [clip])
     ids, prompt = family.token_ids(processor, text, language)
     inputs = torch.tensor([ids[:-1]], device=model.device)
-    kept = torch.arange(inputs.shape[1], device=model.device).unsqueeze(0) >= prompt - 1
+    kept = torch.arange(prompt - 1, inputs.shape[1], device=model.device)
     mask = mask.to(model.device)
     if routing is not None:
         routing.mask = family.routing_mask(model, mask)

@@ -17,19 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from saml_kernels.cpu import keep_dense
 from saml_kernels.errors import SAMLError
-from saml_models.batches import IGNORED, BatchMaker, Sample, plan_batches
-from saml_models.families import Family, Outputs, family_of
-from saml_models.flat_start import SHORT, flat_loss
+from saml_models.attention import attention_as_products
+from saml_models.batches import Batch, BatchMaker, Sample, Shapes, plan_batches
+from saml_models.families import family_of
+from saml_models.flat_start import SHORT
+from saml_models.graphs import CudaCapture, GraphedPass, why_not_graphed
 from saml_models.memory import keep_freed_memory
+from saml_models.objective import Objective
 from saml_models.prefetch import ahead
 from saml_models.storage import read_tensors, round_experts, weight_hash, write_tensors
-from saml_models.surgery import routers_of
 
 __all__ = [
     "Sample",
@@ -40,6 +42,9 @@ __all__ = [
     "forget",
     "mixed_precision",
 ]
+
+DENSE = 256 << 20  # bytes of dequantised weights that a CPU keeps from pass to pass
+FEW_SHAPES = Shapes(frames=100, tokens=16, dense=True)  # one second; divides Whisper's positions
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class TrainingOptions:
         keep_prepared: hold each clip's features at each speed in memory after the first use.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, where a folder is given.
+        cuda_graphs: whether forward and backward of a batch's shape are captured when it comes
+            again, which rounds the batches' sizes up; None is yes on a GPU where that is possible.
     """
 
     learning_rate: float = 1e-3
@@ -97,6 +104,7 @@ class TrainingOptions:
     keep_prepared: bool = False
     seed: int = 0
     checkpoint_every: int = 25
+    cuda_graphs: bool | None = None
 
 
 @dataclass
@@ -116,91 +124,6 @@ def mixed_precision(device: torch.device) -> str:
     if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return "bf16"
     return "no"
-
-
-class _Objective(nn.Module):
-    """The loss as one module, so that accelerate can wrap it for several processes."""
-
-    def __init__(
-        self, model: nn.Module, family: Family, options: TrainingOptions, teacher: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.model, self.family, self.options = model, family, options
-        # In a tuple: a teacher is nobody's submodule, so that nothing of it is trained or saved.
-        self.teacher = (teacher,)
-        self.parameters_trained = trained_parameters(model)
-        self.start = {n: p.detach().clone() for n, p in self.parameters_trained.items()}
-
-    def forward(
-        self,
-        features: Tensor,
-        clean: Tensor,
-        mask: Tensor,
-        inputs: Tensor,
-        targets: Tensor,
-        flat: bool = False,
-    ) -> Tensor:
-        """The loss of one batch (scalar).
-
-        Args:
-            features: of the model's family, augmented.
-            clean: the same without SpecAugment, for the teacher and the flat start.
-            mask: [B, frames] bool, True where there is audio.
-            inputs: token ids [B, L].
-            targets: token ids [B, L], `IGNORED` where there is none.
-            flat: whether this step belongs to the flat start.
-        """
-        o, model, family = self.options, self.model, self.family
-        routing: Any = getattr(model, "saml_routing", None)
-        if routing is not None:
-            routing.mask = family.routing_mask(model, mask)
-        kept = targets != IGNORED
-        found = family.outputs(model, features, mask, inputs, kept)
-        loss = F.cross_entropy(found.logits, targets[kept], label_smoothing=o.smoothing)
-        (teacher,) = self.teacher
-        if teacher is not None and o.distil > 0:
-            with torch.no_grad():
-                wanted = family.outputs(teacher, clean, mask, inputs, kept).logits.softmax(-1)
-            apart = F.kl_div(found.logits.log_softmax(-1), wanted, reduction="batchmean")
-            loss = (1 - o.distil) * loss + o.distil * apart
-        if found.ctc is not None and o.ctc > 0:
-            words = [row[row != IGNORED][:-1] for row in targets]  # the end is none of CTC's
-            if flat:
-                heard = flat_loss(found, family.bands(clean), mask, words)
-            else:
-                heard = _ctc_loss(found, words)
-            loss = (1 - o.ctc) * loss + o.ctc * heard
-        if routing is not None:
-            balance = routing.balance_loss()
-            routing.mask = None
-            if balance is not None:
-                loss = loss + model.saml_config.balance * balance  # type: ignore[union-attr]
-        if o.anchor:
-            for name, parameter in self.parameters_trained.items():
-                loss = loss + o.anchor * (parameter - self.start[name]).square().sum()
-        return loss
-
-
-def _ctc_loss(found: Outputs, words: list[Tensor]) -> Tensor:
-    """Per token of the text, as the cross entropy is."""
-    assert found.ctc is not None and found.ctc_lengths is not None
-    lengths = torch.tensor([len(row) for row in words], device=found.ctc_lengths.device)
-    total = F.ctc_loss(
-        found.ctc.transpose(0, 1), torch.cat(words), found.ctc_lengths, lengths, found.blank,
-        reduction="sum", zero_infinity=True,
-    )  # fmt: skip
-    return total / lengths.sum().clamp(min=1)
-
-
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """By name, what `fit` changes: experts and routers, routers' offsets, or a plain model."""
-    found: dict[str, Tensor] = {
-        n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()
-    }
-    for name, router in routers_of(model).items():
-        if router.offset is not None and router.offset.requires_grad:
-            found[f"{name}.offset"] = router.offset
-    return found
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -256,16 +179,27 @@ def fit(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision(device))
     torch.manual_seed(options.seed)
     family = family_of(model)
-    objective = _Objective(model, family, options, teacher)
+    objective = Objective(model, family, options, teacher)
     parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
         parameters.values(),
         lr=options.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=options.weight_decay,
+        fused=True,
     )
     moving = _training_mode(model)
     wrapped, prepared = accelerator.prepare(objective, optimiser)
+
+    def learn(batch: Batch, flat: bool = False) -> Tensor:
+        """Gradients of a batch, and its loss."""
+        prepared.zero_grad(set_to_none=False)  # a captured pass finds them where they were
+        with accelerator.autocast():
+            loss = wrapped(batch, flat)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    graphed = _graphed(learn, model, options, accelerator)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     seconds = [s.seconds for s in samples]
     flat = plan_batches(seconds, replace(options, epochs=options.flat_start), longest=SHORT)
@@ -276,32 +210,41 @@ def fit(
     changing = {**parameters, **moving}
     state = _State(checkpoint, changing, objective.start, optimiser, average, run)
     done = state.resume()
-    make = BatchMaker(family, processor, samples, options)
-    losses: list[float] = []
+    make = BatchMaker(family, processor, samples, options, FEW_SHAPES if graphed else None)
+    losses = _Losses(done, device)
     started = time.monotonic()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
+
+    def prepare(job: tuple[int, list[int]]) -> Batch:
+        return make(*job).pinned() if accelerator.device.type == "cuda" else make(*job)
+
     try:
-        made = ahead(lambda job: make(*job), todo)
-        for (i, _), batch in zip(todo, made, strict=True):
-            rate = _learning_rate(i, steps, options)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
-            with accelerator.autocast():
-                there = (t.to(accelerator.device) for t in batch)
-                loss = wrapped(*there, flat=i * ranks < len(flat))
-            if not torch.isfinite(loss):
-                raise SAMLError(f"training: the loss is {loss.item()} at step {i}; lower the rate")
-            prepared.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
-            prepared.step()
-            losses.append(loss.item())
-            _update_average(average, changing, i, steps, options)
-            if (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process:
-                state.save(i + 1, losses[-1])
-            if on_step:
-                on_step(i + 1, steps, losses[-1])
+        with attention_as_products(model, accelerator.mixed_precision), keep_dense(DENSE):
+            made = ahead(prepare, todo)
+            for (i, _), batch in zip(todo, made, strict=True):
+                for group in optimiser.param_groups:
+                    group["lr"] = _learning_rate(i, steps, options)
+                torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
+                if graphed is not None:
+                    loss = graphed(batch)
+                else:
+                    loss = learn(batch.to(accelerator.device), flat=i * ranks < len(flat))
+                norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
+                if (
+                    accelerator.scaler is None
+                ):  # which has its own way with gradients beyond float16
+                    loss = torch.where(norm.isfinite(), loss, norm)
+                    optimiser.found_inf = 1 - loss.isfinite().float()  # type: ignore[attr-defined]
+                prepared.step()
+                losses.add(loss)
+                _update_average(average, changing, i, steps, options)
+                saving = (i + 1) % options.checkpoint_every == 0 and accelerator.is_main_process
+                if saving or losses.due or i + 1 == steps:
+                    losses.read()
+                if saving:
+                    state.save(i + 1, losses.known[-1])
+                if on_step:
+                    on_step(i + 1, steps, losses.known[-1])
     finally:
         model.eval()
         routing: Any = getattr(model, "saml_routing", None)
@@ -309,17 +252,73 @@ def fit(
             routing.mask = None
     with torch.no_grad():
         for name, value in average.items():
-            if name != "count":
-                changing[name].copy_(value)
+            changing[name].copy_(value)
     if routing is not None:
         round_experts(model)
-    tenth = max(1, len(losses) // 10)
+    known = losses.known
+    tenth = max(1, len(known) // 10)
     return TrainingReport(
         steps,
         time.monotonic() - started,
-        float(np.mean(losses[:tenth])) if losses else state.loss,
-        float(np.mean(losses[-tenth:])) if losses else state.loss,
+        float(np.mean(known[:tenth])) if known else state.loss,
+        float(np.mean(known[-tenth:])) if known else state.loss,
     )
+
+
+def _read_every(device: torch.device) -> int:
+    """Steps whose losses are read together: several where reading waits for the device."""
+    return 1 if device.type == "cpu" else 10
+
+
+class _Losses:
+    """Losses of steps, left where they were made and read several at a time."""
+
+    def __init__(self, done: int, device: torch.device) -> None:
+        self.done, self.known = done, list[float]()
+        self.unread, self.count = torch.zeros(_read_every(device), device=device), 0
+
+    def add(self, loss: Tensor) -> None:
+        self.unread[self.count].copy_(loss)
+        self.count += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to read: the first at once, so that there is one to show."""
+        return self.count == len(self.unread) or not self.known
+
+    def read(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            SAMLError: a loss, or the length of its gradient, is not finite.
+        """
+        for loss in self.unread[: self.count].tolist():
+            if not math.isfinite(loss):
+                step = self.done + len(self.known)
+                raise SAMLError(f"training: the loss is {loss} at step {step}; lower the rate")
+            self.known.append(loss)
+        self.count = 0
+
+
+def _graphed(
+    learn: Callable[[Batch], Tensor],
+    model: nn.Module,
+    options: TrainingOptions,
+    accelerator: Accelerator,
+) -> GraphedPass | None:
+    """The pass as CUDA graphs, where it is wanted and possible."""
+    if options.cuda_graphs is False:
+        return None
+    ctc = hasattr(model, "ctc_head") or hasattr(model, "ctc")
+    device, precision = accelerator.device, accelerator.mixed_precision
+    reason = why_not_graphed(
+        model, device, ctc and options.ctc > 0, precision, accelerator.num_processes
+    )
+    if reason is None:
+        return GraphedPass(learn, device, CudaCapture(), options.cuda_graphs is True)
+    if options.cuda_graphs:
+        raise SAMLError(f"cuda_graphs: not possible here, {reason}; leave it None")
+    return None
 
 
 def forget(checkpoint: Path) -> None:
@@ -350,18 +349,20 @@ def _update_average(
     """Running mean of the weights over the last `options.average` of the steps."""
     if options.average <= 0 or step < steps * (1 - options.average):
         return
-    count = average.setdefault("count", torch.zeros(()))
-    count += 1
-    for name, value in changing.items():
-        if value.is_floating_point():  # batch norms also count their batches
-            mean = average.setdefault(name, torch.zeros_like(value))
-            mean += (value.detach() - mean) / count.to(mean.device)
+    first = math.ceil(steps * (1 - options.average))
+    values = {n: t.detach() for n, t in changing.items() if t.is_floating_point()}  # no counters
+    if step == first:
+        average.update({n: torch.zeros_like(t) for n, t in values.items()})
+    means = [average[n] for n in values]
+    torch._foreach_lerp_(means, list(values.values()), 1 / (step - first + 1))
 
 
 def _fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOptions) -> str:
     """What must be equal for a checkpoint to be resumed."""
     clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
     settings = asdict(replace(options, checkpoint_every=0))
+    if settings["cuda_graphs"] is None:
+        del settings["cuda_graphs"]  # as it was before there were any
     saml, config = getattr(model, "saml_config", None), getattr(model, "config", None)
     made_for = [weight_hash(model), saml.to_dict() if saml else config.to_dict()]  # type: ignore
     return json.dumps([settings, clips, made_for], sort_keys=True, default=str)
@@ -413,17 +414,14 @@ class _State:
                 start.copy_(tensors[f"start/{name}"])
                 parameter = self.changing[name]
                 self.optimiser.state[parameter] = {
-                    key: self._like(tensors[f"optimiser/{key}/{name}"], parameter)
+                    key: tensors[f"optimiser/{key}/{name}"].to(parameter.device, copy=True)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
             for key, value in tensors.items():
-                if key.startswith("average/"):
-                    self.average[key.removeprefix("average/")] = value.clone()
+                own = key.removeprefix("average/")
+                if own != key and own in self.changing:
+                    self.average[own] = value.to(self.changing[own].device, copy=True)
             self.loss = float(about["loss"])
             return int(about["step"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise SAMLError(f"{self.path}: damaged checkpoint ({error}); remove it") from error
-
-    @staticmethod
-    def _like(value: Tensor, parameter: Tensor) -> Any:
-        return value.clone() if value.dim() == 0 else value.to(parameter.device).clone()

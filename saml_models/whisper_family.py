@@ -20,7 +20,7 @@ from transformers import (
 
 from saml_kernels.routing import Routing
 from saml_models.audio import SAMPLE_RATE
-from saml_models.families import Clip, Outputs
+from saml_models.families import Clip, Outputs, causal_mask
 from saml_models.greedy import can_decode, greedy
 from saml_models.limits import OwnLimits, token_limit
 from saml_models.prefetch import ahead
@@ -66,11 +66,15 @@ class WhisperFamily:
         return max(1, len(prepared) * FRAMES_PER_SECOND // SAMPLE_RATE)
 
     def collate(
-        self, processor: WhisperProcessor, prepared: Sequence[Tensor], margin: float | None
+        self,
+        processor: WhisperProcessor,
+        prepared: Sequence[Tensor],
+        margin: float | None,
+        step: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Log-mel features [B, mel, T] and the mask of encoder frames [B, T / 2]."""
         lengths = [len(clip) for clip in prepared]
-        frames = FULL_WINDOW if margin is None else window_frames(max(lengths), margin)
+        frames = FULL_WINDOW if margin is None else window_frames(max(lengths), margin, step)
         features = log_mel(processor, [clip.numpy() for clip in prepared], frames)
         return features, audio_mask(lengths, frames)
 
@@ -105,9 +109,12 @@ class WhisperFamily:
         """Logits at the kept positions only: the head is half of a small model."""
         with audio_window(model, features.shape[-1]):
             hidden = model.model(
-                input_features=features, decoder_input_ids=inputs, use_cache=False
+                input_features=features,
+                decoder_input_ids=inputs,
+                decoder_attention_mask=causal_mask(inputs, features.dtype),
+                use_cache=False,
             ).last_hidden_state
-        return Outputs(model.proj_out(hidden[kept]).float())
+        return Outputs(model.proj_out(hidden.flatten(0, 1)[kept]).float())
 
     def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
         """The mask is of encoder frames already."""

@@ -36,9 +36,13 @@ MARGIN = 1.0  # seconds of silence after a clip in a short window
 _STEP = 50  # windows are multiples of half a second, so that few shapes occur
 
 
-def window_frames(samples: int, margin: float = MARGIN) -> int:
-    """Mel frames for a clip of `samples` at 16 kHz plus `margin` seconds, at most 3000."""
-    frames = math.ceil((samples / SAMPLE_RATE + margin) * FRAMES_PER_SECOND / _STEP) * _STEP
+def window_frames(samples: int, margin: float = MARGIN, step: int = 1) -> int:
+    """Mel frames for a clip of `samples` at 16 kHz plus `margin` seconds, at most 3000.
+
+    They are a multiple of half a second's, and of `step`.
+    """
+    step = math.lcm(step, _STEP)
+    frames = math.ceil((samples / SAMPLE_RATE + margin) * FRAMES_PER_SECOND / step) * step
     return min(FULL_WINDOW, frames)
 
 

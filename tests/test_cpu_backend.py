@@ -200,3 +200,20 @@ def test_unsupported_and_status(way: str) -> None:
     assert "float64" in (cpu.unsupported(x.double(), weight) or "")
     assert "meta" in (cpu.unsupported(x.to("meta"), weight) or "")
     assert way in cpu.native_status()
+
+
+def test_weights_stay_dequantised_within_the_block_alone(monkeypatch):
+    one, other = quantize(torch.randn(64, 64)), quantize(torch.randn(64, 128))
+    made = []
+    true = cpu._dequantised
+    monkeypatch.setattr(
+        cpu, "_dequantised", lambda weight, dtype: made.append(weight) or true(weight, dtype)
+    )
+    with cpu.keep_dense(64 * 64 * 4):
+        for _ in range(2):
+            for weight in (one, other):
+                assert torch.equal(cpu._dense(weight, torch.float32), weight.dequantize())
+        assert [w is one for w in made] == [True, False, False]  # the other is too large to stay
+        assert cpu._dense(one, torch.bfloat16).dtype == torch.bfloat16
+    cpu._dense(one, torch.float32)
+    assert len(made) == 5

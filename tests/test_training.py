@@ -219,16 +219,21 @@ def test_targets_leave_out_the_prompt_and_the_padding(tiny_en: Any, samples: lis
     tokenizer = tiny_en[1].tokenizer
     family = family_of(tiny_en[0])
     make_batch = batches.BatchMaker(family, tiny_en[1], samples, OPTIONS)
-    *_, inputs, targets = make_batch(0, [0, 1])
+    batch = make_batch(0, [0, 1])
+    inputs, targets = batch.inputs, batch.targets
     for row, sample in enumerate(samples):
         kept = targets[row] != batches.IGNORED
         text = tokenizer.decode(targets[row][kept])
         assert text == " " + sample.text + tokenizer.eos_token
         start = tokenizer.decode(inputs[row, : len(tokenizer.prefix_tokens)])
         assert start == "<|startoftranscript|><|notimestamps|>"
+    assert torch.equal(batch.kept, (targets.flatten() != batches.IGNORED).nonzero().flatten())
+    for row, (begin, end) in zip(targets, batch.words, strict=True):
+        assert row[end] == tokenizer.eos_token_id
+        assert torch.equal(row[begin:end], row[row != batches.IGNORED][:-1])
     again = make_batch(0, [0, 1])
-    assert all(torch.equal(a, b) for a, b in zip(make_batch(0, [0, 1]), again, strict=True))
-    assert not torch.equal(make_batch(1, [0])[0], make_batch(2, [0])[0])
+    assert all(map(torch.equal, batch.tensors(), again.tensors()))
+    assert not torch.equal(make_batch(1, [0]).features, make_batch(2, [0]).features)
 
 
 def test_experts_that_know_no_short_windows_learn_in_the_models_own(

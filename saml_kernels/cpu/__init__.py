@@ -13,6 +13,8 @@ the processor multiplies it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -25,7 +27,7 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.reference import Gradients, experts_backward, stack_a, stack_b
 
-__all__ = ["backward", "forward", "native_status", "quick", "unsupported"]
+__all__ = ["backward", "forward", "keep_dense", "native_status", "quick", "unsupported"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
@@ -168,8 +170,47 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+class _Kept:
+    """Dequantised weights by the address of their codes, which are held so that it stays theirs."""
+
+    def __init__(self, most: int) -> None:
+        self.left, self.found = most, dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]()
+
+
+_kept: _Kept | None = None
+
+
+@contextmanager
+def keep_dense(most: int) -> Iterator[None]:
+    """Within the block weights stay dequantised, up to `most` bytes of them; else none does.
+
+    For training, which meets each frozen weight twice a step. They must not change meanwhile.
+    """
+    global _kept
+    before, _kept = _kept, _Kept(most)
+    try:
+        yield
+    finally:
+        _kept = before
+
+
 def _dense(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """The whole weight [N, K]; one block of scratch beat cache-sized panels in most shapes."""
+    kept = _kept
+    if kept is None:
+        return _dequantised(weight, dtype)
+    key = weight.codes.data_ptr(), dtype
+    found = kept.found.get(key)
+    if found is not None:
+        return found[1].view(weight.shape)
+    dense = _dequantised(weight, dtype)
+    if dense.nbytes <= kept.left:
+        kept.left -= dense.nbytes
+        kept.found[key] = weight.codes, dense
+    return dense
+
+
+def _dequantised(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if not native.available():
         return weight.dequantize(dtype)
     out = torch.empty(weight.shape, dtype=dtype)

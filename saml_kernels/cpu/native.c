@@ -162,12 +162,32 @@ static void run(const Weight *w, int64_t first, int64_t count, float scale, floa
     run_portable(w, first + done, count - done, scale, out + done);
 }
 
-static void to_bfloat16(const float *in, int64_t count, uint16_t *out) {
-    for (int64_t i = 0; i < count; i++) { /* round to nearest, ties to even */
+static inline __attribute__((always_inline)) void round_all(const float *in, int64_t count,
+                                                            uint16_t *out) {
+    for (int64_t i = 0; i < count; i++) { /* to nearest, ties to even */
         uint32_t bits;
         memcpy(&bits, in + i, 4);
         out[i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
+}
+
+#ifdef SAML_X86 /* one loop, in each instruction set that the compiler can use for it */
+AVX512 static void round_avx512(const float *in, int64_t n, uint16_t *out) { round_all(in, n, out); }
+AVX2 static void round_avx2(const float *in, int64_t n, uint16_t *out) { round_all(in, n, out); }
+#endif
+
+static void to_bfloat16(const float *in, int64_t count, uint16_t *out) {
+#ifdef SAML_X86
+    if (level == HAS_AVX512) {
+        round_avx512(in, count, out);
+        return;
+    }
+    if (level == HAS_AVX2) {
+        round_avx2(in, count, out);
+        return;
+    }
+#endif
+    round_all(in, count, out);
 }
 
 typedef struct {
