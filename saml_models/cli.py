@@ -264,20 +264,9 @@ def _one_line(error: Exception) -> str:
 
 def _recordings(paths: list[Path]) -> list[Path]:
     """Files as given, and the audio files below folders, sorted."""
-    from saml_kernels.errors import SAMLError
-    from saml_models.audio import AUDIO_SUFFIXES
+    from saml_models.audio import audio_files
 
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = (p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-        found = sorted(p for p in inside if not p.name.startswith("."))
-        if not found:
-            raise SAMLError(f"{path}: no audio below it; expected {', '.join(AUDIO_SUFFIXES)}")
-        files += found
-    return files
+    return [file for path in paths for file in (audio_files(path) if path.is_dir() else [path])]
 
 
 def _check_stems(files: list[Path]) -> None:

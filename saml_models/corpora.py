@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import AUDIO_SUFFIXES, load_audio
+from saml_models.audio import AUDIO_SUFFIXES, load_audio, warn_of_others
 from saml_models.tedlium import parse_stm
 
 __all__ = ["Utterance", "by_speaker", "load_corpus"]
@@ -267,6 +267,7 @@ def _clips(folder: Path) -> dict[str, list[Path]]:
 
 def _read_clips(folder: Path, need_text: bool) -> Iterator[Utterance]:
     speaker = folder.resolve().name
+    warn_of_others(folder)
     for stem, files in _clips(folder).items():
         texts = [file for file in files if file.suffix.lower() == ".txt"]
         audio = [file for file in files if file not in texts]
@@ -298,7 +299,7 @@ def _audio_named(stem: Path, where: str) -> Path:
         file = stem.with_name(stem.name + suffix)
         if os.path.isfile(file):
             return file
-    raise SAMLError(f"{where}: no audio for {stem.name}; expected {stem}.flac, .wav, .sph or .mp3")
+    raise SAMLError(f"{where}: no audio for {stem.name}; expected {stem}.flac, .wav, .mp3, ...")
 
 
 def _lines(path: Path) -> list[str]:
