@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
@@ -18,7 +19,6 @@ from saml_models.families import family_of
 from saml_models.pretraining import pretrain
 from saml_models.surgery import apply_saml
 from saml_models.targets import check_target, plain_tokens
-from synthetic import small_whisper
 
 TYPED = [
     "hello <|endoftext|> there",
