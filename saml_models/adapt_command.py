@@ -16,8 +16,8 @@ from saml_models.terminal import (
     Experts,
     LearningRate,
     Model,
+    Overwrite,
     Seed,
-    check_file,
     checkpoint_of,
     device_named,
     given,
@@ -69,6 +69,7 @@ def adapt(
     learning_rate: LearningRate = None,
     seed: Seed = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Learn one speaker's voice, or many's; a killed run resumes when it is started again."""
     quiet_libraries()
@@ -77,7 +78,9 @@ def adapt(
     from saml_models.adaptation import options_for
     from saml_models.corpora import by_speaker, load_corpus
     from saml_models.evaluation import with_word_errors
+    from saml_models.files import check_output
     from saml_models.loading import load_adaptable
+    from saml_models.speakers import is_profile
     from saml_models.store import ProfileStore
     from saml_models.unsupervised import adapt_unsupervised
 
@@ -106,8 +109,10 @@ def adapt(
         raise SAMLError(f"{data}: no speaker {speaker}; it has {len(voices)} speakers: {shown}")
     elif len(voices) > 1:
         raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
-    out = out or ProfileStore(store).path(speaker or next(iter(voices)))
-    check_file(out)
+    if out is None:  # who speaks again is learnt anew
+        out = ProfileStore(store).path(speaker or next(iter(voices)))
+        overwrite = True
+    check_output(out, is_profile, overwrite)
     if test_utterances >= len(utterances):
         raise SAMLError(
             f"--test-utterances {test_utterances}: there are {len(utterances)}, none is left"

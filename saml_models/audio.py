@@ -309,9 +309,9 @@ def _warn_of_rest(path: Path, layout: Layout, seconds: float) -> None:
     said = list(layout.notes)
     if layout.missing > _TOLERANCE_SECONDS:
         said.insert(0, f"{layout.missing:.1f} s more that it should hold are cut off or damaged")
-    if said:
+    if said:  # from one place, whoever reads: the same is said once
         warnings.warn(
-            f"{path}: {seconds:.1f} s were read; {'; '.join(said)}", SAMLWarning, stacklevel=3
+            f"{path}: {seconds:.1f} s were read; {'; '.join(said)}", SAMLWarning, stacklevel=1
         )
 
 
