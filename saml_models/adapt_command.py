@@ -91,7 +91,7 @@ def adapt(
         if out is not None or speaker is not None or test_utterances:
             raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
         _adapt_many(
-            manifest, ProfileStore(store), ray, adapt_utterances, model=model, kind=kind,
+            manifest, ProfileStore(store), ray, adapt_utterances, overwrite, model=model, kind=kind,
             changes=given(epochs, learning_rate, seed), experts=experts and str(experts),
             device=device_named(device), unsupervised=unsupervised,
         )  # fmt: skip
@@ -156,30 +156,35 @@ def adapt(
     typer.echo(f"try it: saml transcribe --model {model}{start} --speaker {out} FILE")
 
 
-def _adapt_many(manifest: Path, store: Any, ray: bool, most: int | None, **how: Any) -> None:
+def _adapt_many(
+    manifest: Path, store: Any, ray: bool, most: int | None, overwrite: bool, **how: Any
+) -> None:
     """Every speaker of a manifest; ends with exit code 1 where some failed."""
     from dataclasses import asdict
 
     from saml_models.corpora import by_speaker, load_corpus
-    from saml_models.files import write_json
-    from saml_models.fleet import adapt_fleet, make_jobs
+    from saml_models.files import check_output, is_json, write_json
+    from saml_models.fleet import Outcome, adapt_fleet, make_jobs
 
+    report = store.folder / "fleet.json"
+    check_output(report, is_json("speaker", "status"), overwrite)
     # What is wrong with one speaker's rows is that speaker's failure, not everybody's.
-    rows = load_corpus(manifest, need_text=False, need_audio=False)
+    faults: dict[str, str] = {}
+    rows = load_corpus(manifest, need_text=False, need_audio=False, faults=faults)
     utterances = [u for found in by_speaker(rows).values() for u in found[:most]]
     jobs = make_jobs(utterances, how.pop("model"), store, **how)
     with progress("adapting") as show:
-        count = 0
+        outcomes = []
 
         def on_done(outcome: Any) -> None:
-            nonlocal count
-            count += 1
-            show(count, len(jobs), outcome.speaker)
+            outcomes.append(outcome)
+            show(len(outcomes), len(faults) + len(jobs), outcome.speaker)
             said = f": {outcome.reason}" if outcome.reason else f" in {outcome.seconds:g} s"
             typer.echo(f"{outcome.speaker}: {outcome.status}{said}")
 
-        outcomes = adapt_fleet(jobs, ray, on_done)
-    report = store.folder / "fleet.json"
+        for speaker, reason in faults.items():
+            on_done(Outcome(speaker, "failed", reason))
+        adapt_fleet(jobs, ray, on_done)
     write_json(report, [asdict(outcome) for outcome in outcomes])
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     typer.echo(f"{len(outcomes) - failed} of {len(outcomes)} speakers in {store.folder}; {report}")

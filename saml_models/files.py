@@ -83,13 +83,14 @@ def check_output(
 
 
 def is_json(*keys: str) -> Callable[[Path], bool]:
-    """Whether a file is a JSON object with these keys."""
+    """Whether a file is a JSON object with these keys, or a list that begins with one."""
 
     def has_keys(path: Path) -> bool:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return False
+        value = value[0] if isinstance(value, list) and value else value
         return isinstance(value, dict) and all(key in value for key in keys)
 
     return has_keys

@@ -427,3 +427,43 @@ def test_a_recording_that_is_cut_off_is_transcribed_and_said_once(tmp_path, clip
     assert result.exit_code == 0 and result.stdout.strip()
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"saml: {tmp_path / 'cut.wav'}: ") and "cut off" in line
+
+
+def test_one_speakers_bad_rows_do_not_stop_the_others(tmp_path, model, manifest):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
+    long = "one two three four " * 150
+    good = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [{**good[0], "speaker": who, "id": who} for who in ("bob", "cid", "dan", "eve", "fay")]
+    rows[0]["text"] = 7
+    rows[1] |= {"start": 2.0, "end": 1.0}
+    rows[2]["audio"] = str(tmp_path / "missing.wav")
+    rows[3]["audio"] = str(tmp_path / "none.wav")
+    rows[4]["text"] = long
+    people = tmp_path / "people.jsonl"
+    lines = [json.dumps(row) for row in (rows[0], *good, *rows[1:])]
+    people.write_text("\n".join([*lines[:2], '{"audio": ', *lines[2:]]) + "\n")
+    store = tmp_path / "store"
+    command = ("adapt", "--manifest", people, "--model", model, "--store", store, "--epochs", 1)
+    result = saml(*command)
+    assert result.exit_code == 1, (result.output, result.exception)
+    report = {one["speaker"]: one for one in json.loads((store / "fleet.json").read_text())}
+    assert report.pop("ann")["status"] == "adapted"
+    assert [p.name for p in store.glob("*.safetensors")] == ["ann.safetensors"]
+    said = {
+        "bob": "people.jsonl:1: row has a bad 'text'",
+        "cid": "people.jsonl:5: end 1 s is not after start 2 s",
+        "dan": "missing.wav: no such file",
+        "eve": "none.wav: empty audio",
+        "fay": "fay: its text is 603 tokens long",
+        f"{people}:3": "bad JSON",
+    }
+    assert report.keys() == said.keys()
+    for speaker, reason in said.items():
+        assert report[speaker]["status"] == "failed" and reason in report[speaker]["reason"]
+        assert f"{speaker}: failed: {report[speaker]['reason']}\n" in result.stdout
+    assert "1 of 7 speakers" in result.stdout
+    # One speaker alone, and a test of many, stay strict.
+    assert_refused(saml("adapt", "--data", people, "--speaker", "ann"), "people.jsonl:1")
+    assert_refused(saml("evaluate", "--data", people), "people.jsonl:1")
+    (store / "fleet.json").write_text("[1, 2]")
+    assert_refused(saml(*command), "fleet.json", "--overwrite")
