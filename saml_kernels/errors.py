@@ -1,10 +1,17 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and the one warning."""
 
-__all__ = ["SAMLError"]
+__all__ = ["SAMLError", "SAMLWarning"]
 
 
 class SAMLError(ValueError):
     """Bad input: one line that names the input, what was expected and what to do.
 
     The command line prints it on standard error and exits with code 2.
+    """
+
+
+class SAMLWarning(UserWarning):
+    """Input that is used, but not whole or not as it is: one line that says what and how much.
+
+    The command line prints it on standard error and goes on.
     """

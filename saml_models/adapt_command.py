@@ -16,8 +16,8 @@ from saml_models.terminal import (
     Experts,
     LearningRate,
     Model,
+    Overwrite,
     Seed,
-    check_file,
     checkpoint_of,
     device_named,
     given,
@@ -69,6 +69,7 @@ def adapt(
     learning_rate: LearningRate = None,
     seed: Seed = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Learn one speaker's voice, or many's; a killed run resumes when it is started again."""
     quiet_libraries()
@@ -77,7 +78,9 @@ def adapt(
     from saml_models.adaptation import options_for
     from saml_models.corpora import by_speaker, load_corpus
     from saml_models.evaluation import with_word_errors
+    from saml_models.files import check_output
     from saml_models.loading import load_adaptable
+    from saml_models.speakers import is_profile
     from saml_models.store import ProfileStore
     from saml_models.unsupervised import adapt_unsupervised
 
@@ -88,7 +91,7 @@ def adapt(
         if out is not None or speaker is not None or test_utterances:
             raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
         _adapt_many(
-            manifest, ProfileStore(store), ray, adapt_utterances, model=model, kind=kind,
+            manifest, ProfileStore(store), ray, adapt_utterances, overwrite, model=model, kind=kind,
             changes=given(epochs, learning_rate, seed), experts=experts and str(experts),
             device=device_named(device), unsupervised=unsupervised,
         )  # fmt: skip
@@ -106,8 +109,10 @@ def adapt(
         raise SAMLError(f"{data}: no speaker {speaker}; it has {len(voices)} speakers: {shown}")
     elif len(voices) > 1:
         raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
-    out = out or ProfileStore(store).path(speaker or next(iter(voices)))
-    check_file(out)
+    if out is None:  # who speaks again is learnt anew
+        out = ProfileStore(store).path(speaker or next(iter(voices)))
+        overwrite = True
+    check_output(out, is_profile, overwrite)
     if test_utterances >= len(utterances):
         raise SAMLError(
             f"--test-utterances {test_utterances}: there are {len(utterances)}, none is left"
@@ -151,30 +156,35 @@ def adapt(
     typer.echo(f"try it: saml transcribe --model {model}{start} --speaker {out} FILE")
 
 
-def _adapt_many(manifest: Path, store: Any, ray: bool, most: int | None, **how: Any) -> None:
+def _adapt_many(
+    manifest: Path, store: Any, ray: bool, most: int | None, overwrite: bool, **how: Any
+) -> None:
     """Every speaker of a manifest; ends with exit code 1 where some failed."""
     from dataclasses import asdict
 
     from saml_models.corpora import by_speaker, load_corpus
-    from saml_models.files import write_json
-    from saml_models.fleet import adapt_fleet, make_jobs
+    from saml_models.files import check_output, is_json, write_json
+    from saml_models.fleet import Outcome, adapt_fleet, make_jobs
 
+    report = store.folder / "fleet.json"
+    check_output(report, is_json("speaker", "status"), overwrite)
     # What is wrong with one speaker's rows is that speaker's failure, not everybody's.
-    rows = load_corpus(manifest, need_text=False, need_audio=False)
+    faults: dict[str, str] = {}
+    rows = load_corpus(manifest, need_text=False, need_audio=False, faults=faults)
     utterances = [u for found in by_speaker(rows).values() for u in found[:most]]
     jobs = make_jobs(utterances, how.pop("model"), store, **how)
     with progress("adapting") as show:
-        count = 0
+        outcomes = []
 
         def on_done(outcome: Any) -> None:
-            nonlocal count
-            count += 1
-            show(count, len(jobs), outcome.speaker)
+            outcomes.append(outcome)
+            show(len(outcomes), len(faults) + len(jobs), outcome.speaker)
             said = f": {outcome.reason}" if outcome.reason else f" in {outcome.seconds:g} s"
             typer.echo(f"{outcome.speaker}: {outcome.status}{said}")
 
-        outcomes = adapt_fleet(jobs, ray, on_done)
-    report = store.folder / "fleet.json"
+        for speaker, reason in faults.items():
+            on_done(Outcome(speaker, "failed", reason))
+        adapt_fleet(jobs, ray, on_done)
     write_json(report, [asdict(outcome) for outcome in outcomes])
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     typer.echo(f"{len(outcomes) - failed} of {len(outcomes)} speakers in {store.folder}; {report}")

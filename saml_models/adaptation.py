@@ -20,8 +20,9 @@ from saml_models.families import family_of
 from saml_models.identification import embed
 from saml_models.speakers import SpeakerProfile, check_whole, kept_experts
 from saml_models.surgery import expert_parameters, routers_of
+from saml_models.targets import check_target
 from saml_models.training import Sample, TrainingOptions, fit
-from saml_models.transcripts import in_model_style
+from saml_models.transcripts import in_model_style, is_bare
 from saml_models.window import margin_of
 
 __all__ = ["ADAPTATION", "GATES", "adapt", "model_name", "options_for", "training_samples"]
@@ -79,14 +80,25 @@ def training_samples(
         on_done: called with a number of clips as they are heard.
 
     Raises:
-        SAMLError: an utterance without text, longer than 30 s, or whose audio cannot be read.
+        SAMLError: an utterance without text, longer than 30 s, whose text is longer than the
+            decoder, or whose audio cannot be read.
     """
+    family = family_of(model)
+
+    def check(utterance: Utterance, text: str, language: str | None) -> None:
+        check_target(model, utterance.id, family.token_ids(processor, text, language)[0])
+
+    for utterance in utterances:  # texts first: they cost no time
+        if not utterance.text.strip():
+            raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
+        # Bare text is learnt in the model's own style, which has few words in capitals.
+        check(
+            utterance, utterance.text.lower() if is_bare(utterance.text) else utterance.text, None
+        )
     samples = []
     kept: list[Utterance] = []
     clips = []
     for utterance in utterances:
-        if not utterance.text.strip():
-            raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
         clip = utterance.load()
         seconds = len(clip) / SAMPLE_RATE
         if seconds > MAX_SECONDS and skip_long:
@@ -97,11 +109,12 @@ def training_samples(
         clips.append(clip)
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
-    language = family_of(model).prompt_language(model, processor, clips) if clips else None
+    language = family.prompt_language(model, processor, clips) if clips else None
     heard = decode_clips(model, processor, clips, language=language, on_done=on_done)
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)
+        check(utterance, target, language)
         samples.append(Sample(load, len(clip) / SAMPLE_RATE, target, language))
     return samples
 

@@ -24,6 +24,8 @@ from saml_models.batches import Sample
 from saml_models.conformer import Conformer
 from saml_models.corpora import Utterance
 from saml_models.devices import on_device
+from saml_models.families import family_of
+from saml_models.targets import check_target
 from saml_models.training import TrainingOptions, TrainingReport, fit
 
 __all__ = ["BASE", "Shape", "train_base", "train_tokenizer"]
@@ -162,17 +164,20 @@ def train_base(
         SAMLError: nothing to learn from, too little text for the vocabulary, or bad audio.
     """
     options, shape = options or BASE, shape or Shape()
-    samples = []
+    samples, names = [], []
     for utterance in utterances:
         if not utterance.text.strip():
             raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
         seconds = len(utterance.load()) / SAMPLE_RATE
         if seconds <= MAX_SECONDS:
             samples.append(Sample(utterance.load, seconds, utterance.text))
+            names.append(utterance.id)
     tokenizer = train_tokenizer([s.text for s in samples], shape.vocabulary)
     processor = CanaryProcessor(ParakeetFeatureExtractor(**FEATURES), tokenizer)
     torch.manual_seed(options.seed)
     model = Conformer(shape.config())
+    for name, sample in zip(names, samples, strict=True):
+        check_target(model, name, family_of(model).token_ids(processor, sample.text)[0])
     _initialise(model)
     on_device(model, device)
     report = fit(model, processor, samples, options, checkpoint, on_step)

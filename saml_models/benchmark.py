@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from saml_models.terminal import Overwrite
+
 if TYPE_CHECKING:
     from saml_models.bench.cases import Case
 
@@ -41,6 +43,7 @@ def bench(
     ] = Path("saml-bench.json"),
     minutes: Annotated[float, typer.Option(min=0.1, help="Nothing is started later.")] = 9.0,
     tune: Annotated[bool, typer.Option(help="Measure tiles for this GPU; keep the best.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Time linear layers with experts beside their peers and the roofline; or tune the kernels.
 
@@ -68,7 +71,10 @@ def bench(
         _tune([(d, d), (4 * d, d), (d, 4 * d)], where, minutes)
         return
     from saml_models.bench.cases import WORKS, cases_of
+    from saml_models.files import check_output, is_figure, is_json
 
+    check_output(json_file, is_json("about", "works"), overwrite)
+    check_output(json_file.with_suffix(".png"), is_figure, overwrite)
     names = [n.strip() for n in work.split(",")] if work else list(WORKS)
     unknown = [n for n in names if n not in WORKS]
     if unknown:

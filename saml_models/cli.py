@@ -18,8 +18,8 @@ from saml_models.terminal import (
     Experts,
     LearningRate,
     Model,
+    Overwrite,
     Seed,
-    check_file,
     checkpoint_of,
     device_named,
     given,
@@ -79,6 +79,7 @@ def transcribe(
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="Where files go; default: here.")
     ] = None,
+    overwrite: Overwrite = False,
     language: Annotated[
         str | None, typer.Option(help="Code or name; default: detected, where there are several.")
     ] = None,
@@ -126,6 +127,7 @@ def transcribe(
     files = _recordings(audio) if audio else list(listed or {})
     if writes:
         _check_stems(files)
+        _check_outputs(files, output_dir, output_format, overwrite)
     heard_as = choose_speakers(files, speaker, listed, store)
     # A damaged file is reported now, not after the hours that the ones before it take.
     with progress("reading") as show:
@@ -179,17 +181,20 @@ def pretrain(
     learning_rate: LearningRate = None,
     seed: Seed = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train fresh experts and routers on many speakers: what adaptation starts from."""
     quiet_libraries()
     from saml_kernels import SAMLConfig
     from saml_models.corpora import load_corpus
+    from saml_models.files import check_output
     from saml_models.loading import load_model
     from saml_models.pretraining import PRETRAINING
     from saml_models.pretraining import pretrain as learn
+    from saml_models.speakers import is_profile
     from saml_models.surgery import apply_saml
 
-    check_file(out)
+    check_output(out, is_profile, overwrite)
     kept_out = {name.strip() for name in exclude_speakers.split(",")}
     found = [utterance for path in data for utterance in load_corpus(path)]
     utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
@@ -264,20 +269,9 @@ def _one_line(error: Exception) -> str:
 
 def _recordings(paths: list[Path]) -> list[Path]:
     """Files as given, and the audio files below folders, sorted."""
-    from saml_kernels.errors import SAMLError
-    from saml_models.audio import AUDIO_SUFFIXES
+    from saml_models.audio import audio_files
 
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = (p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-        found = sorted(p for p in inside if not p.name.startswith("."))
-        if not found:
-            raise SAMLError(f"{path}: no audio below it; expected {', '.join(AUDIO_SUFFIXES)}")
-        files += found
-    return files
+    return [file for path in paths for file in (audio_files(path) if path.is_dir() else [path])]
 
 
 def _check_stems(files: list[Path]) -> None:
@@ -289,6 +283,16 @@ def _check_stems(files: list[Path]) -> None:
         twin = seen.setdefault(file.stem, file)
         if twin is not file:
             raise SAMLError(f"{twin}, {file}: would be written to the same name; run them apart")
+
+
+def _check_outputs(files: list[Path], folder: Path, format: str, overwrite: bool) -> None:
+    """A person may have corrected a transcript: none is replaced unasked, whoever wrote it."""
+    from saml_models.files import check_output
+
+    kinds = FORMATS[:-1] if format == "all" else (format,)
+    for file in files:
+        for kind in kinds:
+            check_output(folder / f"{file.stem}.{kind}", overwrite=overwrite)
 
 
 from saml_models import (  # noqa: E402 - they register on the finished app

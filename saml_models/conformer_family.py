@@ -22,6 +22,7 @@ from saml_models.families import Clip, Outputs, additive_mask, causal_mask
 from saml_models.joint import best_of, ctc_greedy
 from saml_models.limits import OwnLimits
 from saml_models.segments import Segment
+from saml_models.targets import plain_tokens
 
 __all__ = ["ConformerFamily"]
 
@@ -84,7 +85,7 @@ class ConformerFamily:
     ) -> tuple[list[int], int]:
         """Prompt, text and end."""
         tokenizer, prompt = processor.tokenizer, self.prompt(processor, language)
-        words = tokenizer(text.strip(), add_special_tokens=False).input_ids
+        words = plain_tokens(tokenizer, text.strip())
         return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
 
     def outputs(

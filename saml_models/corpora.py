@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import AUDIO_SUFFIXES, load_audio
+from saml_models.audio import AUDIO_SUFFIXES, load_audio, warn_of_others
 from saml_models.tedlium import parse_stm
 
 __all__ = ["Utterance", "by_speaker", "load_corpus"]
@@ -32,6 +32,8 @@ _LAYOUTS = (
     "clip.txt"
 )
 _SHOWN = 8
+
+Faults = dict[str, str]  # by speaker, one line
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def load_corpus(
     *,
     need_text: bool = True,
     need_audio: bool = True,
+    faults: Faults | None = None,
 ) -> list[Utterance]:
     """Read a corpus, whatever its layout; the audio itself stays unread.
 
@@ -71,6 +74,8 @@ def load_corpus(
         speakers: keep only these.
         need_text: else a clip or a manifest's row without text is one whose text is "".
         need_audio: else a manifest's audio that is not on disk is found out when it is loaded.
+        faults: what is wrong with an utterance is put here instead of being raised, the first for
+            each speaker, who is left out; what cannot be told to be anybody's, by its place.
 
     Returns:
         The utterances in file order: a manifest's by row, every other layout's by path and time.
@@ -80,18 +85,28 @@ def load_corpus(
             row (with its file and line), an id used twice, or a speaker who is not there.
     """
     path = Path(path)
-    utterances = list(_read(path, need_text, need_audio))
-    if not utterances:
+    utterances = list(_read(path, need_text, need_audio, faults))
+    if not utterances and not faults:
         raise SAMLError(f"{path}: holds no utterance; expected transcribed speech")
     seen: dict[str, Utterance] = {}
     for utterance in utterances:
         twin = seen.setdefault(utterance.id, utterance)
         if twin is not utterance:
-            raise SAMLError(
+            error = SAMLError(
                 f"{path}: utterance id {utterance.id!r} is used twice "
                 f"({twin.audio.name}, {utterance.audio.name}); ids have to differ"
             )
+            _note(faults, utterance.speaker, error)
+    if faults:
+        utterances = [u for u in utterances if u.speaker not in faults]
     return utterances if speakers is None else _select(utterances, speakers, path)
+
+
+def _note(faults: Faults | None, owner: str, error: SAMLError) -> None:
+    """Raise, or keep for whom it concerns."""
+    if faults is None:
+        raise error
+    faults.setdefault(owner, str(error))
 
 
 def by_speaker(utterances: Sequence[Utterance]) -> dict[str, list[Utterance]]:
@@ -114,20 +129,22 @@ def _select(utterances: list[Utterance], speakers: Sequence[str], path: Path) ->
     return [utterance for utterance in utterances if utterance.speaker in wanted]
 
 
-def _read(path: Path, need_text: bool, need_audio: bool) -> Iterator[Utterance]:
+def _read(
+    path: Path, need_text: bool, need_audio: bool, faults: Faults | None
+) -> Iterator[Utterance]:
     """Find out the layout and read it."""
     if path.is_file():
         if path.suffix.lower() not in (".jsonl", ".json"):
             raise SAMLError(f"{path}: not a corpus; expected {_LAYOUTS}")
-        return _read_manifest(path, need_text, need_audio)
+        return _read_manifest(path, need_text, need_audio, faults)
     if not path.is_dir():
         raise SAMLError(f"{path}: no such file or folder; expected {_LAYOUTS}")
     if splits := _tedlium_splits(path):
-        return (utterance for split in splits for utterance in _read_tedlium(split))
+        return (utterance for split in splits for utterance in _read_tedlium(split, faults))
     if transcripts := _librispeech_transcripts(path):
-        return _read_librispeech(transcripts)
+        return _read_librispeech(transcripts, faults)
     if folders := [folder for folder in (path, *_folders(path)) if _clips(folder)]:
-        return (utterance for folder in folders for utterance in _read_clips(folder, need_text))
+        return (u for folder in folders for u in _read_clips(folder, need_text, faults))
     manifests = ", ".join(str(manifest) for manifest in sorted(path.glob("*.jsonl")))
     hint = f"; give one of its manifests: {manifests}" if manifests else ""
     raise SAMLError(f"{path}: no transcribed speech found{hint or f'; expected {_LAYOUTS}'}")
@@ -144,7 +161,7 @@ def _librispeech_transcripts(path: Path) -> list[Path]:
     return []
 
 
-def _read_librispeech(transcripts: list[Path]) -> Iterator[Utterance]:
+def _read_librispeech(transcripts: list[Path], faults: Faults | None) -> Iterator[Utterance]:
     for transcript in transcripts:
         speaker, dash, _ = transcript.name.partition("-")
         if not dash:
@@ -152,10 +169,15 @@ def _read_librispeech(transcripts: list[Path]) -> Iterator[Utterance]:
         rows = []
         for number, line in enumerate(_lines(transcript), start=1):
             name, _, text = line.strip().partition(" ")
-            if name and not text.strip():
-                raise SAMLError(f"{transcript}:{number}: {name} has no text")
-            if name:
+            if not name:
+                continue
+            try:
+                if not text.strip():
+                    raise SAMLError(f"{transcript}:{number}: {name} has no text")
                 audio = _audio_named(transcript.parent / name, f"{transcript}:{number}")
+            except SAMLError as error:
+                _note(faults, speaker, error)
+            else:
                 rows.append(Utterance(name, speaker, text.strip(), audio))
         yield from sorted(rows, key=lambda row: row.id)
 
@@ -177,15 +199,24 @@ def _tedlium_splits(path: Path) -> list[Path]:
     return []
 
 
-def _read_tedlium(split: Path) -> Iterator[Utterance]:
+def _read_tedlium(split: Path, faults: Faults | None) -> Iterator[Utterance]:
     for stm in sorted((split / "stm").glob("[!.]*.stm")):
-        segments = parse_stm(_lines(stm), str(stm))
+        try:
+            segments = parse_stm(_lines(stm), str(stm))
+        except SAMLError as error:
+            _note(faults, str(stm), error)
+            continue
         for segment in sorted(segments, key=lambda segment: (segment.recording, segment.start)):
+            try:
+                audio = _audio_named(split / "sph" / segment.recording, str(stm))
+            except SAMLError as error:
+                _note(faults, segment.speaker, error)
+                continue
             yield Utterance(
                 id=segment.id,
                 speaker=segment.speaker,
                 text=segment.text,
-                audio=_audio_named(split / "sph" / segment.recording, str(stm)),
+                audio=audio,
                 start=segment.start,
                 end=segment.end,
                 duration=round(segment.end - segment.start, 3),
@@ -195,15 +226,24 @@ def _read_tedlium(split: Path) -> Iterator[Utterance]:
 # JSON-lines manifest
 
 
-def _read_manifest(path: Path, need_text: bool, need_audio: bool) -> Iterator[Utterance]:
+def _read_manifest(
+    path: Path, need_text: bool, need_audio: bool, faults: Faults | None
+) -> Iterator[Utterance]:
     for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield _manifest_row(path, line, f"{path}:{number}", need_text, need_audio)
+        if not line.strip():
+            continue
+        where = owner = f"{path}:{number}"
+        try:
+            row = _json_object(line, where)
+            owner = _string(row, "speaker", where)
+            found = _manifest_row(path, row, owner, where, need_text, need_audio)
+        except SAMLError as error:
+            _note(faults, owner, error)
+        else:
+            yield found
 
 
-def _manifest_row(
-    path: Path, line: str, where: str, need_text: bool, need_audio: bool
-) -> Utterance:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -211,9 +251,14 @@ def _manifest_row(
         raise SAMLError(f"{where}: bad JSON ({reason}); expected one object a line") from error
     if not isinstance(row, dict):
         raise SAMLError(f"{where}: expected one JSON object a line with audio, text and speaker")
+    return row
+
+
+def _manifest_row(
+    path: Path, row: dict[str, Any], speaker: str, where: str, need_text: bool, need_audio: bool
+) -> Utterance:
     name = _string(row, "audio", where)
     text = _string(row, "text", where) if need_text or row.get("text") else ""
-    speaker = _string(row, "speaker", where)
     audio = path.parent / name
     # os.path.isfile: False, not an exception, for names too long or with a zero byte.
     if need_audio and not os.path.isfile(audio):
@@ -265,22 +310,32 @@ def _clips(folder: Path) -> dict[str, list[Path]]:
     return clips if heard else {}
 
 
-def _read_clips(folder: Path, need_text: bool) -> Iterator[Utterance]:
+def _read_clips(folder: Path, need_text: bool, faults: Faults | None) -> Iterator[Utterance]:
     speaker = folder.resolve().name
+    warn_of_others(folder)
     for stem, files in _clips(folder).items():
-        texts = [file for file in files if file.suffix.lower() == ".txt"]
-        audio = [file for file in files if file not in texts]
-        if need_text and not texts:
-            raise SAMLError(f"{audio[0]}: no text for this clip; expected {stem}.txt beside it")
-        if not audio:
-            raise SAMLError(f"{texts[0]}: no audio for this text; expected {stem}.wav beside it")
-        if len(audio) != 1 or len(texts) > 1:
-            names = ", ".join(file.name for file in files)
-            raise SAMLError(f"{folder}: {names}; expected one audio and one text file a clip")
-        text = " ".join(" ".join(line for file in texts for line in _lines(file)).split())
-        if need_text and not text:
-            raise SAMLError(f"{texts[0]}: empty; expected what is said in {audio[0].name}")
-        yield Utterance(f"{speaker}-{stem}", speaker, text, audio[0])
+        try:
+            found = _clip(folder, speaker, stem, files, need_text)
+        except SAMLError as error:
+            _note(faults, speaker, error)
+        else:
+            yield found
+
+
+def _clip(folder: Path, speaker: str, stem: str, files: list[Path], need_text: bool) -> Utterance:
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    audio = [file for file in files if file not in texts]
+    if need_text and not texts:
+        raise SAMLError(f"{audio[0]}: no text for this clip; expected {stem}.txt beside it")
+    if not audio:
+        raise SAMLError(f"{texts[0]}: no audio for this text; expected {stem}.wav beside it")
+    if len(audio) != 1 or len(texts) > 1:
+        names = ", ".join(file.name for file in files)
+        raise SAMLError(f"{folder}: {names}; expected one audio and one text file a clip")
+    text = " ".join(" ".join(line for file in texts for line in _lines(file)).split())
+    if need_text and not text:
+        raise SAMLError(f"{texts[0]}: empty; expected what is said in {audio[0].name}")
+    return Utterance(f"{speaker}-{stem}", speaker, text, audio[0])
 
 
 # Files
@@ -298,7 +353,7 @@ def _audio_named(stem: Path, where: str) -> Path:
         file = stem.with_name(stem.name + suffix)
         if os.path.isfile(file):
             return file
-    raise SAMLError(f"{where}: no audio for {stem.name}; expected {stem}.flac, .wav, .sph or .mp3")
+    raise SAMLError(f"{where}: no audio for {stem.name}; expected {stem}.flac, .wav, .mp3, ...")
 
 
 def _lines(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.files import atomic_path
+from saml_models.files import write_figure
 
 __all__ = ["plot_pruning", "plot_speakers"]
 
@@ -43,8 +43,7 @@ def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
         f"quantised, {pooled['adapted']:.1f} % adapted"
     )
     axes.legend(frameon=False, ncols=2)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
@@ -71,8 +70,7 @@ def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
     right.set_yticks(range(len(layers)), layers, fontsize=4)
     right.set_title("mean gate")
     figure.colorbar(image, ax=right)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    write_figure(path, figure, dpi=150)
 
 
 def _figure() -> Any:

@@ -6,14 +6,25 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["atomic_folder", "atomic_path", "check_new_folder", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "check_new_folder",
+    "check_output",
+    "is_figure",
+    "is_json",
+    "write_figure",
+    "write_json",
+]
+
+_MARK = b"saml-kernels"  # in the header of our figures
 
 
 @contextmanager
@@ -39,6 +50,69 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise SAMLError(f"{target}: cannot be written: {reason}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(
+    path: Path, ours: Callable[[Path], bool] | None = None, overwrite: bool = False
+) -> None:
+    """Refuse, before the work starts, a file that could not be written or is somebody else's.
+
+    Args:
+        path: of the file to write.
+        ours: whether a file that is there was written by the same command, and may be replaced;
+            None: nobody can tell.
+        overwrite: the user said so.
+
+    Raises:
+        SAMLError: it is a folder, lies below a file or where nothing may be written, or is there
+            already.
+    """
+    if path.is_dir():
+        raise SAMLError(f"{path}: is a folder; expected the name of a file to write")
+    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise SAMLError(f"{path}: cannot be written: {parent} is a file; expected a folder")
+    if not os.access(parent, os.W_OK):
+        raise SAMLError(f"{path}: cannot be written: {parent} is not yours to write to")
+    if not os.path.lexists(path) or overwrite or (ours is not None and ours(path)):
+        return
+    raise SAMLError(
+        f"{path}: is there already and would be replaced; move it, write elsewhere, or say "
+        "--overwrite"
+    )
+
+
+def is_json(*keys: str) -> Callable[[Path], bool]:
+    """Whether a file is a JSON object with these keys, or a list that begins with one."""
+
+    def has_keys(path: Path) -> bool:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        value = value[0] if isinstance(value, list) and value else value
+        return isinstance(value, dict) and all(key in value for key in keys)
+
+    return has_keys
+
+
+def is_figure(path: Path) -> bool:
+    """Whether a file is what `write_figure` writes."""
+    try:
+        with open(path, "rb") as handle:
+            return _MARK in handle.read(1024)
+    except OSError:
+        return False
+
+
+def write_figure(path: str | os.PathLike[str], figure: Any, dpi: int = 120) -> None:
+    """Write a Matplotlib figure as PNG, atomically.
+
+    Raises:
+        SAMLError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": _MARK.decode()})
 
 
 def check_new_folder(path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from saml_models.quiet import quiet_libraries
-from saml_models.terminal import Device, Experts, check_file, device_named
+from saml_models.terminal import Device, Experts, Overwrite, device_named
 
 __all__ = ["add_commands"]
 
@@ -45,28 +45,29 @@ def evaluate(
         Path | None, typer.Option(help="PNG of WER per speaker; default beside --json.")
     ] = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Word error rates by the paper's protocol: adapt to each speaker, test on unseen speech."""
     quiet_libraries()
     from saml_models.corpora import by_speaker, load_corpus
     from saml_models.evaluation import make_folds
+    from saml_models.files import check_output, is_figure, is_json, write_json
 
     names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
     found = by_speaker(load_corpus(data, names))
     plan = make_folds(found, adapt_utterances, folds)
-    for path in (json_file, figure):
-        if path is not None:
-            check_file(path)
+    if json_file is not None:
+        check_output(json_file, is_json("model", "wer", "utterances"), overwrite)
+        figure = figure or json_file.with_suffix(".png")
+    if figure is not None:
+        check_output(figure, is_figure, overwrite)
     result = _run(model, experts, plan, beam_size, device_named(device))
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
     if json_file is not None:
-        from saml_models.files import write_json
-
         write_json(json_file, result)
         console.print(f"JSON: {json_file}")
-        figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         from saml_kernels.errors import SAMLError
         from saml_models.figures import plot_speakers

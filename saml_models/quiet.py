@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from saml_kernels.errors import SAMLWarning
 
 __all__ = ["quiet_libraries", "quiet_transformers"]
 
 
 def quiet_libraries() -> None:
-    """Silence warnings and transformers' log lines and progress bars, for this whole process."""
+    """Silence warnings and transformers' log lines and progress bars, for this whole process.
+
+    The package's own warnings are shown, each once, as one line on standard error.
+    """
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=SAMLWarning)
+    warnings.showwarning = _one_line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _one_line(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"saml: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextmanager

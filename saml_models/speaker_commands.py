@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from saml_models.quiet import quiet_libraries
-from saml_models.terminal import Device, Model, device_named, print_rows
+from saml_models.terminal import Device, Model, Overwrite, device_named, print_rows
 
 __all__ = ["Store", "add_commands"]
 
@@ -105,21 +105,25 @@ def export(
         str | None, typer.Option(help="With --peft; default: the one that the profile names.")
     ] = None,
     store: Store = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a profile out of the store, or write its experts for PEFT."""
     quiet_libraries()
+    from saml_models.files import check_new_folder, check_output
     from saml_models.loading import load_for_speakers
     from saml_models.peft_adapters import export_experts
-    from saml_models.speakers import SpeakerProfile
+    from saml_models.speakers import SpeakerProfile, is_profile
     from saml_models.store import ProfileStore
-    from saml_models.terminal import check_file
 
     found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
     if not peft:
-        check_file(out)
+        check_output(out, is_profile, overwrite)
         found.save(out)
         typer.echo(f"written: {out} ({out.stat().st_size:,} bytes)")
         return
+    if not overwrite:
+        for number in range(int(found.config["num_experts"])):
+            check_new_folder(out / f"expert-{number}")
     network, _ = load_for_speakers(
         model or str(found.about.get("model") or "tiny.en"), {profile: found}
     )
@@ -138,13 +142,15 @@ def import_(
     ] = None,
     model: Model = "tiny.en",
     store: Store = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Enrol a profile from elsewhere, or PEFT LoRA adapters as a speaker's experts."""
     quiet_libraries()
     from saml_kernels.errors import SAMLError
+    from saml_models.files import check_output
     from saml_models.loading import load_adaptable
     from saml_models.peft_adapters import import_adapters
-    from saml_models.speakers import SpeakerProfile
+    from saml_models.speakers import SpeakerProfile, is_profile
     from saml_models.store import ProfileStore, check_name
 
     enrolled = ProfileStore(store)
@@ -160,7 +166,9 @@ def import_(
         profile = import_adapters(source, network, name)
     if name is not None:  # what `show` and `auto` call the speaker
         profile = replace(profile, about=profile.about | {"speaker": name})
-    path = enrolled.save(profile, name)
+    path = enrolled.path(profile.name if name is None else name)
+    check_output(path, lambda there: is_profile(there, profile.hash), overwrite)
+    enrolled.save(profile, name)
     typer.echo(f"enrolled: {path} ({path.stat().st_size:,} bytes)")
 
 
@@ -178,20 +186,25 @@ def prune(
     ] = None,
     store: Store = None,
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Drop the experts that a speaker does not use."""
     quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.corpora import by_speaker, load_corpus
     from saml_models.figures import plot_pruning
-    from saml_models.files import write_json
+    from saml_models.files import check_output, is_figure, is_json, write_json
     from saml_models.loading import load_for_speakers
     from saml_models.pruning import prune_curve
-    from saml_models.speakers import SpeakerProfile
+    from saml_models.speakers import SpeakerProfile, is_profile
     from saml_models.store import ProfileStore
-    from saml_models.terminal import check_file
 
-    check_file(out)
+    check_output(out, is_profile, overwrite)
+    if json_file is not None:
+        check_output(json_file, is_json("speaker", "max_loss", "curve"), overwrite)
+        figure = figure or json_file.with_suffix(".png")
+    if figure is not None:
+        check_output(figure, is_figure, overwrite)
     found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
     utterances = load_corpus(data)
     voices = by_speaker(utterances)
@@ -217,7 +230,6 @@ def prune(
     if json_file is not None:
         write_json(json_file, result)
         typer.echo(f"JSON: {json_file}")
-        figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         plot_pruning(result, figure)
         typer.echo(f"figure: {figure}")

@@ -35,7 +35,7 @@ from saml_models.storage import (
 )
 from saml_models.surgery import config_of, expert_parameters, routed_layers, routers_of
 
-__all__ = ["SpeakerProfile", "check_whole", "kept_experts"]
+__all__ = ["SpeakerProfile", "check_whole", "is_profile", "kept_experts"]
 
 FILE = "saml-speaker-profile"
 VERSION = 2
@@ -275,6 +275,15 @@ class SpeakerProfile:
         with kept_experts(model):
             self.apply(model)
             yield
+
+
+def is_profile(path: Path, hash: str | None = None) -> bool:
+    """Whether a file is a profile, undamaged, and the one with this hash where it is given."""
+    try:
+        found = SpeakerProfile.load(path)
+    except SAMLError:
+        return False
+    return hash is None or found.hash == hash
 
 
 def check_whole(model: nn.Module) -> None:

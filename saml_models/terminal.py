@@ -18,8 +18,8 @@ __all__ = [
     "Interrupted",
     "LearningRate",
     "Model",
+    "Overwrite",
     "Seed",
-    "check_file",
     "checkpoint_of",
     "device_named",
     "given",
@@ -48,6 +48,7 @@ Experts = Annotated[
     Path | None,
     typer.Option(help="Pretrained: a file, or `english` for base; default: those shipped."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything random.")]
 
 
@@ -56,14 +57,6 @@ def device_named(name: str | None) -> str:
     import torch
 
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_file(out: Path) -> None:
-    """Refuse a folder where a file is to be written."""
-    from saml_kernels.errors import SAMLError
-
-    if out.is_dir():
-        raise SAMLError(f"{out}: is a folder; expected the name of a file to write")
 
 
 def checkpoint_of(out: Path) -> Path:

@@ -25,6 +25,7 @@ from saml_models.greedy import can_decode, greedy
 from saml_models.limits import OwnLimits, token_limit
 from saml_models.prefetch import ahead
 from saml_models.segments import Segment
+from saml_models.targets import plain_tokens
 from saml_models.whisper_longform import (
     detect_language,
     generate_segments,
@@ -45,7 +46,6 @@ from saml_models.window import (
 
 __all__ = ["WhisperFamily"]
 
-MAX_SEQUENCE = 448  # positions of the decoder
 DETECTED = 5  # clips that say which language a speaker's are in
 TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
 
@@ -100,8 +100,8 @@ class WhisperFamily:
         if language is not None:
             named = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
             prompt = [prompt[0], *tokenizer.convert_tokens_to_ids(named)]
-        words = tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
-        return [*prompt, *words, tokenizer.eos_token_id][:MAX_SEQUENCE], len(prompt)
+        words = plain_tokens(tokenizer, " " + text.strip())
+        return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
 
     def outputs(
         self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor

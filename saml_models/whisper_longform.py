@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -157,33 +158,59 @@ def generate_segments(
 def read_segments(
     found: list[dict[str, Any]], tokenizer: Any, seconds: float, language: str
 ) -> tuple[str, list[Segment]]:
-    """The whole text, and segments within the recording; what was heard in padding is dropped."""
+    """The whole text, and segments within the recording; what was heard in padding is dropped.
+
+    Times never go back. Where words are timed by attention, a segment's own start is another
+    clock's and may lie before the last word; and a window's words may be aligned to speech that the
+    next window hears again, from where they are cut off.
+    """
     segments: list[Segment] = []
     texts = []
-    for part in found:
+    for part, limit in zip(found, _limits(found, seconds), strict=True):
         tokens = part["tokens"].tolist()
         # Text tokens come before <|endoftext|> in Whisper's vocabularies, all others after it.
         text = tokenizer.decode([t for t in tokens if t < tokenizer.eos_token_id])
         start, end = (min(round(float(part[key]), 3), seconds) for key in ("start", "end"))
         if not text.strip() or start >= seconds:
             continue
+        earliest = segments[-1].end if segments else 0.0
         words = None
         if "token_timestamps" in part:
-            times = [min(float(t), seconds) for t in part["token_timestamps"]]
-            words = _words(tokens, times, start, tokenizer, language)
+            times = [min(float(t), limit) for t in part["token_timestamps"]]
+            words = _spread(_words(tokens, times, start, earliest, tokenizer, language))
             start, end = words[0].start, words[-1].end
+        start = max(start, earliest)
         segments.append(Segment(len(segments), start, max(start, end), text.strip(), words))
         texts.append(text)
     return "".join(texts).strip(), segments
 
 
+def _limits(found: list[dict[str, Any]], seconds: float) -> list[float]:
+    """When each segment's words end at the latest: where a later window begins to hear."""
+    limits, limit = [], seconds
+    for part in reversed(found):
+        limits.append(limit)
+        if "token_timestamps" in part:
+            limit = min([limit, *map(float, part["token_timestamps"][:1])])
+    return limits[::-1]
+
+
 def _words(
-    tokens: list[int], ends: list[float], start: float, tokenizer: Any, language: str
+    tokens: list[int],
+    ends: list[float],
+    start: float,
+    earliest: float,
+    tokenizer: Any,
+    language: str,
 ) -> list[Word]:
-    """Group a segment's text tokens into words; `ends` says when each token ends."""
+    """Group a segment's text tokens into words.
+
+    `ends` says when each token ends; the first word begins at `start`, unless it ends before it,
+    and not before `earliest`.
+    """
     words: list[Word] = []
     pending: list[int] = []
-    begin = start
+    begin = max(start, earliest)
     for token, end in zip(tokens, ends, strict=False):
         if token >= tokenizer.eos_token_id:
             continue
@@ -192,6 +219,8 @@ def _words(
         if "\ufffd" in piece:  # a character whose bytes are spread over several tokens
             continue
         pending = []
+        if not words and end <= start:
+            begin = max(earliest, min(ends[0], start))
         end = max(round(end, 3), begin)
         mark = all(unicodedata.category(c)[0] == "P" for c in piece)
         if words and mark:
@@ -201,4 +230,24 @@ def _words(
         else:
             words.append(Word(begin, end, piece))
         begin = end
-    return words or [Word(start, start, tokenizer.decode(pending))]
+    return words or [Word(begin, begin, tokenizer.decode(pending))]
+
+
+def _spread(words: list[Word]) -> list[Word]:
+    """Words that alignment gave no time share that of the word before them, or else after."""
+    timed = [i for i, word in enumerate(words) if word.end > word.start]
+    if not timed:
+        return words
+    spread: list[Word] = []
+    bounds = [0, *timed[1:], len(words)]
+    for i, (first, last) in enumerate(pairwise(bounds)):
+        start, end = words[timed[i]].start, words[timed[i]].end
+        edges = [
+            round(start + (end - start) * k / (last - first), 3) for k in range(last - first + 1)
+        ]
+        edges[0], edges[-1] = start, end
+        spread += [
+            Word(a, b, word.word)
+            for (a, b), word in zip(pairwise(edges), words[first:last], strict=True)
+        ]
+    return spread

@@ -330,3 +330,140 @@ def test_bench_refuses():
     assert_refused(saml("bench", "--work", "P7"), "--work P7", "P1, P2")
     assert_refused(saml("bench", "--cpu-level", "MMX"), "--cpu-level MMX", "AVX2")
     assert_refused(saml("bench", "--tune", "--device", "cpu"), "bench --tune")
+
+
+def test_transcripts_are_never_replaced_unasked(tmp_path, monkeypatch, clips):
+    own = tmp_path / "clip.wav"
+    soundfile.write(own, clips[0].load(), 16000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_model", None)  # refused before anything is loaded
+    monkeypatch.setattr(loading, "load_for_speakers", None)
+    for kind in ("txt", "srt", "vtt", "json", "tsv"):
+        text = tmp_path / f"clip.{kind}"
+        text.write_text("corrected by hand")
+        for asked in (("--output_format", kind), ("--output_dir", "."), ("--output_format", "all")):
+            assert_refused(saml("transcribe", own, *asked), f"clip.{kind}", "--overwrite")
+        assert text.read_text() == "corrected by hand"
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["clip.wav", text.name])
+        text.unlink()
+
+
+def test_overwrite_replaces_a_transcript(tmp_path, clips):
+    own, text = tmp_path / "clip.wav", tmp_path / "clip.txt"
+    soundfile.write(own, clips[0].load(), 16000)
+    text.write_text("old")
+    where = ("--output_format", "txt", "--output_dir", tmp_path)
+    result = saml("transcribe", own, *where, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert text.read_text().strip() == result.stdout.strip() != "old"
+    assert_refused(saml("transcribe", own, *where), text)  # it may have been corrected since
+
+
+def test_other_commands_replace_only_what_they_wrote(tmp_path, manifest, profile, monkeypatch):
+    for name in ("load_model", "load_adaptable", "load_for_speakers"):
+        monkeypatch.setattr(loading, name, None)
+    diary = tmp_path / "diary"
+    diary.write_text("dear diary")
+    for command in (
+        ("adapt", "--data", manifest, "--out", diary),
+        ("pretrain", "--data", manifest, "--out", diary),
+        ("evaluate", "--data", manifest, "--json", diary),
+        ("evaluate", "--data", manifest, "--figure", diary),
+        ("quantize", diary),
+        ("train-base", "--data", manifest, "--out", diary),
+        ("speakers", "export", profile, diary),
+        ("speakers", "prune", profile, "--data", manifest, "--out", diary),
+        ("bench", "--json", diary),
+    ):
+        assert_refused(saml(*command), diary, "is there already")
+    picture = tmp_path / "wer.png"
+    picture.write_bytes(b"\x89PNG a holiday")
+    refused = saml("evaluate", "--data", manifest, "--json", tmp_path / "wer.json")
+    assert_refused(refused, picture)
+    folder = tmp_path / "adapters"
+    (folder / "expert-0").mkdir(parents=True)
+    (folder / "expert-0" / "adapter_config.json").write_text("{}")
+    assert_refused(saml("speakers", "export", profile, folder, "--peft"), "expert-0")
+    assert_refused(saml("adapt", "--data", manifest, "--out", diary / "a"), "is a file")
+    assert diary.read_text() == "dear diary" and picture.read_bytes() == b"\x89PNG a holiday"
+    copy = tmp_path / "copy.safetensors"
+    for _ in range(2):  # a profile of ours may be written again
+        assert saml("speakers", "export", profile, copy).exit_code == 0
+    assert saml("speakers", "export", profile, diary, "--overwrite").exit_code == 0
+    assert diary.read_bytes() == copy.read_bytes()
+
+
+def test_import_does_not_replace_another_profile_of_that_name(tmp_path, profile):
+    at = ("--store", tmp_path / "store")
+    assert saml("speakers", "import", profile, "--name", "ann", *at).exit_code == 0
+    assert saml("speakers", "import", profile, "--name", "ann", *at).exit_code == 0
+    found = SpeakerProfile.load(profile)
+    other = tmp_path / "other.safetensors"
+    tensors = {name: value + 1 for name, value in found.tensors.items()}
+    replace(found, tensors=tensors).save(other)
+    assert_refused(saml("speakers", "import", other, "--name", "ann", *at), "ann", "--overwrite")
+    assert SpeakerProfile.load(tmp_path / "store" / "ann.safetensors").hash == found.hash
+    assert saml("speakers", "import", other, "--name", "ann", *at, "--overwrite").exit_code == 0
+
+
+def test_a_folder_is_heard_whole_and_what_is_left_out_is_named(tmp_path, clips):
+    for kind, more in (("wav", {}), ("aiff", {}), ("opus", {"format": "OGG", "subtype": "OPUS"})):
+        soundfile.write(tmp_path / f"{kind}.{kind}", clips[0].load(), 16000, **more)
+    (tmp_path / "notes.pdf").write_text("notes")
+    result = saml("transcribe", tmp_path)
+    assert result.exit_code == 0
+    assert [Path(line.split("\t")[0]).name for line in result.stdout.splitlines()] == [
+        "aiff.aiff", "opus.opus", "wav.wav",
+    ]  # fmt: skip
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"saml: {tmp_path}: left out: notes.pdf")
+
+
+def test_a_recording_that_is_cut_off_is_transcribed_and_said_once(tmp_path, clips):
+    soundfile.write(tmp_path / "whole.wav", clips[0].load(), 16000)
+    data = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(data[: len(data) * 7 // 10])
+    result = saml("transcribe", tmp_path / "cut.wav")
+    assert result.exit_code == 0 and result.stdout.strip()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"saml: {tmp_path / 'cut.wav'}: ") and "cut off" in line
+
+
+def test_one_speakers_bad_rows_do_not_stop_the_others(tmp_path, model, manifest):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
+    long = "one two three four " * 150
+    good = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = [{**good[0], "speaker": who, "id": who} for who in ("bob", "cid", "dan", "eve", "fay")]
+    rows[0]["text"] = 7
+    rows[1] |= {"start": 2.0, "end": 1.0}
+    rows[2]["audio"] = str(tmp_path / "missing.wav")
+    rows[3]["audio"] = str(tmp_path / "none.wav")
+    rows[4]["text"] = long
+    people = tmp_path / "people.jsonl"
+    lines = [json.dumps(row) for row in (rows[0], *good, *rows[1:])]
+    people.write_text("\n".join([*lines[:2], '{"audio": ', *lines[2:]]) + "\n")
+    store = tmp_path / "store"
+    command = ("adapt", "--manifest", people, "--model", model, "--store", store, "--epochs", 1)
+    result = saml(*command)
+    assert result.exit_code == 1, (result.output, result.exception)
+    report = {one["speaker"]: one for one in json.loads((store / "fleet.json").read_text())}
+    assert report.pop("ann")["status"] == "adapted"
+    assert [p.name for p in store.glob("*.safetensors")] == ["ann.safetensors"]
+    said = {
+        "bob": "people.jsonl:1: row has a bad 'text'",
+        "cid": "people.jsonl:5: end 1 s is not after start 2 s",
+        "dan": "missing.wav: no such file",
+        "eve": "none.wav: empty audio",
+        "fay": "fay: its text is 603 tokens long",
+        f"{people}:3": "bad JSON",
+    }
+    assert report.keys() == said.keys()
+    for speaker, reason in said.items():
+        assert report[speaker]["status"] == "failed" and reason in report[speaker]["reason"]
+        assert f"{speaker}: failed: {report[speaker]['reason']}\n" in result.stdout
+    assert "1 of 7 speakers" in result.stdout
+    # One speaker alone, and a test of many, stay strict.
+    assert_refused(saml("adapt", "--data", people, "--speaker", "ann"), "people.jsonl:1")
+    assert_refused(saml("evaluate", "--data", people), "people.jsonl:1")
+    (store / "fleet.json").write_text("[1, 2]")
+    assert_refused(saml(*command), "fleet.json", "--overwrite")

@@ -338,3 +338,63 @@ def test_paths_that_are_no_corpus(tmp_path: Path) -> None:
     _refused(tmp_path / "notes.txt", "not a corpus")
     (tmp_path / "none.jsonl").write_text("\n")
     _refused(tmp_path / "none.jsonl", "holds no utterance")
+
+
+BAD_ROWS = {
+    "a number as text": {"text": 5},
+    "a blank text": {"text": "  "},
+    "end before start": {"start": 2.0, "end": 1.0},
+    "an id twice": {"id": "bob-1"},
+    "a missing file": {"audio": "nowhere.wav"},
+    "no audio named": {"audio": None},
+    "times that are text": {"start": "soon"},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_one_speakers_bad_row_is_that_speakers_fault(tmp_path: Path, fault: str) -> None:
+    soundfile.write(tmp_path / "clip.wav", np.zeros(1600, np.float32), 16_000)
+    good = {"audio": "clip.wav", "text": "hello"}
+    rows = [{**good, "speaker": who, "id": f"{who}-{i}"} for who in ("ann", "bob") for i in (1, 2)]
+    rows[3] |= BAD_ROWS[fault]
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SAMLError) as strict:
+        load_corpus(path)
+    faults: dict[str, str] = {}
+    found = load_corpus(path, faults=faults)
+    assert [u.id for u in found] == ["ann-1", "ann-2"]
+    assert faults == {"bob": str(strict.value)}
+    assert "\n" not in faults["bob"] and ("people.jsonl:4" in faults["bob"] or "twice" in fault)
+
+
+def test_a_row_that_is_nobodys_is_named_by_its_line(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "clip.wav", np.zeros(1600, np.float32), 16_000)
+    path = tmp_path / "people.jsonl"
+    good = '{"audio": "clip.wav", "text": "hello", "speaker": "ann"}\n'
+    path.write_text(good + '{"audio": "clip.wav",\n[1]\n{"audio": "clip.wav", "text": "x"}\n')
+    faults: dict[str, str] = {}
+    assert [u.speaker for u in load_corpus(path, faults=faults)] == ["ann"]
+    assert list(faults) == [f"{path}:{n}" for n in (2, 3, 4)]
+    assert "bad JSON" in faults[f"{path}:2"] and "speaker" in faults[f"{path}:4"]
+
+
+def test_other_layouts_keep_faults_with_their_speaker_too(tmp_path: Path) -> None:
+    for who in ("ann", "bob"):
+        (tmp_path / who).mkdir()
+        soundfile.write(tmp_path / who / "clip.wav", np.zeros(1600, np.float32), 16_000)
+        (tmp_path / who / "clip.txt").write_text("hello")
+    (tmp_path / "bob" / "clip.txt").write_text(" ")
+    faults: dict[str, str] = {}
+    assert [u.speaker for u in load_corpus(tmp_path, faults=faults)] == ["ann"]
+    assert list(faults) == ["bob"] and "empty" in faults["bob"]
+    chapter = tmp_path / "LibriSpeech" / "set" / "7" / "1"
+    chapter.mkdir(parents=True)
+    (chapter / "7-1.trans.txt").write_text("7-1-0000 WORDS\n")
+    other = tmp_path / "LibriSpeech" / "set" / "8" / "1"
+    other.mkdir(parents=True)
+    (other / "8-1.trans.txt").write_text("8-1-0000 WORDS\n")
+    soundfile.write(other / "8-1-0000.flac", np.zeros(1600, np.float32), 16_000)
+    faults = {}
+    found = load_corpus(tmp_path / "LibriSpeech", faults=faults)
+    assert [u.speaker for u in found] == ["8"] and list(faults) == ["7"]

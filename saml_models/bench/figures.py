@@ -8,7 +8,7 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.bench.report import geometric
-from saml_models.files import atomic_path
+from saml_models.files import write_figure
 
 __all__ = ["plot_layers", "plot_wer"]
 
@@ -46,7 +46,7 @@ def plot_layers(data: dict[str, Any], path: Path) -> bool:
     _bars(right, data, colours)
     about = data["about"]
     figure.suptitle(f"{about['device']}, {about['date']}")
-    _save(figure, path)
+    write_figure(path, figure)
     return True
 
 
@@ -105,7 +105,7 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     axes.set(xscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
     _plain_numbers(axes.xaxis)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    write_figure(path, figure)
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -122,8 +122,3 @@ def _figure(width: float, height: float) -> Any:
             "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

@@ -18,7 +18,7 @@ from saml_models.bench.cases import WORKS, Case
 from saml_models.bench.contenders import Contender, Layer, contenders
 from saml_models.bench.environment import about
 from saml_models.bench.stage import Stage, Step
-from saml_models.files import write_json
+from saml_models.files import is_json, write_json
 
 __all__ = ["Results", "Setting", "chosen", "run_case", "run_cases", "takes_part"]
 
@@ -196,7 +196,7 @@ class Results:
                 "bandwidth_gb_s": round(roofs.bandwidth / 1e9, 1),
                 "rate_gflop_s": round(roofs.rate / 1e9, 1),
             }
-        if path is not None and path.is_file():
+        if path is not None and is_json("works")(path):
             self.data["works"] = json.loads(path.read_text())["works"]
         self.fresh: set[str] = set()
 

@@ -1,0 +1,97 @@
+"""Audio that libsndfile does not read, by PyAV where it is installed: M4A, MP4, WebM, AAC, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from saml_kernels.errors import SAMLError
+
+__all__ = ["INSTALL", "Media", "has_pyav"]
+
+INSTALL = "pip install 'saml-kernels[audio]'"
+
+# Without those that open other files or addresses, as playlists do, or that take text for pictures.
+_DEMUXERS = (
+    "aac,ac3,aiff,alac,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,mov,mp3,mpeg,mpegts,"
+    "ogg,tta,w64,wav,webm,wv"
+)
+_SCALES = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "flt": 1.0, "dbl": 1.0}
+
+
+def has_pyav() -> bool:
+    """Whether PyAV can be imported."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Media:
+    """A file that PyAV reads: its first audio track, decoded as it is iterated over.
+
+    Attributes:
+        claim: seconds that the container promises; None where it only estimates them.
+        tracks: of audio.
+        lost: seconds of packets that could not be decoded, so far.
+
+    Raises:
+        SAMLError: not a format with audio in it; the message is the reason alone.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        import av
+
+        self._av = av
+        try:
+            options = {"format_whitelist": _DEMUXERS}
+            self._container: Any = av.open(file, metadata_errors="ignore", options=options)
+        except (av.FFmpegError, ValueError) as error:
+            raise SAMLError(getattr(error, "strerror", None) or str(error)) from error
+        self.tracks = len(self._container.streams.audio)
+        self.lost = 0.0
+        if not self.tracks:
+            self._container.close()
+            raise SAMLError("there is no audio in it")
+        stream = self._container.streams.audio[0]
+        # A bare stream of frames says no length: FFmpeg guesses one from the bitrate.
+        guessed = self._container.format.flags & av.format.Flags.generic_index.value
+        self.claim: float | None = None
+        if not guessed and stream.duration:
+            self.claim = float(stream.duration * stream.time_base)
+        elif not guessed and self._container.duration and not self._container.streams.video:
+            self.claim = self._container.duration / av.time_base
+
+    def __iter__(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Samples a second, and the average of the channels [samples]; a damaged packet is left."""
+        with self._container:
+            for packet in self._packets():
+                try:
+                    frames = packet.decode()
+                except self._av.FFmpegError:
+                    self.lost += float((packet.duration or 0) * packet.time_base)
+                    continue
+                for frame in frames:
+                    yield frame.sample_rate, _mono(frame)
+
+    def _packets(self) -> Iterator[Any]:
+        try:
+            yield from self._container.demux(self._container.streams.audio[0])
+        except self._av.FFmpegError:  # the file ends, or makes no sense, from here on
+            return
+
+
+def _mono(frame: Any) -> npt.NDArray[np.float32]:
+    """FFmpeg's own mixing adds the channels up to 1.41 times their average."""
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    kind = frame.format.name.removesuffix("p")
+    scaled = values.astype(np.float32) / np.float32(_SCALES[kind])
+    if kind == "u8":
+        scaled -= 1
+    return scaled[0] if len(scaled) == 1 else scaled.mean(axis=0, dtype=np.float32)

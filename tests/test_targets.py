@@ -1,0 +1,112 @@
+"""What a transcript becomes: text is text, and one that is too long is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import small_whisper
+
+from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_models import adaptation
+from saml_models.adaptation import adapt, training_samples
+from saml_models.base_training import END, train_base, train_tokenizer
+from saml_models.corpora import Utterance, load_corpus
+from saml_models.families import family_of
+from saml_models.pretraining import pretrain
+from saml_models.surgery import apply_saml
+from saml_models.targets import check_target, plain_tokens
+
+TYPED = [
+    "hello <|endoftext|> there",
+    "<|startoftranscript|><|notimestamps|> hello",
+    "from <|0.00|> to <|30.00|>",
+    "<|endoftext|",
+    "a <|en<|endoftext|>|> b",
+    "plain words, as ever",
+]
+
+
+@pytest.fixture(scope="module")
+def utterance(speech_root: Path) -> Utterance:
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])
+    return min(found, key=lambda u: len(u.load()))
+
+
+def model() -> Any:
+    network = small_whisper(vocabulary=51864)
+    network.config.max_target_positions = 448
+    apply_saml(network, SAMLConfig(num_experts=2, rank=2))
+    return network
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_typed_control_tokens_are_text(tiny_en: Any, text: str) -> None:
+    tokenizer = tiny_en[1].tokenizer
+    ids, prompt = family_of(tiny_en[0]).token_ids(tiny_en[1], text)
+    assert ids[-1] == tokenizer.eos_token_id
+    words = ids[prompt:-1]
+    assert all(i < tokenizer.eos_token_id for i in words)
+    assert tokenizer.backend_tokenizer.decode(words, skip_special_tokens=False) == " " + text
+
+
+def test_text_without_control_tokens_has_the_tokens_it_had(tiny_en: Any) -> None:
+    tokenizer, text = tiny_en[1].tokenizer, " He said: 'a < b', then |stop|. Ünïcode, 日本語."
+    assert plain_tokens(tokenizer, text) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_conformers_control_tokens_too() -> None:
+    lines = ["the quick brown fox jumps over the lazy dog"] * 3
+    tokenizer = train_tokenizer(lines, 40)
+    typed = tokenizer(f"the {END} dog", add_special_tokens=False).input_ids
+    assert tokenizer.eos_token_id in typed
+    ids = plain_tokens(tokenizer, f"the {END} dog")
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_a_text_longer_than_the_decoder_is_refused(tiny_en: Any) -> None:
+    network = tiny_en[0]
+    check_target(network, "fits", [0] * 448)
+    with pytest.raises(SAMLError, match=r"^long: its text is 449 tokens long, .* takes 448"):
+        check_target(network, "long", [0] * 449)
+    ids, _ = family_of(network).token_ids(tiny_en[1], "word " * 500)
+    assert len(ids) == 503 and ids[-1] == tiny_en[1].tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("learn", [adapt, pretrain, training_samples])
+def test_training_names_the_clip_before_anything_is_heard(
+    tiny_en: Any, utterance: Utterance, learn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("heard before the texts were checked")
+
+    monkeypatch.setattr(adaptation, "decode_clips", never)
+    long = replace(utterance, id="clip-7", text="One two three four. " * 120)
+    with pytest.raises(SAMLError, match="clip-7: its text is 603 tokens long"):
+        learn(model(), tiny_en[1], [utterance, long])
+
+
+def test_a_bare_text_is_counted_as_it_is_learnt(
+    tiny_en: Any, utterance: Utterance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "ACKNOWLEDGEMENT THEREFORE " * 60
+    tokens = plain_tokens(tiny_en[1].tokenizer, " " + text.strip())
+    assert len(tokens) > 448
+    monkeypatch.setattr(adaptation, "decode_clips", lambda *a, **o: [""])
+    (sample,) = training_samples(model(), tiny_en[1], [replace(utterance, text=text)])
+    assert sample.text.lower() == text.lower().strip()
+
+
+def test_a_conformer_from_scratch_refuses_too(
+    speech_root: Path, utterance: Utterance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = " ".join(f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst")
+    texts = [words, "abc " * 1200]
+    found = [replace(utterance, id=f"clip-{i}", text=text) for i, text in enumerate(texts)]
+    from saml_models.base_training import Shape
+
+    with pytest.raises(SAMLError, match=r"clip-1: its text is \d+ tokens long"):
+        train_base(found, shape=replace(Shape(), vocabulary=60))
