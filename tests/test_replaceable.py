@@ -237,7 +237,7 @@ def test_a_layer_that_something_else_holds_too_is_left_alone() -> None:
     "layer", [nn.Linear(8, 8), nn.Embedding(8, 8), nn.Conv1d(8, 8, 1), nn.Conv2d(8, 8, 1)]
 )
 def test_a_bare_layer_is_refused(layer: nn.Module) -> None:
-    with pytest.raises(SAMLError, match="a single layer; use SAMLLinear.from_linear"):
+    with pytest.raises(SAMLError, match=r"a single layer; use SAMLLinear\.from_linear"):
         apply_saml(layer, EIGHT)
     assert all(p.requires_grad for p in layer.parameters())
 
@@ -312,7 +312,7 @@ def test_models_with_peft_adapters_are_refused() -> None:
 
 
 def test_parameters_without_a_shape_are_refused() -> None:
-    with pytest.raises(SAMLError, match="0.weight: has no shape yet"):
+    with pytest.raises(SAMLError, match=r"0\.weight: has no shape yet"):
         apply_saml(nn.Sequential(nn.LazyLinear(8)), EIGHT)
 
 
