@@ -27,12 +27,14 @@ def adjust_methods(model: nn.Module) -> None:
     Saving and resizing are refused in one line, ties between layers that were replaced are
     forgotten (the layers keep them), and a full-precision state dict is not half loaded.
     """
+    module: Any
     for module in model.modules():
         for name, why in _REFUSED.items():
             if hasattr(module, name):
                 setattr(module, name, partial(_refuse, name, why))
         if hasattr(module, "resize_token_embeddings"):
             module.resize_token_embeddings = partial(_resize, _embedding_of(module))
+        module._is_hf_initialized = True  # what `init_weights` leaves alone
         _forget_ties(module)
     model.register_load_state_dict_pre_hook(_refuse_full_precision)
 
