@@ -167,7 +167,7 @@ def test_pruning_and_reparametrising_a_weight_in_low_bits() -> None:
         lambda: prune.l1_unstructured(layer, "weight", 0.5),
         lambda: nn.utils.parametrizations.weight_norm(layer),
     ):
-        with pytest.raises((TypeError, ValueError, SAMLError), match="QuantizedTensor|parameter"):
+        with pytest.raises((TypeError, ValueError, SAMLError), match=r"QuantizedTensor|parameter"):
             act()
         assert torch.equal(logits(model), before)
     with torch.no_grad():
