@@ -38,10 +38,19 @@ class SAMLEmbedding(nn.Module):
         layer.compute = embedding.weight.new_empty(0)
         return layer
 
-    def forward(self, index: Tensor) -> Tensor:
-        """Token ids [...] int64 -> [..., d]."""
-        rows = self.weight.rows(index.reshape(-1), self.compute.dtype)
-        return rows.view(*index.shape, self.embedding_dim)
+    def forward(self, x: Tensor, *, attend: bool = False) -> Tensor:
+        """Token ids [...] int64 -> [..., d]; or x [..., d] -> logits [..., V], see `attend`.
+
+        Both ways lead through here, because here is where hooks that move weights wait.
+
+        Raises:
+            IndexError: an id outside 0..V - 1, on the CPU.
+        """
+        if attend:
+            return self.attend(x)
+        # Rows count from the end too; ids do not.
+        index = x.reshape(-1).masked_fill(x.reshape(-1) < 0, self.num_embeddings)
+        return self.weight.rows(index, self.compute.dtype).view(*x.shape, self.embedding_dim)
 
     def attend(self, x: Tensor) -> Tensor:
         """The tied output head: x [..., d] -> logits [..., V]."""
@@ -68,9 +77,14 @@ class TiedHead(nn.Module):
         # In a tuple, so that the table is not registered (and saved) twice.
         self._tied = (embedding,)
 
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The embedding's table [V, d]."""
+        return self._tied[0].weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., V]."""
-        logits = self._tied[0].attend(x)
+        logits = self._tied[0](x, attend=True)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
 
@@ -95,21 +109,25 @@ class _QuantizedConv(nn.Module):
         self.padding: Any = conv.padding
         self.dilation: Any = conv.dilation
         self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        # Of all sides, the last dimension first, as `F.pad` wants them.
+        self.sides: list[int] = conv._reversed_padding_repeated_twice
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, ...] -> [B, N, ...]."""
         dtype = autocast_dtype(x) or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = self.weight.dequantize(dtype)
-        return self.convolve(
-            x.to(dtype), weight, bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        x, padding = x.to(dtype), self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.sides, self.padding_mode), 0
+        return self.convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return (
             f"{tuple(self.weight.shape)}, stride={self.stride}, padding={self.padding}, "
-            f"format={self.weight.format}"
+            f"padding_mode={self.padding_mode}, format={self.weight.format}"
         )
 
 

@@ -136,6 +136,17 @@ class QuantizedTensor(nn.Module):
                 raise SAMLError(f"{name}.{part}: holds NaN or infinity; the file is damaged")
         return self
 
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], *rest: Any) -> Any:
+        """Refuse functions that are handed the weight itself: its layer is what computes.
+
+        PyTorch's own fused layers ask whether there is this method, and then call their layers.
+        """
+        name = getattr(func, "__name__", str(func))
+        raise SAMLError(
+            f"{name}: given a weight in low bits; call its layer, or give weight.dequantize()"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedTensor:
         # `.half()` and `.to(dtype)` concern what the model computes in: only the device follows.
         for name, buffer in self._buffers.items():

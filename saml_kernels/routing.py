@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ class Routing:
     clip: Tensor | None = None
     balance: list[Tensor] = field(default_factory=list)
     speakers: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, or a pickled one, is in the middle of no backward pass."""
+        clip = None if self.clip is None else self.clip.detach()
+        return {**vars(self), "clip": clip, "balance": []}
 
     def speakers_of(self, x: Tensor) -> Tensor:
         """Whose each row of x [rows, T, K] is, as [rows, 1]; beams of a clip lie side by side."""

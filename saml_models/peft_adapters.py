@@ -26,14 +26,29 @@ from saml_models.files import atomic_path
 from saml_models.speakers import SpeakerProfile
 from saml_models.storage import pack_experts, read_tensors, weight_hash, write_tensors
 from saml_models.surgery import config_of, routed_layers
+from saml_models.whisper import OPENAI_NAMES
 
 __all__ = ["adapter_config", "export_experts", "import_adapters"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# What changes the meaning of A and B; each must be absent or have no effect.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "alpha_pattern", "layer_replication")
+# Ways to start A and B that leave the base as it is. The others (pissa, olora, corda, lora_ga,
+# loftq) take B A out of the base first, and mean nothing beside the whole base.
+_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+# Options that leave the meaning of A and B as it is, once they are trained.
+_HARMLESS = frozenset(
+    (
+        "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode",
+        "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+        "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern",
+        "layers_to_transform", "init_lora_weights", "eva_config", "corda_config",
+        "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size",
+        "fan_in_fan_out",  # of layers that are stored transposed, as A and B never are
+        "ensure_weight_tying",  # of embeddings, which have no adapter here
+        "runtime_config",
+    )
+)  # fmt: skip
 
 
 def export_experts(
@@ -114,14 +129,16 @@ def import_adapters(
 
     Raises:
         SAMLError: an adapter that is missing, damaged, no LoRA, one with options that change what
-            it means, or one for other layers than the model's.
+            it means or the base that it was trained on, one for other layers than the model's, or
+            one that was made for another of OpenAI's models.
     """
     if not folders:
         raise SAMLError("import: no adapters; give at least one folder")
-    adapters = [_read(Path(folder)) for folder in folders]
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    adapters = [_read(Path(folder), name) for folder in folders]
     rank = max(a.shape[0] for adapter in adapters for a, _ in adapter.values())
     layers, convolutions = routed_layers(model), _convolutions(model)
-    names = {convolutions.get(name, name): name for name in layers}
+    names = {convolutions.get(path, path): path for path in layers}
     for folder, adapter in zip(folders, adapters, strict=True):
         for module, (a, b) in adapter.items():
             if module not in names:
@@ -133,16 +150,16 @@ def import_adapters(
                     f"{layer.out_features} x {layer.in_features}: made for another model"
                 )
     experts: dict[str, Tensor] = {}
-    for module, name in names.items():
-        layer = layers[name]
+    for module, path in names.items():
+        layer = layers[path]
         a = torch.zeros(len(adapters), rank, layer.in_features)
         b = torch.zeros(len(adapters), layer.out_features, rank)
         for e, adapter in enumerate(adapters):
             if module in adapter:
                 own_a, own_b = adapter[module]
                 a[e, : len(own_a)], b[e, :, : len(own_a)] = own_a, own_b
-        experts[f"{name}.lora_a"], experts[f"{name}.lora_b"] = a, b
-        experts[f"{name}.router.weight"] = torch.zeros(len(adapters), layer.in_features)
+        experts[f"{path}.lora_a"], experts[f"{path}.lora_b"] = a, b
+        experts[f"{path}.router.weight"] = torch.zeros(len(adapters), layer.in_features)
     ours = config_of(model)
     config = SAMLConfig(
         num_experts=len(adapters),
@@ -160,7 +177,7 @@ def import_adapters(
         config.to_dict(),
         {
             "speaker": speaker,
-            "model": str(getattr(model.config, "_name_or_path", "")),
+            "model": name,
             "method": f"{len(adapters)} PEFT LoRA adapters",
             "date": datetime.date.today().isoformat(),
             "short_windows": False,
@@ -177,23 +194,10 @@ def _convolutions(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _read(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A [r, K] and B [N, r] in float32 by module, the scale in B."""
-    path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-        if rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"r {rank}, lora_alpha {alpha}")
-        kind = settings.get("peft_type")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise SAMLError(f"{path}: not a PEFT adapter's configuration ({error})") from error
-    if kind != "LORA" or settings.get("bias", "none") != "none":
-        raise SAMLError(f"{path}: {kind} with bias={settings.get('bias')}; expected a plain LoRA")
-    for option in _UNSUPPORTED:
-        if settings.get(option):
-            raise SAMLError(f"{path}: uses {option}, which experts cannot express; merge it first")
-    scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else None
+def _read(folder: Path, base: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [r, K] and B [N, r] in float32 by module, the scale in B; `base` is the model's name."""
+    settings = _settings(folder / CONFIG)
+    _check_base(folder / CONFIG, settings, base)
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in read_tensors(folder / WEIGHTS)[0].items():
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
@@ -207,12 +211,63 @@ def _read(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for module, pair in found.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise SAMLError(f"{folder / WEIGHTS}: {module}: A and B do not fit each other")
-        if not len(pair["A"]):
-            raise SAMLError(f"{folder / WEIGHTS}: {module}: has no ranks")
-        own = alpha / len(pair["A"]) if scale is None else scale
-        adapters[module] = (pair["A"], pair["B"] * own)
+        rank, scale = _rank_and_scale(folder / CONFIG, settings, module)
+        if len(pair["A"]) != rank:
+            raise SAMLError(
+                f"{folder / WEIGHTS}: {module}: has rank {len(pair['A'])}; its configuration says "
+                f"{rank}"
+            )
+        adapters[module] = (pair["A"], pair["B"] * scale)
         if any(not torch.isfinite(t.half()).all() for t in adapters[module]):
             raise SAMLError(f"{folder / WEIGHTS}: {module}: is too large for float16")
     if not adapters:
         raise SAMLError(f"{folder / WEIGHTS}: holds no LoRA")
     return adapters
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The configuration, once nothing in it changes the meaning of A and B."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind, start = settings.get("peft_type"), settings.get("init_lora_weights", True)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise SAMLError(f"{path}: not a PEFT adapter's configuration ({error})") from error
+    bias = settings.pop("bias", "none")
+    if kind != "LORA" or bias != "none":
+        raise SAMLError(f"{path}: {kind} with bias={bias}; expected a plain LoRA")
+    if str(start).lower() not in _STARTS:
+        raise SAMLError(
+            f"{path}: init_lora_weights={start!r} changes the base; save it again with PEFT's "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
+    for option, value in settings.items():
+        if value and option not in _HARMLESS:
+            raise SAMLError(f"{path}: uses {option}, which experts cannot express; merge it first")
+    return settings
+
+
+def _rank_and_scale(path: Path, settings: dict[str, Any], module: str) -> tuple[int, float]:
+    """What PEFT gives this module: the first pattern that fits its name, else the default."""
+    try:
+        rank = int(_of_pattern(settings.get("rank_pattern"), module, settings["r"]))
+        alpha = float(_of_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"]))
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"{module}: r {rank}, lora_alpha {alpha}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise SAMLError(f"{path}: not a PEFT adapter's configuration ({error})") from error
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_base(path: Path, settings: dict[str, Any], name: str) -> None:
+    """Refuse an adapter of another of OpenAI's models; of other bases the names say nothing."""
+    made_for = settings.get("base_model_name_or_path")
+    theirs, ours = (OPENAI_NAMES.get(str(n), str(n)).lower() for n in (made_for, name))
+    if theirs != ours and {theirs, ours} <= {n.lower() for n in OPENAI_NAMES.values()}:
+        raise SAMLError(f"{path}: made for {made_for}; the model is {name}")

@@ -160,20 +160,40 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class _Found:
+    """What was found for these very tensors; a copy of the model finds it anew.
+
+    Its references are weak, so that old weights can be freed.
+    """
+
+    def __init__(self, tensors: list[Tensor], found: str) -> None:
+        self.state = [(t.data_ptr(), t._version) for t in tensors]
+        self.tensors = [weakref.ref(t) for t in tensors]
+        self.found = found
+
+    def is_of(self, tensors: list[Tensor]) -> bool:
+        """Whether none was replaced or written to since."""
+        alive = [reference() for reference in self.tensors]
+        return self.state == [(t.data_ptr(), t._version) for t in tensors] and all(
+            a is t for a, t in zip(alive, tensors, strict=True)
+        )
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 def _remembered(
     model: nn.Module, name: str, tensors: list[Tensor], compute: Callable[[], str]
 ) -> str:
-    """What `compute` found for these very tensors, unless one was replaced or written to since."""
+    """What `compute` found for these tensors, unless they have changed since."""
     if any(t.is_inference() for t in tensors):
         return compute()  # nobody counts what is written to those
-    state = [(t.data_ptr(), t._version) for t in tensors]
-    before, references, found = getattr(model, name, (None, [], ""))
-    alive = [reference() for reference in references]
-    if before == state and all(a is t for a, t in zip(alive, tensors, strict=True)):
-        return found
+    before = getattr(model, name, None)
+    if isinstance(before, _Found) and before.is_of(tensors):
+        return before.found
     found = compute()
-    # A plain attribute: no part of the module's state. Weak, so that old weights can be freed.
-    object.__setattr__(model, name, (state, [weakref.ref(t) for t in tensors], found))
+    # A plain attribute: no part of the module's state.
+    object.__setattr__(model, name, _Found(tensors, found))
     return found
 
 

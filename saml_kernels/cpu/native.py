@@ -242,6 +242,9 @@ class Layer:
 def _describe(weight: QuantizedTensor) -> _Weight:
     """Addresses for C, after checking that what lies there is as long as C will believe."""
     nested, offset = weight.nested_absmax, weight.offset
+    parts = (weight.codes, weight.absmax, nested, offset)
+    if not all(t is None or (t.is_cpu and t.is_contiguous()) for t in parts):
+        raise SAMLError(f"weight: on {weight.device}; expected contiguous buffers on the CPU")
     size = weight.shape[0] * weight.shape[1]
     blocks = -(-size // weight.block_size)
     packed = size if weight.format == "int8" else (size + 1) // 2
