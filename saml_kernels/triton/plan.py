@@ -308,11 +308,16 @@ class _Decode:
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
             BLOCK_E=gating["BLOCK_E"],
         )  # fmt: skip
+        block_r = min(64, max(16, _power_of_2(f.columns)))
+        warps = config.warps
+        if block_m >= 64 and block_r == 64:
+            warps = 8  # with fewer the tiles do not fit the registers
+        elif f.speakers and block_m < 64:
+            warps = 2
         self.finish = Launcher(
-            "finish", (_tiles(f.n, block_o), _tiles(f.m, block_m)),
-            2 if f.speakers and block_m < 64 else config.warps, 1,
+            "finish", (_tiles(f.n, block_o), _tiles(f.m, block_m)), warps, 1,
             **common, **gating, EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m, BLOCK_O=block_o,
-            BLOCK_R=min(64, max(16, _power_of_2(f.columns))),
+            BLOCK_R=block_r,
         )  # fmt: skip
 
     def __call__(
