@@ -4,7 +4,8 @@
 
 No GPU: launches are replaced by nothing, and tensors are real but so small (x [4, 64], N = K = 64,
 4 experts of rank 4) that arithmetic costs nothing. The bar is `torch.nn.functional.linear` and its
-backward on the same tensors, timed in turn with each case. Below it, the operations that a GPU
+backward on tensors of the same sizes (`torch.nn.Linear` for a whole layer), timed in turn with each
+case. Below it, the operations that a GPU
 would be given, kernels and PyTorch's own, for any number of rows.
 """
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saml_kernels import quantize, saml_linear, saml_linear_routed
+from saml_kernels import SAMLConfig, SAMLLinear, quantize, registry, saml_linear, saml_linear_routed
 from saml_kernels.timing import Timing
 from saml_kernels.triton import dispatch
 from saml_kernels.triton.prebuilt import Driver, started
@@ -55,7 +56,16 @@ class Layer:
 def layer(
     gating: str, speakers: bool, rows: int = ROWS, dtype: torch.dtype = torch.float32
 ) -> Layer:
-    """One layer; `gating` is "router" (a token router) or "gates" (given ones)."""
+    """One layer; `gating` is "router" (a token router), "gates" (given ones) or "layer".
+
+    The last is a `SAMLLinear`, with a token router of its own.
+    """
+    if gating == "layer":
+        config = SAMLConfig(num_experts=EXPERTS, rank=RANK)
+        whole = SAMLLinear.from_linear(torch.nn.Linear(WIDTH, WIDTH), config)
+        x = torch.randn(1, rows, WIDTH, dtype=dtype).requires_grad_()
+        leaves = (x, *(p for p in whole.parameters() if p.requires_grad))
+        return Layer(x, leaves, partial(whole, x), lambda: None)
     lead = (SPEAKERS,) if speakers else ()
     weight = quantize(torch.randn(WIDTH, WIDTH))
 
@@ -120,13 +130,14 @@ def samples(
 
 def host(rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each case: medians, and the ratio to the bar."""
-    bar_x = torch.randn(1, ROWS, WIDTH).requires_grad_()
-    bar_w, bar_b = torch.randn(WIDTH, WIDTH).requires_grad_(), torch.randn(WIDTH).requires_grad_()
+    x, dense = torch.randn(1, ROWS, WIDTH).requires_grad_(), torch.nn.Linear(WIDTH, WIDTH)
     dy = torch.randn(1, ROWS, WIDTH)
-    linear = partial(F.linear, bar_x, bar_w, bar_b)
     for path, bind in PATHS.items():
-        for gating in ("router", "gates"):
-            for many in (False, True):
+        for gating in ("layer", "router", "gates"):
+            linear = partial(dense, x)
+            if gating != "layer":
+                linear = partial(F.linear, x, dense.weight, dense.bias)
+            for many in (False,) if gating == "layer" else (False, True):
                 for autocast in (False, True):
                     with (
                         dispatch.starting_with(bind),
@@ -196,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     o = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    registry.PREFERRED["cpu"] = "triton"  # these tensors stand for those of a GPU
     print(f"{'path':9} {'gating':7} {'speakers':>8} {'autocast':>8} "
           f"{'forward us':>10} {'of linear':>9} {'+ backward':>10} {'of linear':>9}")  # fmt: skip
     rows = []

@@ -42,7 +42,8 @@ def run(
     if eager:
         ready = weight.prepared
         if ready is not None and backend in (None, "triton") and x.device == ready.device:
-            if ready.holds(lora_a, lora_b, gates, bias, scaling, gating):
+            same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
+            if same and ready.serves(x, gates, bias):
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
         elif backend in (None, "cpu") and speakers is None and not torch.is_grad_enabled():
             given, router = (gates, None) if gating is None else (None, gates)
@@ -58,7 +59,7 @@ def run(
     eager = eager and all(map(_plain, tensors))
     if name == "triton" and eager and x.numel():
         ready = Prepared(weight, lora_a, lora_b, gates, bias, scaling, gating)
-        if ready.reads_as_they_lie(x):
+        if ready.serves(x, gates, bias):
             weight.prepared = ready
             return ready(x, lora_a, lora_b, gates, bias, speakers)
     lora_a, lora_b = (

@@ -24,6 +24,7 @@ from saml_kernels.triton.signature import ALIGNMENT
 __all__ = ["Prepared"]
 
 MOST_SHAPES = 256  # inputs that a layer remembers
+READABLE = (*DTYPES, torch.int8)
 Experts = Tensor | QuantizedTensor
 
 
@@ -51,6 +52,8 @@ class Prepared:
         self.parts = weight_parts(weight)
         self.none = 0 in lora_a.shape[-3:-1]
         self.tensors = self._tensors(lora_a, lora_b, gates, bias)
+        self.eight_bit = isinstance(lora_a, QuantizedTensor)
+        self.readable = all(t is None or t.dtype in READABLE for t in self.tensors[4:])
         self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
         self.changes = configs.changes
         self.calls: dict[Any, _Kind] = {}
@@ -98,14 +101,9 @@ class Prepared:
                 return False
         return True
 
-    def reads_as_they_lie(self, x: Tensor) -> bool:
-        """Whether the kernels can be given these tensors."""
-        learning = torch.is_grad_enabled() and x.requires_grad
-        allowed = (*DTYPES, torch.int8)
-        experts = self.tensors[4:]
-        eight_bit = any(t is not None and t.dtype == torch.int8 for t in experts)
-        whole = all(t is None or t.dtype in allowed for t in experts)
-        return whole and not (eight_bit and learning)
+    def serves(self, *inputs: Tensor | None) -> bool:
+        """Whether the kernels can be given these tensors; `inputs` are those that vary."""
+        return self.readable and not (self.eight_bit and _learning(*inputs))
 
     def __call__(
         self,
@@ -121,13 +119,8 @@ class Prepared:
         Raises:
             SAMLError: x, given gates or the speaker index do not fit.
         """
-        learning = torch.is_grad_enabled() and (
-            x.requires_grad
-            or gates.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (isinstance(lora_a, Tensor) and lora_a.requires_grad)
-            or (isinstance(lora_b, Tensor) and lora_b.requires_grad)
-        )
+        experts = () if self.eight_bit else (lora_a, lora_b)
+        learning = _learning(x, gates, bias, *experts)  # type: ignore[arg-type]
         dtype = autocast_dtype(x) or x.dtype
         key = [x.shape, x.dtype, dtype, learning, x.data_ptr() % ALIGNMENT]
         if dtype == torch.float32:
@@ -152,6 +145,12 @@ class Prepared:
         if self.bias is None or self.bias[0] != version or self.bias[1].dtype != dtype:
             self.bias = (version, bias.detach().to(dtype))
         return self.bias[1]
+
+
+def _learning(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Kind:
@@ -210,7 +209,10 @@ class _Kind:
         if speakers is not None:
             if self.spread_speakers:
                 speakers = speakers.expand(self.lead)
-            speakers = speakers.to(torch.int32).contiguous()
+            if speakers.dtype != torch.int32:
+                speakers = speakers.to(torch.int32)
+            if not speakers.is_contiguous():
+                speakers = speakers.contiguous()
         return x, gates, speakers
 
     def forward(

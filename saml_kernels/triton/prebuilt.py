@@ -60,27 +60,34 @@ class Driver:
         shared: int,
         kinds: list[str],
     ) -> Callable[..., None]:
-        """Starts a function on a stream: called with (stream, *values) of `kinds`, in its order.
+        """Starts a function with parameters of `kinds`, in its order.
 
-        Kinds are "pointer", "fp32", "i32" and "i64"; a pointer's value is its address.
+        Kinds are "pointer", "fp32", "i32" and "i64". What is returned is called with a stream,
+        then addresses and other values, each in the function's order; addresses that are missing
+        at the end are zero.
         """
-        layout, offsets = "", []
-        for kind in kinds:
-            size = struct.calcsize(_LETTERS[kind])
-            layout += f"{-struct.calcsize('=' + layout) % size}x"
-            offsets.append(struct.calcsize("=" + layout))
-            layout += _LETTERS[kind]
-        packed = struct.Struct("=" + layout)
+        # In memory pointers come first, so that everything is aligned.
+        order = sorted(range(len(kinds)), key=lambda i: kinds[i] != "pointer")
+        wide = [i for i in order if kinds[i] == "pointer"]
+        layout, offsets = "=", {}
+        for i in order:
+            letter = _LETTERS[kinds[i]]
+            layout += f"{-struct.calcsize(layout) % struct.calcsize(letter)}x"
+            offsets[i] = struct.calcsize(layout)
+            layout += letter
+        packed = struct.Struct(layout)
         room = ctypes.create_string_buffer(max(1, packed.size))
         first = ctypes.addressof(room)
-        places = (ctypes.c_void_p * len(kinds))(*(first + at for at in offsets))
+        places = (ctypes.c_void_p * len(kinds))(*(first + offsets[i] for i in range(len(kinds))))
         sizes = (*grid, 1, 1)[:3]
         fixed = (function, *map(ctypes.c_uint, (*sizes, threads, 1, 1, shared)))
         check, lock = self._check, Lock()  # the driver copies the parameters before it returns
+        pack, count = packed.pack_into, len(wide)
 
-        def start(stream: int, *values: Any) -> None:
+        def start(stream: int, addresses: list[int], values: tuple[Any, ...]) -> None:
+            nothing = (0,) * (count - len(addresses))
             with lock:
-                packed.pack_into(room, 0, *values)
+                pack(room, 0, *addresses, *nothing, *values)
                 check("cuLaunchKernel", *fixed, ctypes.c_void_p(stream), places, None)
 
         return start
@@ -121,14 +128,12 @@ def started(
         raise ValueError("takes other arguments")
     start = driver.starter(function, launch.grid, threads, shared, kinds)
     tensors = [i for i, kind in given if kind.startswith("*")]
-    pick = itemgetter(*(i for i, _ in given))
-    nothing, stream_of = (0,) * added, driver.stream_of
+    others = itemgetter(*(i for i, kind in given if not kind.startswith("*")))
+    stream_of = driver.stream_of
 
     def call(*arguments: Any) -> None:
-        values = list(arguments)
-        for i in tensors:
-            values[i] = values[i].data_ptr()
-        start(stream_of(device), *pick(values), *nothing)
+        addresses = [arguments[i].data_ptr() for i in tensors]
+        start(stream_of(device), addresses, others(arguments))
 
     return call
 
