@@ -40,6 +40,7 @@ FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: large
 MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
 SHARE_TOKENS = 1024  # a share of the reduction over tokens, in dA and dB
 GRADIENT_TILE = 64
+A_KIND = 6  # where `Facts.kinds` has lora_a, after the parts of the weight
 CUBLAS_COLUMNS = 8  # widened operands are padded to this: else cuBLAS leaves its aligned kernels
 
 Strides = tuple[int, int, int, int]  # of speaker, expert, direction within the expert, feature
@@ -99,6 +100,12 @@ class Facts(NamedTuple):
     def exact(self) -> bool:
         """Whether products are those of float32."""
         return self.dtype == torch.float32
+
+    @property
+    def float32_experts(self) -> bool:
+        """Whether half-precision tokens meet experts in float32."""
+        kind = self.kinds[A_KIND]
+        return not self.exact and kind is not None and kind[0] == torch.float32
 
     def config(self, direction: str) -> Config:
         """Route and tiles of "forward" or "backward"."""
@@ -302,8 +309,12 @@ class _Decode:
         gating = f.gating_constants()
         common = {"ROUTER": routed, "SPEAKERS": f.speakers > 0, "PRECISION": f.precision}
         tiles = _tiles(self.all_columns, block_r) + _tiles(f.n, block_o)
+        # Tiles of experts are as wide as they lie until they are multiplied.
+        large = block_r == 64 and (f.float32_experts or f.speakers > 0)
+        stages = min(config.stages, 3) if block_r == 64 and f.float32_experts else config.stages
+        warps = 8 if block_m >= 64 and large else config.warps
         self.partial = Launcher(
-            "partial", (tiles, self.split, _tiles(f.m, block_m)), config.warps, config.stages,
+            "partial", (tiles, self.split, _tiles(f.m, block_m)), warps, stages,
             **_decoding(f, block_d, config.scale == "after"), **common, EBLOCK=f.a_block,
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
             BLOCK_E=gating["BLOCK_E"],
@@ -312,7 +323,7 @@ class _Decode:
         warps = config.warps
         if block_m >= 64 and block_r == 64:
             warps = 8  # with fewer the tiles do not fit the registers
-        elif f.speakers and block_m < 64:
+        elif f.speakers and (block_m == 16 or (block_m == 32 and block_r < 64)):
             warps = 2
         self.finish = Launcher(
             "finish", (_tiles(f.n, block_o), _tiles(f.m, block_m)), warps, 1,
