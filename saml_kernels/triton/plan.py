@@ -531,9 +531,10 @@ class BackwardPlan:
         if need_x or need_a or self.through:
             together, block_m, block_r, block_d = _narrow_tiles(f, True)
             tail = (f.experts if routed else 0) + pad
+            # Gates and their gradients lie in registers beside the tile.
+            large = block_m == 64 or (block_r >= 64 and f.float32_experts)
             self.narrow = Launcher(
-                # Gates and their gradients lie in registers beside the tile.
-                "project_backward", (_tiles(f.m, block_m),), 8 if block_m == 64 else 4,
+                "project_backward", (_tiles(f.m, block_m),), 8 if large else 4,
                 2 if block_r > 64 else 3,
                 ROUTER=routed, THROUGH=self.through, DGATES=need_gates and not routed,
                 COPY=widened, TAIL=tail, SPEAKERS=f.speakers > 0, PRECISION=f.precision,
