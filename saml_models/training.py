@@ -162,12 +162,13 @@ def fit(
         options: see `TrainingOptions`.
         checkpoint: a file to save progress to and resume from. It stays when training ends, so
             that nothing is lost before the result is saved: then `forget(checkpoint)`.
-        on_step: called with (steps done, steps in all, loss) after each.
+        on_step: called with (steps done, steps in all, loss) after each; on a GPU losses are read
+            several at a time, and the loss is the last that was.
         teacher: the full-precision model, where `options.distil` asks for one.
 
     Raises:
         SAMLError: nothing to train on, no teacher to distil, a checkpoint of another run, or a
-            loss that is not finite.
+            loss that is not finite: that step and those after it change no weight.
     """
     if not samples:
         raise SAMLError("training: no clips; give at least one utterance with its text")
@@ -211,7 +212,7 @@ def fit(
     state = _State(checkpoint, changing, objective.start, optimiser, average, run)
     done = state.resume()
     make = BatchMaker(family, processor, samples, options, FEW_SHAPES if graphed else None)
-    losses = _Losses(done, device)
+    losses, stopped = _Losses(done, device), torch.zeros((), device=device)
     started = time.monotonic()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
 
@@ -230,11 +231,10 @@ def fit(
                 else:
                     loss = learn(batch.to(accelerator.device), flat=i * ranks < len(flat))
                 norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
-                if (
-                    accelerator.scaler is None
-                ):  # which has its own way with gradients beyond float16
+                if accelerator.scaler is None:  # float16's has a way of its own
                     loss = torch.where(norm.isfinite(), loss, norm)
-                    optimiser.found_inf = 1 - loss.isfinite().float()  # type: ignore[attr-defined]
+                    stopped = torch.maximum(stopped, 1 - loss.isfinite().float())
+                    optimiser.found_inf = stopped  # type: ignore[attr-defined]
                 prepared.step()
                 losses.add(loss)
                 _update_average(average, changing, i, steps, options)

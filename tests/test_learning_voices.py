@@ -304,3 +304,14 @@ def test_a_worker_killed_half_way_is_replaced(manifest, tmp_path):
     killed, outcomes = json.loads(done.stdout.splitlines()[-1])
     assert killed
     assert outcomes[:3] == [["1688", "adapted"], ["eve", "failed"], ["1998", "adapted"]]
+
+
+def test_an_embedding_asks_nothing_behind_the_first_layer(experts, utterances):
+    model, processor = experts
+    hook = model.model.encoder.layers[1].register_forward_hook(lambda *_: pytest.fail("asked"))
+    try:
+        found = embed(model, processor, [utterances["1688"][0].load()])
+    finally:
+        hook.remove()
+    assert found.shape == (2, model.config.d_model) and found.isfinite().all()
+    assert model.config.max_source_positions == 1500
