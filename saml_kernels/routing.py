@@ -52,13 +52,14 @@ class Routing:
 
     @contextmanager
     def narrowed(self, clips: slice) -> Iterator[None]:
-        """Within the block these clips are the batch, as far as their speakers go."""
-        everyone = self.speakers
+        """Within the block these clips are the batch, with their speakers and vectors."""
+        speakers, vectors = self.speakers, self.clip
         try:
-            self.speakers = None if everyone is None else everyone[clips]
+            self.speakers = None if speakers is None else speakers[clips]
+            self.clip = None if vectors is None else vectors[clips]
             yield
         finally:
-            self.speakers = everyone
+            self.speakers, self.clip = speakers, vectors
 
     def keep(self, clips: Tensor) -> None:
         """Go on with these clips [n] of the batch, int64, in a decoder that drops the others."""

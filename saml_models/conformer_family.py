@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers import CanaryConfig, CanaryProcessor, StoppingCriteriaList
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 
 from saml_kernels.errors import SAMLError
+from saml_kernels.routing import Routing
 from saml_models.audio import SAMPLE_RATE
 from saml_models.conformer import Conformer
 from saml_models.families import Clip, Outputs, additive_mask, causal_mask
 from saml_models.joint import best_of, ctc_greedy
 from saml_models.limits import OwnLimits
+from saml_models.loops import is_loop, once, said_again
 from saml_models.segments import Segment
 from saml_models.targets import plain_tokens
 
@@ -125,7 +128,10 @@ class ConformerFamily:
         beam_size: int,
         language: str | None,
     ) -> list[str]:
-        """The best of the decoder's texts and, where there is a CTC head, of its own."""
+        """The best of the decoder's texts and, where there is a CTC head, of its own.
+
+        A CTC head cannot run into a loop: its text, and the loop said once, stand in for it.
+        """
         prepared = [self.prepare(processor, clip) for clip in clips]
         features, mask = self.collate(processor, prepared, None)
         features, mask = features.to(model.device, model.dtype), mask.to(model.device)
@@ -136,19 +142,22 @@ class ConformerFamily:
         try:
             encoded = model.get_encoder()(features, attention_mask=mask)
             frames = encoded.attention_mask.sum(-1)
+            limits = (frames + 1).tolist()
             tokens = model.generate(
                 encoder_outputs=copy(encoded),  # it repeats them for its beams, in place
                 decoder_input_ids=torch.tensor([prompt] * len(clips), device=model.device),
                 num_beams=beam_size,
                 num_return_sequences=beam_size,
                 max_new_tokens=int(frames.max()) + 1,
-                stopping_criteria=StoppingCriteriaList([OwnLimits((frames + 1).tolist())]),
+                stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
             )
             special = {model.config.pad_token_id, model.config.eos_token_id}
             texts = [
                 [t for t in row if t not in special] for row in tokens[:, len(prompt) :].tolist()
             ]
-            candidates = [texts[i : i + beam_size] for i in range(0, len(texts), beam_size)]
+            looped = [is_loop(text, limits[i // beam_size]) for i, text in enumerate(texts)]
+            whole = [once(t) if loop else t for t, loop in zip(texts, looped, strict=True)]
+            candidates = [whole[i : i + beam_size] for i in range(0, len(whole), beam_size)]
             if hasattr(model, "ctc_head"):
                 ctc = model.ctc_head(encoded.last_hidden_state).float().log_softmax(-1)
                 for row, alone in enumerate(ctc_greedy(ctc, frames, model.config.pad_token_id)):
@@ -156,6 +165,17 @@ class ConformerFamily:
                 chosen = best_of(candidates, model, encoded, ctc, frames, prompt)
             else:
                 chosen = [row[0] for row in candidates]
+                for i in range(len(chosen)):
+                    if looped[i * beam_size]:
+                        generate = partial(
+                            model.generate,
+                            encoder_outputs=_row(encoded, i),
+                            decoder_input_ids=torch.tensor([prompt], device=model.device),
+                            max_new_tokens=limits[i],
+                        )
+                        loop, end = texts[i * beam_size], model.config.eos_token_id
+                        with (routing or Routing()).narrowed(slice(i, i + 1)):
+                            chosen[i] = said_again(generate, loop, limits[i], end, model.device)
         finally:
             if routing is not None:
                 routing.mask = None
@@ -221,6 +241,14 @@ class ConformerFamily:
     def load_processor(self, folder: Path) -> CanaryProcessor:
         """Feature extractor and tokeniser."""
         return CanaryProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _row(encoded: Any, row: int) -> Any:
+    """The encoder's output for one clip of a batch."""
+    one = copy(encoded)
+    for name in ("last_hidden_state", "attention_mask"):
+        one[name] = encoded[name][row : row + 1]
+    return one
 
 
 def _stretches(clip: Clip) -> list[tuple[int, int]]:

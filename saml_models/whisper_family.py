@@ -23,6 +23,7 @@ from saml_models.audio import SAMPLE_RATE
 from saml_models.families import Clip, Outputs, causal_mask
 from saml_models.greedy import can_decode, greedy
 from saml_models.limits import OwnLimits, token_limit
+from saml_models.loops import is_loop, said_again
 from saml_models.prefetch import ahead
 from saml_models.segments import Segment
 from saml_models.targets import plain_tokens
@@ -228,26 +229,51 @@ def _beams(
     clips: Sequence[Clip],
     frames: Sequence[int],
     language: str | None,
-) -> Tensor:
-    """Through transformers' `generate`, in one batch with masks."""
-    routing = getattr(model, "saml_routing", None)
-    options: dict[str, Any] = {}
-    if is_multilingual(model):
-        options = {"language": language, "task": "transcribe"}
+) -> list[list[int]]:
+    """Through transformers' `generate`, in one batch; a loop is said again without beams."""
     limits = [token_limit(len(c)) for c in clips]
+    end = model.generation_config.eos_token_id
+    found = _generate(
+        model, processor, clips, frames, language,
+        num_beams=beam_size,
+        max_new_tokens=max(limits),
+        stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+    )  # fmt: skip
+    texts = [[t for t in row if t < end] for row in found.tolist()]
+    routing = getattr(model, "saml_routing", None) or Routing()
+    for i, limit in enumerate(limits):
+        if not is_loop(texts[i], limit):
+            continue
+        alone = slice(i, i + 1)
+        one = (model, processor, clips[alone], frames[alone], language)
+        with routing.narrowed(alone):
+            if can_decode(model):
+                texts[i] = _greedy(*one)[0]
+            else:
+                generate = partial(_generate, *one, max_new_tokens=limit)
+                texts[i] = said_again(generate, texts[i], limit, end, model.device)
+    return texts
+
+
+def _generate(
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+    **options: Any,
+) -> Any:
+    """transformers' `generate`, each clip in a window of its own."""
+    routing = getattr(model, "saml_routing", None)
+    if is_multilingual(model):
+        options |= {"language": language, "task": "transcribe"}
     longest = max(frames)
     features = log_mel(processor, list(clips), longest).to(model.device, model.dtype)
     if routing is not None:
         routing.mask = audio_mask([len(c) for c in clips], longest, model.device)
     try:
         with audio_window(model, longest), own_windows(model, features, frames):
-            return model.generate(
-                features,
-                num_beams=beam_size,
-                max_new_tokens=max(limits),
-                stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
-                **options,
-            )
+            return model.generate(features, **options)
     finally:
         if routing is not None:
             routing.mask = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import (
+    StoppingCriteriaList,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from saml_kernels.errors import SAMLError
 from saml_models.audio import SAMPLE_RATE
+from saml_models.limits import OwnLimits, token_limit
+from saml_models.loops import TEMPERATURES, is_loop, once
 from saml_models.runtime.threads import shared_cores
 from saml_models.segments import Segment, Word
 from saml_models.window import (
@@ -38,8 +45,7 @@ __all__ = [
 WINDOW_SAMPLES = FULL_WINDOW * SAMPLE_RATE // FRAMES_PER_SECOND
 # openai-whisper's rules for a window that went wrong: try again at the next temperature.
 FALLBACK: dict[str, Any] = {
-    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
-    "compression_ratio_threshold": 1.35,  # of token ids, as transformers counts; 2.4 of the text
+    "temperature": (0.0, *TEMPERATURES),
     "logprob_threshold": -1.0,
     "no_speech_threshold": 0.6,
 }
@@ -89,6 +95,62 @@ def detect_language(
     return {number: code for code, number in _languages(model).items()}[token]
 
 
+@contextmanager
+def _fallback(model: WhisperForConditionalGeneration, samples: int) -> Iterator[None]:
+    """Within the block `generate` stops a window's text at a loop, and tries it again.
+
+    transformers tries at one temperature after another, and keeps the last where none will do; here
+    each is stopped where it runs into a loop, and where none will do the most likely is kept that
+    is no loop, or else the first with what it repeats said once.
+    """
+    at_one: Any = model.generate_with_fallback
+    end = model.generation_config.eos_token_id
+    limit = token_limit(min(samples, WINDOW_SAMPLES))
+
+    def of_text(tokens: Tensor) -> list[int]:
+        return [t for t in tokens.tolist() if t < end]
+
+    def fallback(**given: Any) -> Any:
+        prompt = given["decoder_input_ids"].shape[-1]
+        given["stopping_criteria"] = StoppingCriteriaList([OwnLimits([limit], prompt, end)])
+        conditioned = list(given["do_condition_on_prev_tokens"])
+        tried = []
+        for temperature in given["temperatures"]:
+            given["do_condition_on_prev_tokens"] = list(conditioned)
+            found = at_one(**given | {"temperatures": [temperature]})
+            (tokens,), (output,), (skipped,) = found[:3]
+            looped = is_loop(of_text(tokens), limit)
+            worth = _log_prob(output["scores"], tokens, temperature or 1.0)
+            tried.append((not looped, worth, found))
+            if skipped or not (looped or worth < FALLBACK["logprob_threshold"]):
+                return found
+        sound, _, found = max(tried, key=lambda one: one[:2])
+        if not sound:
+            _, _, found = tried[0]
+            found[0][0] = _said_once(found[0][0], end)
+        return found
+
+    model.generate_with_fallback = fallback  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del model.generate_with_fallback
+
+
+def _log_prob(scores: Sequence[Tensor], tokens: Tensor, temperature: float) -> float:
+    """Mean log-probability of a window's tokens; `scores` are logits over the temperature."""
+    likely = (torch.stack(tuple(scores)).float() * temperature).log_softmax(-1)
+    own = tokens[: len(likely)].to(likely.device)
+    return float(likely[: len(own)].gather(-1, own[:, None]).mean())
+
+
+def _said_once(tokens: Tensor, end: int) -> Tensor:
+    """A loop's tokens, timestamps among them, up to the end of its first copy."""
+    text = [i for i, t in enumerate(tokens.tolist()) if t < end]
+    left = len(once([int(tokens[i]) for i in text]))
+    return tokens[: text[left - 1] + 1] if left else tokens
+
+
 @torch.inference_mode()
 def generate_segments(
     model: WhisperForConditionalGeneration,
@@ -135,6 +197,7 @@ def generate_segments(
         with (
             shared_cores(model),
             audio_window(model, frames),
+            _fallback(model, len(clip)),
             torch.random.fork_rng(accelerators),
         ):
             torch.manual_seed(0)  # the fallback samples; the same speech gives the same text

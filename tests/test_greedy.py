@@ -1,7 +1,11 @@
 """The greedy loop finds the words that transformers' `generate` finds."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from synthetic import small_whisper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig
 from saml_models import greedy as greedy_module
@@ -14,7 +18,9 @@ from saml_models.greedy import can_decode, greedy
 from saml_models.loading import load_adaptable, load_model
 from saml_models.offline import find_model
 from saml_models.prefetch import ahead
+from saml_models.speakers import SpeakerProfile
 from saml_models.surgery import apply_saml, expert_parameters
+from saml_models.voices import speaking
 from saml_models.whisper import load_whisper
 from saml_models.window import audio_mask, log_mel
 
@@ -85,7 +91,7 @@ def test_a_multilingual_model_learns_texts_as_it_decodes_them(monkeypatch, speec
     assert processor.tokenizer.tokenize(" the two") == ["Ġthe", "Ġtwo"]
 
 
-def test_each_clip_stops_at_its_limit(tiny_en, clips):
+def test_each_clip_stops_at_its_limit(tiny_en, clips, no_loops):
     model, processor = tiny_en
     features = log_mel(processor, clips[:3], 3000)
     windows = [(features, audio_mask([len(c) for c in clips[:3]], 3000))]
@@ -119,3 +125,162 @@ def test_ahead_keeps_order_and_raises_in_its_place():
     assert next(running) == 5
     running.close()
     assert made[6:] in ([2, 1], [2])
+
+
+# What asks the device for a value, or for a size that depends on one: no graph can hold it.
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_to_copy"}
+
+
+class Watched(TorchDispatchMode):
+    """Refuses what waits for the device, and boolean indices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        index = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        assert name not in WAITING and all(i is None or i.dtype != torch.bool for i in index), name
+        return func(*args, **(kwargs or {}))
+
+
+def places_of(step):
+    """Where everything lies that outlives a step."""
+    decoder = step.decoder
+    tensors = [step.text, step.place, step.places, step.never, decoder.mask]
+    for layer in decoder.layers:
+        tensors += [layer.keys, layer.values, layer.audio_keys, layer.audio_values]
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+@pytest.fixture
+def no_loops(monkeypatch):
+    """Random models say the same over and over: here they may, up to their limits."""
+    monkeypatch.setattr(greedy_module, "repeated", lambda ids: 0)
+    monkeypatch.setattr(greedy_module, "is_loop", lambda ids, limit: False)
+
+
+@pytest.fixture
+def replayed(monkeypatch, no_loops):
+    """Steps are taken as a CUDA graph takes them; gives what each graph was replayed.
+
+    With many speakers a CPU looks at the index, as no GPU does: there it is not watched.
+    """
+    counts = []
+
+    def capture(step):
+        step.can_replay = False
+        there = places_of(step)
+        counts.append(0)
+
+        def replay():
+            with Watched() if step.decoder.routing.speakers is None else nullcontext():
+                step()
+            assert places_of(step) == there
+            counts[-1] += 1
+
+        return replay
+
+    monkeypatch.setattr(greedy_module, "_replays", lambda device: True)
+    monkeypatch.setattr(greedy_module, "_capture", capture)
+    return counts
+
+
+def windows_of(processor, clips, frames):
+    return [
+        (log_mel(processor, [c], f), audio_mask([len(c)], f))
+        for c, f in zip(clips, frames, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("frames", [[3000] * 4, [250, 400, 1100, 1200]])
+def test_a_replayed_step_gives_the_same_words(replayed, tiny_en, clips, frames):
+    """Of clips that end early and late, in windows of one length and of several."""
+    model, processor = tiny_en
+    windows, limits = windows_of(processor, clips[:4], frames), [99, 5, 99, 40]
+    found = greedy(model, windows, limits)
+    assert len(replayed) == 1 and replayed[0] > 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy_module, "_replays", lambda device: False)
+        assert greedy(model, windows, limits) == found
+    assert len(replayed) == 1 and all(found) and len({len(t) for t in found}) > 2
+
+
+@pytest.mark.parametrize("router", ["token", "utterance", "speaker"])
+def test_a_replayed_step_of_many_speakers(replayed, router):
+    """Random weights, so that no clip ends before its limit."""
+    model = small_whisper(layers=2)
+    apply_saml(model, SAMLConfig(router=router, rank=2, num_experts=2, expert_init="lora"))
+    with torch.no_grad():
+        for parameter in expert_parameters(model).values():
+            parameter.normal_(0, 0.2)
+    own = SpeakerProfile.of(model, speaker="own", model="small")
+    with torch.no_grad():
+        for parameter in expert_parameters(model).values():
+            parameter.normal_(0, 0.2)
+    torch.manual_seed(1)
+    windows = [(torch.randn(1, 80, f), torch.ones(1, f // 2) > 0) for f in (100, 200, 300)]
+    limits = [30, 7, 19]
+    speakers = [own, None, own]
+    with speaking(model, speakers):
+        found = greedy(model, windows, limits)
+    assert replayed == [28] and [len(t) for t in found] == limits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy_module, "_replays", lambda device: False)
+        for i, speaker in enumerate(speakers):
+            with speaking(model, [speaker]):
+                assert greedy(model, windows[i : i + 1], limits[i : i + 1]) == [found[i]]
+
+
+@pytest.mark.parametrize("language", [None, "de"])
+def test_a_replayed_step_after_a_prompt_of_several_languages(replayed, language):
+    model = small_whisper()
+    generation = model.generation_config
+    generation.is_multilingual, generation.no_timestamps_token_id = True, 290
+    generation.lang_to_id = {"<|en|>": 280, "<|de|>": 281}
+    generation.task_to_id = {"transcribe": 282}
+    generation.suppress_tokens, generation.begin_suppress_tokens = [7, 11], [5, 250]
+    torch.manual_seed(1)
+    windows = [(torch.randn(2, 80, 100), torch.ones(2, 50) > 0)]
+    found = greedy(model, windows, [20, 11], language)
+    assert replayed == [18] and [len(t) for t in found] == [20, 11]
+    assert all(t not in (7, 11) for row in found for t in row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy_module, "_replays", lambda device: False)
+        assert greedy(model, windows, [20, 11], language) == found
+
+
+def test_what_cannot_be_captured_is_decoded_all_the_same(monkeypatch, no_loops):
+    model = small_whisper()
+    torch.manual_seed(1)
+    windows = [(torch.randn(2, 80, 100), torch.ones(2, 50) > 0)]
+    found = greedy(model, windows, [20, 11])
+    refused = RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(greedy_module, "_replays", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    class Capture:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise refused
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(greedy_module._Step, "__call__", _only_with_end(greedy_module._Step))
+    with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
+        assert greedy(model, windows, [20, 11]) == found
+
+
+def _only_with_end(cls):
+    """A step that is captured runs nothing: its work is only recorded."""
+    take = cls.__call__
+    return lambda self, end=None: None if end is None else take(self, end)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_gives_the_same_words(monkeypatch, clips):
+    model, processor = load_adaptable("tiny.en", device="cuda")
+    found = decode_clips(model, processor, clips)
+    monkeypatch.setattr(greedy_module, "_replays", lambda device: False)
+    assert decode_clips(model, processor, clips) == found and all(found)
