@@ -64,7 +64,7 @@ def audio_files(folder: Path) -> list[Path]:
     inside = sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != ".")
     readable = AUDIO_SUFFIXES if has_pyav() else _BY_LIBSNDFILE
     found = [p for p in inside if p.suffix.lower() in readable]
-    left_out = _left_out([p for p in inside if p not in set(found)], folder)
+    left_out = _left_out([p for p in inside if p.suffix.lower() not in readable], folder)
     if not found:
         hint = f"; it holds {left_out}" if left_out else ""
         raise SAMLError(f"{folder}: no audio below it that can be read{hint}")

@@ -321,6 +321,24 @@ def test_a_cut_off_webm_says_how_much_is_missing(speech: list[np.ndarray], tmp_p
     assert abs(len(samples) / SAMPLE_RATE + lost - 4 * len(speech[0]) / SAMPLE_RATE) < 0.3
 
 
+def test_of_several_audio_tracks_the_first_is_heard_and_the_others_are_said(
+    speech: list[np.ndarray], tmp_path: Path
+) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = [
+            container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono") for _ in speech
+        ]
+        for stream, samples in zip(streams, speech, strict=True):
+            values = (samples * 32767).astype(np.int16)[None]
+            frame = av.AudioFrame.from_ndarray(values, format="s16", layout="mono")
+            frame.sample_rate = SAMPLE_RATE
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    samples, (said,) = heard(tmp_path / "two.mkv")
+    np.testing.assert_allclose(samples, speech[0], atol=1e-4)
+    assert "2 audio tracks" in said
+
+
 def test_playlists_open_no_other_file(speech: list[np.ndarray], tmp_path: Path) -> None:
     pytest.importorskip("av")
     write(tmp_path / "private.wav", speech[0])
