@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from saml_kernels import cpu, grouping, reference
+from saml_kernels.errors import SAMLError
 from saml_kernels.ops import library
 from saml_kernels.ops.arguments import autocast_dtype, check
 from saml_kernels.ops.autograd import Operator
@@ -69,6 +71,8 @@ def run(
     if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name)):
         gates, gating = _gates(x, gates, gating, speakers, dtype), None
     if not eager:
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(*tensors)
         return _as_operator(
             name, x, weight, lora_a, lora_b, gates, bias, scaling, gating, speakers, dtype
         )
@@ -82,10 +86,12 @@ def run(
 
 
 def _eager(x: Tensor) -> bool:
-    """Whether nothing watches: no compiler, tracer, dispatch mode or transform."""
+    """Whether nothing watches: no compiler, tracer, dispatch mode, transform or tangent."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or not _plain(x)
     )
@@ -97,6 +103,26 @@ def _plain(tensor: Any) -> bool:
         type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def _refuse_transforms(*tensors: Any) -> None:
+    """Where PyTorch's operator would give a wrong derivative, or an error of somebody else's.
+
+    Raises:
+        SAMLError: a tensor is torch.func.grad's or jvp's, or has a tangent.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (
+            torch._C._functorch.is_gradtrackingtensor(tensor)
+            or (
+                forward_ad._current_level >= 0
+                and forward_ad.unpack_dual(tensor).tangent is not None
+            )
+        ):
+            raise SAMLError(
+                "saml_linear: torch.func's derivatives and forward mode are not supported; "
+                "use torch.autograd.grad or backward()"
+            )
 
 
 def _routes(name: str) -> bool:
