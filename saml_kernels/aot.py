@@ -193,9 +193,10 @@ class _Layers:
         """Forward as it runs without gradients; to train, as it runs with them, and backward."""
         backend: Any = import_module("saml_kernels.triton")
         plan: Any = import_module("saml_kernels.triton.plan")
+        weight_parts: Any = import_module("saml_kernels.triton.facts").weight_parts
         (a, b, gates), (n, k) = experts, weight.shape
         x, dy = self._tensor(m, k), self._tensor(m, n)
-        parts, given = plan.weight_parts(weight), (weight, a, b, gates)
+        parts, given = weight_parts(weight), (weight, a, b, gates)
         facts = backend.facts_of(x, *given, bias, speakers, gating)
         arguments = (x, parts, *_pieces(a), *_pieces(b), gates, bias, speakers, 1.0)
         plan.forward_plan(facts, False)(*arguments)

@@ -18,7 +18,8 @@ from saml_kernels.ops.autograd import Operator
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.reference import Gating, Gradients
 from saml_kernels.triton import DTYPES, configs, facts_of
-from saml_kernels.triton.plan import Facts, backward_plan, forward_plan, weight_parts
+from saml_kernels.triton.facts import Facts, weight_parts
+from saml_kernels.triton.plan import backward_plan, forward_plan
 from saml_kernels.triton.signature import ALIGNMENT
 
 __all__ = ["Prepared"]

@@ -30,15 +30,10 @@ from saml_kernels.quant import FORMATS, QuantizedTensor
 from saml_kernels.reference import Gating, Gradients
 from saml_kernels.triton.configs import Config, device_traits
 from saml_kernels.triton.dispatch import interpreting, prebuilt, precision, standing_in
-from saml_kernels.triton.plan import (
-    Facts,
-    Fill,
-    Strides,
-    backward_plan,
-    forward_plan,
-    weight_parts,
-)
+from saml_kernels.triton.facts import Facts, Strides, weight_parts
+from saml_kernels.triton.plan import backward_plan, forward_plan
 from saml_kernels.triton.signature import ALIGNMENT
+from saml_kernels.triton.steps import Fill
 
 __all__ = ["backward", "dequantize", "facts_of", "forward", "unsupported", "why_unavailable"]
 

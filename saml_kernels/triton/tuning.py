@@ -31,7 +31,8 @@ from saml_kernels.timing import current, timed
 from saml_kernels.triton import backward, facts_of, forward
 from saml_kernels.triton.configs import Config, bounded, device_traits, forget_tables, user_table
 from saml_kernels.triton.dispatch import triton_errors
-from saml_kernels.triton.plan import backward_plan, weight_parts
+from saml_kernels.triton.facts import weight_parts
+from saml_kernels.triton.plan import backward_plan
 
 __all__ = ["TOKENS", "Problem", "candidates", "tune"]
 
