@@ -109,16 +109,17 @@ def quick(
         except SAMLError:  # said better by the checks of the whole way, or converted there
             return None
         weight.native = layer
-    columns = layer.columns
-    rows = x.numel() // columns
-    if x.dim() == 0 or x.shape[-1] != columns or not 0 < rows <= layer.most_rows:
+    shape = x.shape
+    rows = x.numel() // layer.columns
+    if not shape or shape[-1] != layer.columns or not 0 < rows <= layer.most_rows:
         return None
     if gates is not None:
         if gates.dtype != torch.float32 or not gates.is_cpu or not gates.is_contiguous():
             return None
-        shape = gates.shape
-        alike = shape[:-1] == x.shape[:-1] or gates.numel() == layer.experts
-        if not shape or shape[-1] != layer.experts or len(shape) > x.dim() or not alike:
+        own, experts = gates.shape, layer.experts
+        if not own or own[-1] != experts or len(own) > len(shape):
+            return None
+        if gates.numel() != experts and own[:-1] != shape[:-1]:
             return None
     return layer(x, gates)
 

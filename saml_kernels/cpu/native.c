@@ -43,6 +43,7 @@ typedef struct {
     int64_t scale_stride;
     const float *x;       /* [m, columns], in the order of the codes */
     const float *table;
+    const uint8_t *planes; /* its 16 first bytes, its 16 second bytes, ... */
     int64_t columns;
     int shift;            /* group of 64 >> shift is its scale; -1: two scales a group */
     /* The experts' share, absent for the projection itself (experts = 0). */
@@ -380,7 +381,7 @@ static void prepare(LinearJob *job) {
 #ifdef SAML_X86
     if (job->packed != job->x) {
         share(job->m * l->weight.columns, 64, job->threads, &begin, &end);
-        pack_x86(job->x, begin, end, job->packed);
+        pack_x86(job->x, begin, end, level == HAS_AVX512, job->packed);
     }
 #endif
     if (l->router) { /* a few rows: each thread makes all gates rather than wait for another's */
@@ -433,8 +434,11 @@ static void multiply(const LinearJob *job) {
     const int64_t width = l->experts * l->rank;
     const float everything = 1.0f;
     float scales[4 * MAX_SCALES], sums[24];
+    uint8_t planes[64];
     Tile t = {.columns = w->columns, .scales = scales, .table = w->table, .shift = -1};
     t.scale_stride = w->columns / w->block;
+    t.planes = planes;
+    for (int i = 0; i < 64 && w->table; i++) planes[i] = ((const uint8_t *)w->table)[i % 16 * 4 + i / 16];
     t.experts = l->experts;
     t.rank = l->rank;
     t.hidden_stride = width;

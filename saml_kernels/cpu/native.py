@@ -11,6 +11,7 @@ import os
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -177,15 +178,17 @@ class Layer:
                 raise SAMLError(f"{name}: expected contiguous float32 {shape} on the CPU")
         parts: dict[str, Any] = weight._buffers
         self.tensors = (*(parts[n] for n in PARTS), lora_a, lora_b, router, bias)
-        self.addresses = [None if t is None else t.data_ptr() for t in self.tensors]
+        self.present = tuple(t for t in self.tensors if t is not None)
+        self.addresses = [*map(Tensor.data_ptr, self.present)]
         self.settings = (scaling, top_k, temperature)
         self.selection = _selections
         self.rows, self.columns, self.experts = rows, columns, experts
         self.most_rows = _library().saml_most_rows()
         self.call = _library().saml_linear
         kept = experts if top_k is None else top_k
+        addresses = (None if t is None else t.data_ptr() for t in self.tensors[len(PARTS) :])
         self.described = _Layer(
-            _describe(weight), *self.addresses[4:], rows, experts, rank, kept, scaling, temperature
+            _describe(weight), *addresses, rows, experts, rank, kept, scaling, temperature
         )
         self.pointer = byref(self.described)
 
@@ -213,10 +216,11 @@ class Layer:
         )  # fmt: skip
         if settings != self.settings or self.selection != _selections:
             return False
-        for own, address, tensor in zip(self.tensors, self.addresses, given, strict=True):
-            if own is not tensor or (tensor is not None and tensor.data_ptr() != address):
-                return False
-        return True
+        return all(map(is_, self.tensors, given)) and self.lies()
+
+    def lies(self) -> bool:
+        """Whether its tensors lie where they lay when they were described."""
+        return [*map(Tensor.data_ptr, self.present)] == self.addresses
 
     def __call__(self, x: Tensor, gates: Tensor | None) -> Tensor:
         """y [..., N] of x [..., K] by gates [..., E] or [E] for all; without gates by the router.
@@ -224,7 +228,7 @@ class Layer:
         x and gates float32 and contiguous, which the caller sees to. An expert whose gate is zero
         for all rows that are worked on together is not read.
         """
-        y = x.new_empty((*x.shape[:-1], self.rows))
+        y = x.new_empty(x.shape[:-1] + (self.rows,))
         m = x.numel() // self.columns
         address, stride = None, 0
         if gates is not None:

@@ -66,18 +66,19 @@ AVX2 static int64_t run_avx2(const Weight *w, int64_t first, int64_t count, floa
 
 /* ---------------------------------------------------------------- tiles */
 
-/* The products do not undo the order of 4-bit codes. They take 64 codes as 16 words of 16 bits, one
- * word a lane, and shift by 0, 4, 8 and 12: the four shifts hold elements 4*lane + {1, 0, 3, 2}.
- * x is laid out likewise, once a call: elements [begin, end), multiples of 64. */
-static void pack_x86(const float *x, int64_t begin, int64_t end, float *packed) {
+/* The products do not undo the order of 4-bit codes; x is laid out likewise, once a call: elements
+ * [begin, end), multiples of 64. AVX-512 takes 64 codes as 16 words of 16 bits, one word a lane, and
+ * shifts by 0, 4, 8 and 12: the four shifts hold elements 4*lane + {1, 0, 3, 2}. AVX2 takes them as
+ * 32 bytes, the high halves of all first: look_up_bytes. */
+static void pack_x86(const float *x, int64_t begin, int64_t end, int avx512, float *packed) {
     for (int64_t g = begin; g < end; g += 64)
         for (int l = 0; l < 16; l++) {
             const float *from = x + g + 4 * l;
-            float *to = packed + g + l;
-            to[0] = from[1];
-            to[16] = from[0];
-            to[32] = from[3];
-            to[48] = from[2];
+            float *to = packed + g + (avx512 ? l : l % 8 / 2 * 8 + l / 8 * 4 + l % 2 * 2);
+            to[0] = from[avx512 ? 1 : 0];
+            to[avx512 ? 16 : 32] = from[avx512 ? 0 : 1];
+            to[avx512 ? 32 : 1] = from[avx512 ? 3 : 2];
+            to[avx512 ? 48 : 33] = from[avx512 ? 2 : 3];
         }
 }
 
@@ -204,58 +205,80 @@ AVX2 INLINE void dense_avx2(const Tile *t, const int rows, const int ms, __m256 
     }
 }
 
+/* 32 codes of 4 bits, one a byte, as four vectors: of each half of the bytes four in a vector. The
+ * four bytes of the floats come from a table of 16 bytes each, then are put together. */
+AVX2 INLINE void look_up_bytes(const __m256i *planes, __m256i index, __m256 *out) {
+    const __m256i b0 = _mm256_shuffle_epi8(planes[0], index);
+    const __m256i b1 = _mm256_shuffle_epi8(planes[1], index);
+    const __m256i b2 = _mm256_shuffle_epi8(planes[2], index);
+    const __m256i b3 = _mm256_shuffle_epi8(planes[3], index);
+    const __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i low2 = _mm256_unpacklo_epi8(b2, b3), high2 = _mm256_unpackhi_epi8(b2, b3);
+    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2));
+    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2));
+    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2));
+    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2));
+}
+
 AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const int format,
                            float *sums) {
     const int late = format == FOUR_BIT && ms <= 2; /* scale a group's sum, not its weights */
-    __m256 low = _mm256_setzero_ps(), high = low, acc[8];
-    if (format == FOUR_BIT) {
-        low = _mm256_loadu_ps(t->table);
-        high = _mm256_loadu_ps(t->table + 8);
-    }
+    __m256i planes[4];
+    __m256 acc[8];
+    if (format == FOUR_BIT)
+        for (int b = 0; b < 4; b++)
+            planes[b] = _mm256_broadcastsi128_si256(
+                _mm_loadu_si128((const void *)(t->planes + 16 * b)));
 #pragma GCC unroll 8
     for (int i = 0; i < rows * ms; i++) acc[i] = _mm256_setzero_ps();
     if (format == FLOAT32) dense_avx2(t, rows, ms, acc);
     for (int64_t g = 0; format != FLOAT32 && g < t->columns / 64; g++)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) /* 8 lanes of words, or 4 vectors in order */
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *codes = t->codes + r * t->stride;
+            const float *scales = t->scales + r * t->scale_stride;
+            __m256 scale = _mm256_broadcast_ss(scales + (t->shift < 0 ? 2 * g : g >> t->shift));
+            __m256i bytes = _mm256_setzero_si256();
+            __m256 part[2];
+            if (format == FOUR_BIT) {
+                bytes = _mm256_loadu_si256((const void *)(codes + 32 * g));
+                if (t->shift < 0)
+                    scale = _mm256_blend_ps(scale, _mm256_broadcast_ss(scales + 2 * g + 1), 0xf0);
+            }
 #pragma GCC unroll 2
-            for (int r = 0; r < rows; r++) {
-                const uint8_t *codes = t->codes + r * t->stride;
-                const float *scales = t->scales + r * t->scale_stride;
-                const __m256 scale =
-                    _mm256_set1_ps(scales[t->shift < 0 ? 2 * g + half : g >> t->shift]);
-                __m256i words = _mm256_setzero_si256();
-                __m256 part[2];
-                if (format == FOUR_BIT)
-                    words = _mm256_cvtepu16_epi32(
-                        _mm_loadu_si128((const void *)(codes + 32 * g + 16 * half)));
+            for (int half = 0; half < 2; half++) {
+                __m256 w[4];
+                if (format == FOUR_BIT) {
+                    const __m256i nibble = _mm256_set1_epi8(15);
+                    look_up_bytes(planes,
+                                  _mm256_and_si256(half ? bytes : _mm256_srli_epi16(bytes, 4),
+                                                   nibble),
+                                  w);
+                } else if (t->shift < 0) {
+                    scale = _mm256_broadcast_ss(scales + 2 * g + half);
+                }
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
-                    const int64_t in_order = 64 * g + 32 * half + 8 * j;
-                    __m256 w;
-                    if (format == FOUR_BIT) {
-                        w = look_up(low, high, _mm256_srli_epi32(words, 4 * j),
-                                    _mm256_slli_epi32(words, 28 - 4 * j));
-                    } else {
-                        __m128i bytes = _mm_loadl_epi64((const void *)(codes + in_order));
-                        w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+                    const int64_t at = 64 * g + 32 * half + 8 * j;
+                    if (format == INT8) {
+                        __m128i eight = _mm_loadl_epi64((const void *)(codes + at));
+                        w[j] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
                     }
-                    if (!late) w = _mm256_mul_ps(w, scale);
-                    const float *x = t->x + (format == FOUR_BIT ? 64 * g + 16 * j + 8 * half
-                                                                : in_order);
+                    if (!late) w[j] = _mm256_mul_ps(w[j], scale);
 #pragma GCC unroll 8
                     for (int m = 0; m < ms; m++) {
-                        const __m256 v = _mm256_loadu_ps(x + m * t->columns);
+                        const __m256 v = _mm256_loadu_ps(t->x + m * t->columns + at);
                         if (!late)
-                            acc[r * ms + m] = _mm256_fmadd_ps(w, v, acc[r * ms + m]);
+                            acc[r * ms + m] = _mm256_fmadd_ps(w[j], v, acc[r * ms + m]);
                         else
-                            part[m] = j ? _mm256_fmadd_ps(w, v, part[m]) : _mm256_mul_ps(w, v);
+                            part[m] = j ? _mm256_fmadd_ps(w[j], v, part[m]) : _mm256_mul_ps(w[j], v);
                     }
                 }
                 if (late)
                     for (int m = 0; m < ms; m++)
                         acc[r * ms + m] = _mm256_fmadd_ps(part[m], scale, acc[r * ms + m]);
             }
+        }
     for (int64_t e = 0; e < t->experts; e++)
         for (int64_t k = t->open[e] != 0.0f ? 0 : t->rank; k < t->rank; k += 8) {
             const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
