@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple
 
 __all__ = ["Layout", "Stretch", "View", "layout_of"]
 
-Bytes = bytes  # or an mmap, which slices and finds alike
+Bytes = bytes | mmap.mmap  # which slice and find alike
 
 # A length that nobody knew when the header was written: recorders and pipes leave these.
 _UNKNOWN_FROM = 0x7FFFF000
