@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 import pipelines
 import triton
 import triton.language as tl
+from gpu_ir import compiled_ttgir, ttgir
 
 from saml_kernels import triton as backend
 from saml_kernels.quant import QuantizedTensor
@@ -88,7 +89,7 @@ def test_every_read_finds_its_own_iteration(arch):
             for launch in found:
                 key = key_of(launch)
                 if key not in reports:
-                    reports[key] = pipelines.check(pipelines.gpu_ir(launch, arch))
+                    reports[key] = pipelines.check(ttgir(launch, arch))
                     faults += [f"{launch.name} of {call}: {f}" for f in reports[key].faults[:2]]
                     if launch.stages > 1:
                         assert reports[key].buffers, f"{launch.name} of {call}: not pipelined"
@@ -120,7 +121,7 @@ def product_ir(arch: str, stages: int, guarded: bool) -> str:
     types = {"h": "*fp16", "b": "*fp16", "y": "*fp32", "D": "i32"}
     types |= {"GUARDED": "constexpr", "BLOCK": "constexpr"}
     constants = {(4,): guarded, (5,): 64}
-    return pipelines.compiled_ir(_product, types, constants, [0, 1, 2, 3], arch, 4, stages)
+    return compiled_ttgir(_product, types, constants, [0, 1, 2, 3], arch, 4, stages)
 
 
 @pytest.mark.parametrize("stages", STAGES)
