@@ -1,6 +1,6 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and the one warning."""
 
-__all__ = ["SAMLError"]
+__all__ = ["SAMLError", "SAMLWarning"]
 
 
 class SAMLError(ValueError):
@@ -8,3 +8,7 @@ class SAMLError(ValueError):
 
     The command line prints it on standard error and exits with code 2.
     """
+
+
+class SAMLWarning(UserWarning):
+    """Input that can be used, but hardly as it was meant: one line, as for `SAMLError`."""

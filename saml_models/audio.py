@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, SAMLWarning
 
 __all__ = ["AUDIO_SUFFIXES", "SAMPLE_RATE", "check_audio", "load_audio"]
 
@@ -25,6 +26,7 @@ _BLOCK = 1 << 18
 _LOWEST_RATE = 1_000
 # A segment may end this much after its recording does: transcripts are rounded by hand.
 _OVERSHOOT_SECONDS = 0.5
+_CANCELLED = 0.01  # of the channels' power, left of them in their average
 
 
 def load_audio(
@@ -120,12 +122,13 @@ def _read_mono(
     if file.subtype.startswith("MPEG"):
         # A frame of MP3 borrows bits from those before it and decodes wrongly after a seek, which
         # soundfile does after every read: read once, from the beginning.
-        return _mono(file.read(max(first + left, 0), dtype="float32", always_2d=True)[first:])
+        whole = file.read(max(first + left, 0), dtype="float32", always_2d=True)
+        return _mono(whole[first:], path)
     if first:
         file.seek(min(first, file.frames))
     blocks = [np.zeros(0, dtype=np.float32)]
     while left > 0:
-        block = _mono(file.read(min(left, _BLOCK), dtype="float32", always_2d=True))
+        block = _mono(file.read(min(left, _BLOCK), dtype="float32", always_2d=True), path)
         if not len(block):
             break
         left -= len(block)
@@ -133,6 +136,16 @@ def _read_mono(
     return np.concatenate(blocks)
 
 
-def _mono(frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Average the channels of [samples, channels]."""
-    return frames[:, 0].copy() if frames.shape[1] == 1 else frames.mean(axis=1)
+def _mono(frames: npt.NDArray[np.float32], path: Path) -> npt.NDArray[np.float32]:
+    """Average the channels of [samples, channels]; warns where they cancel each other."""
+    if frames.shape[1] == 1:
+        return frames[:, 0].copy()
+    mono = frames.mean(axis=1)
+    if np.square(mono).sum() < _CANCELLED * np.square(frames).mean(axis=1).sum():
+        warnings.warn(
+            f"{path}: its channels cancel each other, so that little is left to hear; invert one "
+            "of two, or give a single channel",
+            SAMLWarning,
+            stacklevel=2,
+        )
+    return mono

@@ -6,14 +6,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from saml_kernels.errors import SAMLWarning
+
 __all__ = ["quiet_libraries", "quiet_transformers"]
 
 
 def quiet_libraries() -> None:
-    """Silence warnings and transformers' log lines and progress bars, for this whole process."""
+    """Silence libraries' warnings, log lines and progress bars, for this whole process.
+
+    Our own warnings are about the user's input: one line each.
+    """
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=SAMLWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
