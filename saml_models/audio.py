@@ -16,7 +16,7 @@ import soxr
 
 from saml_kernels.errors import SAMLError, SAMLWarning
 from saml_models.containers import Layout, Stretch, View, layout_of
-from saml_models.media import INSTALL, Media, has_pyav
+from saml_models.media import INSTALL, Downmix, Media, has_pyav
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -132,7 +132,8 @@ def load_audio(
     # Opened by Python, because libsndfile reports an unreadable file as an unknown format.
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         layout = layout_of(data, path.suffix.lower())
-        blocks, seconds = _heard(data, layout, begin, stop, str(path))
+        mix = Downmix()
+        blocks, seconds = _heard(data, layout, begin, stop, str(path), mix)
     overshoot = end is not None and stop > seconds + _OVERSHOOT_SECONDS
     if (begin and begin >= seconds) or overshoot:
         raise SAMLError(
@@ -141,6 +142,11 @@ def load_audio(
         )
     if start is None and end is None:
         _warn_of_rest(path, layout, seconds)
+    if mix.cancelled:
+        warnings.warn(
+            f"{path}: its channels cancel each other, so that little is left to hear; invert one "
+            "of two, or give a single channel", SAMLWarning, stacklevel=2,
+        )  # fmt: skip
     return _resampled(blocks, str(path))
 
 
@@ -187,7 +193,7 @@ class _Forward(soundfile.SoundFile):
 
 
 def _heard(
-    data: mmap.mmap, layout: Layout, begin: float, stop: float, name: str
+    data: mmap.mmap, layout: Layout, begin: float, stop: float, name: str, mix: Downmix
 ) -> tuple[list[Block], float]:
     """What lies between two times, and how long the recording lasts (as far as `stop` at least).
 
@@ -200,14 +206,14 @@ def _heard(
             break
         times = begin - clock, stop - clock
         try:
-            found, lasts, missing = _by_libsndfile(View(data, stretch), *times, name)
+            found, lasts, missing = _by_libsndfile(View(data, stretch), *times, name, mix)
             reason = "damaged from the beginning"
         except soundfile.SoundFileError as error:
             found, lasts, missing = [], 0.0, float("inf")
             reason = str(getattr(error, "error_string", error)).rstrip(".")
         if missing > _TOLERANCE_SECONDS and has_pyav():
             try:
-                media = Media(View(data, stretch))
+                media = Media(View(data, stretch), mix)
                 other, longer, less = _by_pyav(media, *times)
             except SAMLError as error:
                 reason = str(error) if not found else reason
@@ -250,7 +256,7 @@ def _seconds_of(size: int, stretch: Stretch, seconds: float) -> float:
 
 
 def _by_libsndfile(
-    view: View, begin: float, stop: float, name: str
+    view: View, begin: float, stop: float, name: str, mix: Downmix
 ) -> tuple[list[Block], float, float]:
     """Blocks between two times, seconds that the stretch lasts, and seconds it promises beyond."""
     try:
@@ -281,7 +287,7 @@ def _by_libsndfile(
                 used = block[max(0, first - at) :]
                 at += len(block)
                 if len(used):
-                    blocks.append((rate, _mono(used)))
+                    blocks.append((rate, mix(used)))
         except soundfile.SoundFileError:
             pass  # damaged from here on: what follows is counted as missing
     if at >= last:
@@ -335,8 +341,3 @@ def _resampled(blocks: list[Block], name: str) -> npt.NDArray[np.float32]:
 def _emptied(blocks: list[Block]) -> Iterator[Block]:
     while blocks:
         yield blocks.pop()
-
-
-def _mono(frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Average the channels of [samples, channels]."""
-    return frames[:, 0].copy() if frames.shape[1] == 1 else frames.mean(axis=1)

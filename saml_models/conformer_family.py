@@ -25,6 +25,7 @@ from saml_models.joint import best_of, ctc_greedy
 from saml_models.limits import OwnLimits
 from saml_models.loops import is_loop, once, said_again
 from saml_models.segments import Segment
+from saml_models.silence import has_speech
 from saml_models.targets import plain_tokens
 
 __all__ = ["ConformerFamily"]
@@ -182,6 +183,10 @@ class ConformerFamily:
         found = processor.batch_decode(chosen, skip_special_tokens=True)
         return [text.strip() for text in found]
 
+    def no_speech(self, model: Any, processor: Any, clip: Clip) -> float | None:
+        """It has no token for that."""
+        return None
+
     def language_code(self, model: Any, language: str | None, task: str) -> str:
         """English unless asked otherwise; only Canary's own checkpoints know others."""
         if task != "transcribe":
@@ -216,7 +221,9 @@ class ConformerFamily:
             raise SAMLError("word times: a Conformer gives none; use a Whisper")
         found: list[Segment] = []
         for start, end in _stretches(clip):
-            (text,) = self.hear(model, processor, [clip[start:end]], beam_size, language)
+            text, part = "", clip[start:end]
+            if has_speech(part, partial(self.no_speech, model, processor, part)):
+                (text,) = self.hear(model, processor, [part], beam_size, language)
             if text:
                 times = start / SAMPLE_RATE, end / SAMPLE_RATE
                 found.append(Segment(len(found), *times, text))

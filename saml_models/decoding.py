@@ -6,6 +6,7 @@ A clip's text does not depend on its company: each has its own window and its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from saml_models.families import family_of
 from saml_models.runtime.threads import look, shared_cores
+from saml_models.silence import has_speech
 from saml_models.voices import Speaker, can_mix, hears_short_windows, speaking
 
 __all__ = ["decode_clips"]
@@ -31,7 +33,7 @@ def decode_clips(
     speakers: Sequence[Speaker] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Transcribe clips without timestamps, in the order given.
+    """Transcribe clips without timestamps, in the order given; "" where there is no speech.
 
     Args:
         model: as loaded, or with SAML layers. A Whisper whose experts were trained on short
@@ -55,11 +57,18 @@ def decode_clips(
     with shared_cores(model):
         for index in _batches(model, clips, speakers, max(1, batch_size // beam_size)):
             look()
-            with speaking(model, [speakers[i] for i in index]):
-                heard = [clips[i] for i in index]
-                found = family.hear(model, processor, heard, beam_size, language)
-            for i, text in zip(index, found, strict=True):
-                texts[i] = text
+            heard = [
+                i
+                for i in index
+                if has_speech(clips[i], partial(family.no_speech, model, processor, clips[i]))
+            ]
+            if heard:
+                with speaking(model, [speakers[i] for i in heard]):
+                    found = family.hear(
+                        model, processor, [clips[i] for i in heard], beam_size, language
+                    )
+                for i, text in zip(heard, found, strict=True):
+                    texts[i] = text
             if on_done:
                 on_done(len(index))
     model.train(was_training)

@@ -103,6 +103,9 @@ class Family(Protocol):
     ) -> list[str]:
         """The text of clips that fit the model's window, decoded together."""
 
+    def no_speech(self, model: Any, processor: Any, clip: Clip) -> float | None:
+        """The probability that there is no speech in a clip of up to 30 s; None: it cannot say."""
+
     def language_code(self, model: Any, language: str | None, task: str) -> str | None:
         """The code of a language that `model` knows; None has to be detected.
 

@@ -20,6 +20,7 @@ _DEMUXERS = (
     "aac,ac3,aiff,alac,amr,ape,asf,au,avi,caf,eac3,flac,flv,loas,matroska,mov,mp3,mpeg,mpegts,"
     "ogg,tta,w64,wav,webm,wv"
 )
+_CANCELLED = 0.01  # of the channels' power, left of them in their average
 _SCALES = {"u8": 2.0**7, "s16": 2.0**15, "s32": 2.0**31, "s64": 2.0**63, "flt": 1.0, "dbl": 1.0}
 
 
@@ -30,6 +31,27 @@ def has_pyav() -> bool:
     except ImportError:
         return False
     return True
+
+
+class Downmix:
+    """Averages channels, and notices where they cancel each other."""
+
+    def __init__(self) -> None:
+        self._given = self._kept = 0.0
+
+    def __call__(self, frames: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """[samples, channels] -> [samples]."""
+        if frames.shape[1] == 1:
+            return frames[:, 0].copy()
+        mono = frames.mean(axis=1, dtype=np.float32)
+        self._given += float(np.square(frames, dtype=np.float64).mean(axis=1).sum())
+        self._kept += float(np.square(mono, dtype=np.float64).sum())
+        return mono
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether next to nothing is left of what the channels hold."""
+        return self._kept < _CANCELLED * self._given
 
 
 class Media:
@@ -44,10 +66,10 @@ class Media:
         SAMLError: not a format with audio in it; the message is the reason alone.
     """
 
-    def __init__(self, file: io.RawIOBase) -> None:
+    def __init__(self, file: io.RawIOBase, mix: Downmix) -> None:
         import av
 
-        self._av = av
+        self._av, self._mix = av, mix
         try:
             options = {"format_whitelist": _DEMUXERS}
             self._container: Any = av.open(file, metadata_errors="ignore", options=options)
@@ -77,7 +99,7 @@ class Media:
                     self.lost += float((packet.duration or 0) * packet.time_base)
                     continue
                 for frame in frames:
-                    yield frame.sample_rate, _mono(frame)
+                    yield frame.sample_rate, self._mix(_channels(frame))
 
     def _packets(self) -> Iterator[Any]:
         try:
@@ -86,8 +108,8 @@ class Media:
             return
 
 
-def _mono(frame: Any) -> npt.NDArray[np.float32]:
-    """FFmpeg's own mixing adds the channels up to 1.41 times their average."""
+def _channels(frame: Any) -> npt.NDArray[np.float32]:
+    """[samples, channels]: FFmpeg's own mixing adds them up to 1.41 times their average."""
     values = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, frame.layout.nb_channels).T
@@ -95,4 +117,4 @@ def _mono(frame: Any) -> npt.NDArray[np.float32]:
     scaled = values.astype(np.float32) / np.float32(_SCALES[kind])
     if kind == "u8":
         scaled -= 1
-    return scaled[0] if len(scaled) == 1 else scaled.mean(axis=0, dtype=np.float32)
+    return scaled.T

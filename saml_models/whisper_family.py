@@ -32,6 +32,7 @@ from saml_models.whisper_longform import (
     generate_segments,
     is_multilingual,
     language_code,
+    no_speech_probability,
     read_segments,
 )
 from saml_models.window import (
@@ -139,6 +140,10 @@ class WhisperFamily:
                 tokens = decode(model, processor, clips[part], frames[part], language)
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def no_speech(self, model: Any, processor: WhisperProcessor, clip: Clip) -> float | None:
+        """Of <|nospeech|> in the place of the first token."""
+        return no_speech_probability(model, processor, clip)
 
     def language_code(self, model: Any, language: str | None, task: str) -> str | None:
         """Of a code or a name; English-only models know one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,13 +26,14 @@ from saml_models.limits import OwnLimits, token_limit
 from saml_models.loops import TEMPERATURES, is_loop, once
 from saml_models.runtime.threads import shared_cores
 from saml_models.segments import Segment, Word
+from saml_models.silence import has_speech
 from saml_models.window import (
     FRAMES_PER_SECOND,
     FULL_WINDOW,
     audio_mask,
     audio_window,
+    clip_window,
     log_mel,
-    window_frames,
 )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "generate_segments",
     "is_multilingual",
     "language_code",
+    "no_speech_probability",
     "read_segments",
 ]
 
@@ -95,9 +98,36 @@ def detect_language(
     return {number: code for code, number in _languages(model).items()}[token]
 
 
+@torch.inference_mode()
+def no_speech_probability(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, clip: npt.NDArray[Any]
+) -> float:
+    """Of a clip of up to 30 s (float32 [samples], 16 kHz), heard in its own window."""
+    frames = clip_window(model, len(clip))
+    features = log_mel(processor, [clip], frames).to(model.device, model.dtype)
+    generation: Any = model.generation_config
+    routing = getattr(model, "saml_routing", None)
+    start = torch.tensor([[generation.decoder_start_token_id]], device=model.device)
+    before = None if routing is None else routing.mask  # of a recording that is being decoded
+    if routing is not None:
+        routing.mask = audio_mask([len(clip)], frames, model.device)
+    try:
+        with audio_window(model, frames):
+            logits = model(features, decoder_input_ids=start, use_cache=False).logits[0, 0]
+    finally:
+        if routing is not None:
+            routing.mask = before
+    # <|nospeech|>, in older vocabularies <|nocaptions|>, lies before <|notimestamps|>.
+    return float(logits.float().softmax(-1)[generation.no_timestamps_token_id - 1])
+
+
 @contextmanager
-def _fallback(model: WhisperForConditionalGeneration, samples: int) -> Iterator[None]:
-    """Within the block `generate` stops a window's text at a loop, and tries it again.
+def _fallback(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    clip: npt.NDArray[np.float32],
+) -> Iterator[None]:
+    """Within the block `generate` skips windows without speech, and tries again what is a loop.
 
     transformers tries at one temperature after another, and keeps the last where none will do; here
     each is stopped where it runs into a loop, and where none will do the most likely is kept that
@@ -105,12 +135,16 @@ def _fallback(model: WhisperForConditionalGeneration, samples: int) -> Iterator[
     """
     at_one: Any = model.generate_with_fallback
     end = model.generation_config.eos_token_id
-    limit = token_limit(min(samples, WINDOW_SAMPLES))
+    limit = token_limit(min(len(clip), WINDOW_SAMPLES))
 
     def of_text(tokens: Tensor) -> list[int]:
         return [t for t in tokens.tolist() if t < end]
 
     def fallback(**given: Any) -> Any:
+        first = int(given["seek"][0]) * SAMPLE_RATE // FRAMES_PER_SECOND
+        window = clip[first : first + WINDOW_SAMPLES]
+        if not has_speech(window, partial(no_speech_probability, model, processor, window)):
+            return [None], [None], [True], given["do_condition_on_prev_tokens"], None
         prompt = given["decoder_input_ids"].shape[-1]
         given["stopping_criteria"] = StoppingCriteriaList([OwnLimits([limit], prompt, end)])
         conditioned = list(given["do_condition_on_prev_tokens"])
@@ -180,8 +214,7 @@ def generate_segments(
         features: Tensor = found.input_features
         options["attention_mask"] = found.attention_mask.to(model.device)
     else:
-        if getattr(model, "saml_short_windows", False):
-            frames = window_frames(len(clip))
+        frames = clip_window(model, len(clip))
         features = log_mel(processor, [clip], frames)
         if routing is not None:
             routing.mask = audio_mask([len(clip)], frames, model.device)
@@ -197,7 +230,7 @@ def generate_segments(
         with (
             shared_cores(model),
             audio_window(model, frames),
-            _fallback(model, len(clip)),
+            _fallback(model, processor, clip),
             torch.random.fork_rng(accelerators),
         ):
             torch.manual_seed(0)  # the fallback samples; the same speech gives the same text

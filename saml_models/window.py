@@ -3,6 +3,16 @@
 Whisper's encoder insists on 3000 mel frames (30 s). The positions are added frame by frame and
 attention has no fixed length, so a shorter window is the same network on fewer frames. Zero-shot,
 the original weights answer short windows with repeated words; experts trained with them do not.
+
+One rule, `margin_of`, says what window a clip of up to 30 s is heard in, by every way of decoding
+(greedy or with beams, with times or without, by itself or in a batch) and in training:
+
+* a model as released: 30 s;
+* quantised, without experts that know short windows: the clip and 10 s of silence;
+* experts that were trained on short windows: the clip and 1 s. They are trained with 0.5, 1 or 2 s
+  after the longest clip of a batch, so that a clip's neighbours do not matter.
+
+Longer recordings are heard 30 s at a time by all of them.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_transcripts_of_all_kinds_are_no_loops(speech_root, tiny_en):
 def looping():
     """A random model that says the same over and over, as such models do."""
     model = small_whisper(layers=2)
-    model.generation_config.eos_token_id = 299
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 299
     torch.manual_seed(1)
     return model, [(torch.randn(1, 80, f), torch.ones(1, f // 2) > 0) for f in (100, 200, 300)]
 
