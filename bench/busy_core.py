@@ -36,6 +36,7 @@ from saml_models.runtime import threads as runtime_threads
 LOOP = """
 import os
 os.sched_setaffinity(0, {%d})
+print("busy", flush=True)
 while os.getppid() == %d:
     for _ in range(1000000):
         pass
@@ -47,7 +48,9 @@ def busy_core() -> Iterator[None]:
     """Within the block the last core that this process may use is kept busy."""
     last = max(os.sched_getaffinity(0))
     call = [sys.executable, "-c", LOOP % (last, os.getpid())]
-    with subprocess.Popen(call, start_new_session=True) as other:
+    with subprocess.Popen(call, start_new_session=True, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()  # it is
         try:
             yield
         finally:

@@ -186,6 +186,25 @@ def test_threads_do_not_change_the_result(way: str) -> None:
 
 
 @only_native
+@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize(("experts", "rank"), [(0, 1), (4, 4), (4, 16), (3, 7)])
+def test_threads_do_not_change_a_bit(way: str, m: int, experts: int, rank: int) -> None:
+    """A few rows: whether they share what is prepared or each prepare it."""
+    inputs = make(m, 301, 1024, experts, rank)
+    if not native.fits(m, inputs[1]):
+        pytest.skip(f"{way} does not multiply {m} rows")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = cpu.forward(*inputs, 1.0)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu.forward(*inputs, 1.0), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@only_native
 def test_short_buffers_are_refused(way: str) -> None:
     x, _, a, b, gates, bias = make(2, 64, 128, 0, 1)
     weight = quantize(torch.randn(64, 128))

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from saml_models import decoding
 from saml_models.runtime import threads
 from saml_models.runtime.threads import Sample, look, shared_cores
 
@@ -96,6 +98,22 @@ def test_each_thread_has_its_own_block(monkeypatch):
     assert seen == [{}] and torch.get_num_threads() == 4
 
 
+def test_clips_are_decoded_so(monkeypatch):
+    seen = []
+
+    class Family:
+        def hear(self, model, processor, clips, beam_size, language):
+            seen.append(torch.get_num_threads())
+            others_take(monkeypatch, 2.0)
+            return ["" for _ in clips]
+
+    monkeypatch.setattr(decoding, "family_of", lambda model: Family())
+    others_take(monkeypatch, 1.0)
+    clips = [np.zeros(16000, np.float32)] * 2
+    decoding.decode_clips(torch.nn.Linear(1, 1), None, clips, batch_size=1)
+    assert seen == [3, 2] and torch.get_num_threads() == 4
+
+
 def test_where_the_kernel_does_not_say(monkeypatch, tmp_path):
     for missing in (tmp_path / "none", tmp_path):
         monkeypatch.setattr(threads, "STAT", missing)
@@ -140,4 +158,4 @@ def test_our_own_work_is_not_anothers():
     if before is None:
         pytest.skip("no /proc/stat")
     after = before._replace(at=before.at + 1, busy=before.busy + 2, own=before.own + 2)
-    assert threads.others(before, after) == 0.0
+    assert threads.others(before, after) == pytest.approx(0.0, abs=1e-9)

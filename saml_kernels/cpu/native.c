@@ -19,6 +19,7 @@
 #include <string.h>
 
 enum { ABI = 2, MAX_SCALES = 1024 }; /* both stand in native.py too */
+enum { ALONE = 48 * 1024 };          /* products that a thread makes rather than wait for another */
 enum { CACHE = 384 * 1024 };         /* bytes of x at a time: half of a common second-level cache */
 enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2, HAS_NEON = 3 };
 enum { FOUR_BIT = 0, INT8 = 1, FLOAT32 = 2 };
@@ -279,7 +280,8 @@ typedef struct {
     float *beside;      /* [4, experts * rank]: rows of B with the experts side by side */
     float *decoded;     /* [4, columns]: rows of W */
     int64_t m, slab;
-    int threads, apart;
+    int threads, apart; /* apart: each has rows of x of its own */
+    int preparing;      /* threads that share `packed` and `hidden`; 1: each has its own */
 } LinearJob;
 
 static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; } /* 64 bytes */
@@ -380,7 +382,7 @@ static void prepare(LinearJob *job) {
     int64_t begin, end;
 #ifdef SAML_X86
     if (job->packed != job->x) {
-        share(job->m * l->weight.columns, 64, job->threads, &begin, &end);
+        share(job->m * l->weight.columns, 64, job->preparing, &begin, &end);
         pack_x86(job->x, begin, end, level == HAS_AVX512, job->packed);
     }
 #endif
@@ -395,7 +397,7 @@ static void prepare(LinearJob *job) {
         for (int64_t i = 0; i < job->m; i++)
             if (job->gates[i * job->gate_stride + e] != 0.0f) job->open[e] = 1.0f;
     }
-    share(width, 1, job->threads, &begin, &end);
+    share(width, 1, job->preparing, &begin, &end);
     for (int64_t row = begin, stop; row < end; row = stop) { /* an expert, or what of it is ours */
         const int64_t e = row / l->rank;
         stop = (e + 1) * l->rank < end ? (e + 1) * l->rank : end;
@@ -438,7 +440,8 @@ static void multiply(const LinearJob *job) {
     Tile t = {.columns = w->columns, .scales = scales, .table = w->table, .shift = -1};
     t.scale_stride = w->columns / w->block;
     t.planes = planes;
-    for (int i = 0; i < 64 && w->table; i++) planes[i] = ((const uint8_t *)w->table)[i % 16 * 4 + i / 16];
+    for (int i = 0; i < 64 && w->table; i++)
+        planes[i] = ((const uint8_t *)w->table)[i % 16 * 4 + i / 16];
     t.experts = l->experts;
     t.rank = l->rank;
     t.hidden_stride = width;
@@ -494,6 +497,8 @@ static void linear_region(void *argument) {
     if (whole->apart) {
         share(whole->m, 6, whole->threads, &begin, &end);
         job.threads = 1;
+    }
+    if (whole->preparing == 1) {
         job.packed += index * whole->slab * columns;
         job.hidden += index * whole->slab * width;
     }
@@ -509,9 +514,9 @@ static void linear_region(void *argument) {
         job.gate_stride = whole->gate_stride;
         job.y = whole->y + m * l->rows;
         job.packed = in_registers(&job) && l->weight.format == FOUR_BIT ? packed : (float *)job.x;
-        if (m > begin && job.threads > 1) pool_barrier();
+        if (m > begin && job.preparing > 1) pool_barrier();
         prepare(&job);
-        if (job.threads > 1) pool_barrier();
+        if (job.preparing > 1) pool_barrier();
         multiply(&job);
     }
 }
@@ -534,12 +539,15 @@ int saml_linear(const Layer *l, const float *x, const float *gates, int64_t gate
     if (job.slab < 12) job.slab = 12;
     if (job.slab > m) job.slab = m;
     const int64_t width = l->experts * l->rank, own = private_floats(l, job.slab);
-    const int64_t shared = aligned(job.slab * (columns + width) * (job.apart ? job.threads : 1));
+    /* Little to prepare: sooner done twice than waited for. */
+    job.preparing = job.apart || m * (width + 1) * columns <= ALONE ? 1 : job.threads;
+    const int copies = job.preparing == 1 ? job.threads : 1;
+    const int64_t shared = aligned(job.slab * (columns + width) * copies);
     const size_t bytes = (size_t)(shared + own * job.threads) * sizeof(float);
     float *scratch = aligned_alloc(64, bytes);
     if (!scratch) return 2;
     job.packed = scratch;
-    job.hidden = scratch + job.slab * columns * (job.apart ? job.threads : 1);
+    job.hidden = scratch + job.slab * columns * copies;
     job.decoded = scratch + shared;
     parallel(linear_region, &job, job.threads);
     free(scratch);

@@ -228,7 +228,7 @@ class Layer:
         x and gates float32 and contiguous, which the caller sees to. An expert whose gate is zero
         for all rows that are worked on together is not read.
         """
-        y = x.new_empty(x.shape[:-1] + (self.rows,))
+        y = x.new_empty((*x.shape[:-1], self.rows))
         m = x.numel() // self.columns
         address, stride = None, 0
         if gates is not None:
