@@ -179,8 +179,9 @@ def test_full_disk(tmp_path, model, profile, manifest, clips):
 
     target = tmp_path / "ann.safetensors"
     target.write_text("old")
+    learn = ("adapt", "--model", model, "--data", manifest, "--out", target, "--epochs", 1)
     with full_disk(4096):
-        result = saml("adapt", "--model", model, "--data", manifest, "--out", target, "--epochs", 1)
+        result = saml(*learn, "--overwrite")
     assert_refused(result, target, "cannot be written")
     assert target.read_text() == "old"
 
