@@ -18,7 +18,7 @@ from transformers import CanaryConfig, CanaryForConditionalGeneration, CanaryPro
 
 from saml_kernels.errors import SAMLError
 from saml_models.devices import on_device
-from saml_models.quiet import quiet_transformers
+from saml_models.quiet import check_complete, quiet_transformers
 
 __all__ = ["Conformer", "is_conformer", "load_conformer"]
 
@@ -103,8 +103,6 @@ def load_conformer(
         hint = "" if local else "; check the connection, or give the path of a folder"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SAMLError(f"{name}: cannot be loaded ({reason}){hint}") from error
-    if about["missing_keys"]:
-        missing = sorted(about["missing_keys"])
-        raise SAMLError(f"{name}: {missing[0]} is missing from the weights; copy them again")
+    check_complete(name, about, "copy them again")
     model.config._name_or_path = name
     return on_device(model, device).eval(), processor

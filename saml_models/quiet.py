@@ -1,16 +1,21 @@
-"""Standard error is for progress and errors, not for libraries' advice to developers."""
+"""Standard error is for progress and errors, not for libraries' advice to developers.
+
+What matters of what they would log is raised.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from saml_kernels.errors import SAMLWarning
 
-__all__ = ["quiet_libraries", "quiet_transformers"]
+from saml_kernels.errors import SAMLError
+
+__all__ = ["check_complete", "quiet_libraries", "quiet_transformers"]
 
 
 def quiet_libraries() -> None:
@@ -45,3 +50,24 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+def check_complete(name: object, report: Mapping[str, Iterable[str]], remedy: str) -> None:
+    """Refuse weights of which `from_pretrained` did not find all, and only logged it.
+
+    Args:
+        name: what was loaded.
+        report: its loading info.
+        remedy: what to do about a damaged file.
+
+    Raises:
+        SAMLError: some are missing.
+    """
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing and any(str(key).endswith(".weight.codes") for key in report["unexpected_keys"]):
+        raise SAMLError(
+            f"{name}: save_pretrained wrote it of a model with low-bit weights, which it cannot "
+            "hold; save that model with save_saml or `saml quantize`"
+        )
+    if missing:
+        raise SAMLError(f"{name}: lacks {len(missing)} weights, such as {missing[0]}; {remedy}")

@@ -24,7 +24,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.ctranslate2 import CTranslate2Whisper, Dimensions
 from saml_models.devices import on_device
 from saml_models.offline import OFFLINE_MODELS, english_spelling, find_model
-from saml_models.quiet import quiet_transformers
+from saml_models.quiet import check_complete, quiet_transformers
 
 __all__ = ["OPENAI_NAMES", "load_whisper"]
 
@@ -171,10 +171,7 @@ def _load_transformers(
         raise SAMLError(
             f"{folder}: cannot be loaded as Whisper: {_one_line(error)}; download it again"
         ) from error
-    if damaged := sorted(map(str, report["missing_keys"])):
-        raise SAMLError(
-            f"{folder}: lacks {len(damaged)} weights, such as {damaged[0]}; download it again"
-        )
+    check_complete(folder, report, "download it again")
     if processor.tokenizer.english_spelling_normalizer is None:
         processor.tokenizer.english_spelling_normalizer = english_spelling()
     return model, processor

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models import storage
+from saml_models.loading import load_model
 from saml_models.storage import load_saml, pack_experts, round_experts, save_saml, unpack_expert
 from saml_models.surgery import apply_saml, expert_parameters
 
@@ -84,6 +85,34 @@ def test_logits_come_back_bit_for_bit(
     assert size == sum(f.stat().st_size for f in files)
     trainable = {n for n, p in again.named_parameters() if p.requires_grad}
     assert trainable == set(expert_parameters(model))
+
+
+@pytest.mark.parametrize("router", ["token", "shared"])
+def test_loading_fills_all_memory(
+    router: Any, poisoned: None, processor: Any, tmp_path: Path
+) -> None:
+    """No tensor of a loaded model is what happened to lie in its memory, here NaN."""
+    mix = "merged" if router == "shared" else "sum"
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2, router=router, mix=mix))
+    save_saml(trained(model), processor, tmp_path / "m")
+    again, _ = load_saml(tmp_path / "m")
+    for name, tensor in [*again.named_parameters(), *again.named_buffers()]:
+        assert torch.isfinite(tensor.float()).all(), name
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_folder_that_transformers_wrote_of_a_quantised_model(
+    processor: Any, tmp_path: Path
+) -> None:
+    model: Any = small_whisper()
+    save = type(model).save_pretrained
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    save(model, tmp_path)  # as it was done before it was refused
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(SAMLError, match=r"low-bit weights.*save_saml") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_saving_again_changes_nothing(folder: Path, processor: Any, tmp_path: Path) -> None:
