@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,7 @@ class Media:
     """
 
     def __init__(self, file: io.RawIOBase, mix: Downmix) -> None:
-        import av
-
+        av: Any = import_module("av")
         self._av, self._mix = av, mix
         try:
             options = {"format_whitelist": _DEMUXERS}

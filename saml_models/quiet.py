@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from saml_kernels.errors import SAMLWarning
-
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, SAMLWarning
 
 __all__ = ["check_complete", "quiet_libraries", "quiet_transformers"]
 
