@@ -25,41 +25,43 @@ def replaced(model: Any, make: Callable[[nn.Linear], nn.Module]) -> Any:
     return model
 
 
-def saml(model: Any, dtype: torch.dtype) -> Any:
+def saml(model: Any, dtype: torch.dtype, rank: int = RANK) -> Any:
     """Everything in NF4, E gated experts on every linear layer."""
-    apply_saml(model, SAMLConfig(num_experts=EXPERTS, rank=RANK, expert_init="lora"))
+    apply_saml(model, SAMLConfig(num_experts=EXPERTS, rank=rank, expert_init="lora"))
     return model
 
 
-def peft_lora(model: Any, dtype: torch.dtype) -> Any:
+def peft_lora(model: Any, dtype: torch.dtype, rank: int = RANK) -> Any:
     """One LoRA of rank E r on a model that is not quantised."""
     from peft import LoraConfig, get_peft_model
 
-    rank = EXPERTS * RANK
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+    together = EXPERTS * rank
+    config = LoraConfig(r=together, lora_alpha=together, target_modules=TARGETS)
+    return get_peft_model(model, config)
 
 
-def qlora(model: Any, dtype: torch.dtype) -> Any:
+def qlora(model: Any, dtype: torch.dtype, rank: int = RANK) -> Any:
     """The same on bitsandbytes NF4 layers."""
-    return peft_lora(replaced(model, lambda linear: bitsandbytes_linear(linear, dtype)), dtype)
+    base = replaced(model, lambda linear: bitsandbytes_linear(linear, dtype))
+    return peft_lora(base, dtype, rank)
 
 
-def gated_peft(model: Any, dtype: torch.dtype) -> Any:
+def gated_peft(model: Any, dtype: torch.dtype, rank: int = RANK) -> Any:
     """E LoRAs under a token router on bitsandbytes NF4 layers, as a user would write it."""
     model.requires_grad_(False)
 
     def make(linear: nn.Linear) -> nn.Module:
-        return GatedPeftLinear(linear, EXPERTS, RANK, dtype, routed=True)
+        return GatedPeftLinear(linear, EXPERTS, rank, dtype, routed=True)
 
     return replaced(model, make)
 
 
-def all_parameters(model: Any, dtype: torch.dtype) -> Any:
+def all_parameters(model: Any, dtype: torch.dtype, rank: int = RANK) -> Any:
     """No adapter: everything is trained."""
     return model.requires_grad_(True)
 
 
-ADAPTERS: dict[str, Callable[[Any, torch.dtype], Any]] = {
+ADAPTERS: dict[str, Callable[..., Any]] = {
     "saml": saml,
     "bitsandbytes + gated PEFT": gated_peft,
     "bitsandbytes + PEFT LoRA": qlora,

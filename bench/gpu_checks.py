@@ -1,4 +1,4 @@
-"""Checks that need a GPU, for gpu_check.py: compiled tests, sanitizers, recomputation."""
+"""Checks for gpu_check.py: real shapes, compiled tests, sanitizers, recomputation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_results import one_line
+from torch import Tensor
 
-from saml_kernels import quantize
-from saml_kernels.timing import timed
+from saml_kernels import quantize, saml_linear, saml_linear_routed
+from saml_kernels.reference import gates_from_logits, saml_linear_reference
+from saml_kernels.timing import poisoned_errors, timed
 from saml_kernels.triton import backward, configs, forward
 from saml_kernels.triton.tuning import Problem
 
-__all__ = ["check_kernels", "collected", "recomputation", "sanitize", "small_case", "verdict"]
+__all__ = [
+    "REAL_SHAPES", "Shape", "check_kernels", "check_shape", "check_shapes", "collected",
+    "recomputation", "sanitize", "small_case", "verdict",
+]  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 SANITIZER_SECONDS = 75
@@ -33,6 +42,152 @@ PLAIN = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 # Without pyproject's -q: a second one makes --collect-only count tests instead of naming them.
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider"]
 
+NAMES = ("y", "dx", "da", "db", "dgates")
+TOLERANCE = {"float16": 1e-2, "bfloat16": 4e-2, "float32": 1e-3}  # relative to the norm
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer as models have them: every pointer aligned, every size a multiple of 16.
+
+    Attributes:
+        m, n, k: tokens, out-features, in-features.
+        experts, rank: E and r.
+        dtype: what it runs in.
+        gates: "given"; "sparse", given with all but two of them zero; "token", a token router.
+    """
+
+    m: int = 300
+    n: int = 512
+    k: int = 512
+    experts: int = 4
+    rank: int = 16
+    dtype: str = "float16"
+    gates: str = "given"
+
+
+def _real_shapes() -> tuple[Shape, ...]:
+    """By what has gone wrong before, then by what users have, then the rest."""
+    first = [Shape(dtype=d, gates=g) for d in ("float16", "bfloat16") for g in ("given", "token")]
+    default = [Shape(rank=4, dtype="bfloat16", gates="token"), Shape(experts=16, rank=4)]
+    more = [
+        Shape(m, n, k, gates=g)
+        for m, n, k in ((1500, 2048, 512), (1500, 512, 2048), (1500, 1280, 1280), (5, 512, 512))
+        for g in ("given", "token")
+    ]
+    return (*first, *default, Shape(gates="sparse"), *more)
+
+
+REAL_SHAPES = _real_shapes()
+
+
+def check_shape(shape: Shape, route: str | None, device_type: str) -> dict[str, Any]:
+    """Relative errors of one route against float64; None is the operator as users call it.
+
+    Everything is drawn anew, in place, between the call whose results are overwritten with NaN and
+    the one that is judged.
+    """
+    found: dict[str, Any] = {**asdict(shape), "route": route or "the operator"}
+    try:
+        errors = _errors(shape, route, torch.device(device_type))
+    except Exception as error:  # whatever a compiler or a driver says
+        return found | {"failed": one_line(error)}
+    worst = max(errors, key=lambda name: errors[name])
+    found["errors"] = {name: float(f"{off:.2e}") for name, off in errors.items()}
+    if not errors[worst] < TOLERANCE[shape.dtype]:
+        found["failed"] = f"{worst} is off by {errors[worst]:.1e}"
+    return found
+
+
+def _errors(shape: Shape, route: str | None, device: torch.device) -> dict[str, float]:
+    generator = torch.Generator(device).manual_seed(1)
+    m, n, k, e, r = shape.m, shape.n, shape.k, shape.experts, shape.rank
+    routed = shape.gates == "token"
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, device=device, dtype=getattr(torch, shape.dtype))
+
+    weight = quantize(torch.randn(n, k, generator=generator, device=device) / k**0.5)
+    x, dy, bias, a, b = empty(m, k), empty(m, n), empty(n), empty(e, r, k), empty(e, n, r)
+    gates = empty(e, k) if routed else empty(m, e)  # or the router that makes them
+
+    def renew() -> None:
+        for tensor in (x, dy, bias, a, b, gates):
+            tensor.normal_(generator=generator)
+        for tensor in (a, b) + (gates,) * routed:
+            tensor.div_(tensor.shape[-1] ** 0.5)
+        if not routed:
+            kept = 2 if shape.gates == "sparse" else None
+            gates.copy_(gates_from_logits(gates, kept))
+
+    def leaves(*tensors: Tensor) -> list[Tensor]:
+        return [t.detach().clone().requires_grad_() for t in tensors]
+
+    def run() -> Sequence[Tensor]:
+        if route is None:
+            parts = leaves(x, a, b, gates)
+            operator: Any = saml_linear_routed if routed else saml_linear
+            y = operator(parts[0], weight, *parts[1:], bias, backend="triton")
+            y.backward(dy)
+            return [y.detach(), *(t.grad for t in parts)]
+        how: dict[str, Any] = {"route": route, "routing": (None, 1.0) if routed else None}
+        y = forward(x, weight, a, b, gates, bias, 1.0, **how)
+        return [y, *backward(dy, x, weight, a, b, gates, 1.0, (True,) * 4, **how)]
+
+    def truth() -> list[Tensor]:
+        parts = leaves(*(t.double() for t in (x, a, b, gates)))
+        given = gates_from_logits(parts[0] @ parts[3].T) if routed else parts[3]
+        dense = weight.dequantize().double()
+        y = saml_linear_reference(parts[0], dense, *parts[1:3], given, bias.double())
+        y.backward(dy.double())
+        return [y.detach(), *(t.grad for t in parts)]
+
+    renew()
+    return dict(zip(NAMES, poisoned_errors(run, renew, truth), strict=True))
+
+
+def check_shapes(
+    shapes: Sequence[Shape],
+    device_type: str,
+    seconds: float,
+    put: Callable[[list[dict[str, Any]]], None],
+) -> str:
+    """Every shape by every route, on all cores (compiling takes long); one line about them.
+
+    Args:
+        shapes: in the order of their importance.
+        device_type: "cuda", or "cpu" under Triton's interpreter.
+        seconds: what is not done then is left.
+        put: is given all rows so far after each.
+    """
+    tasks = [(s, route) for s in shapes for route in (None, *configs.ROUTES)]
+    rows: list[dict[str, Any]] = []
+    workers = max(1, min(12, (os.cpu_count() or 2) - 1))
+    # Not by fork: CUDA, once initialised, does not survive it.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    futures = [pool.submit(check_shape, *task, device_type) for task in tasks]
+    try:
+        for future in as_completed(futures, timeout=seconds):
+            rows.append(future.result())
+            put(rows)
+    except Exception as error:  # time is up, or a worker has died
+        late = one_line(error)
+        # They may be busy for long; whoever started this process ends what is left of it.
+        pool.shutdown(wait=False, cancel_futures=True)
+    else:
+        late = ""
+        pool.shutdown()
+    bad = [f"{_named(row)}: {row['failed']}" for row in rows if "failed" in row]
+    done = f"{len(rows)} of {len(tasks)} calls" + (f" ({late})" if late else "")
+    if bad:
+        return f"failed: {len(bad)} of {done}; " + "; ".join(bad[:6])
+    return f"{'passed' if len(rows) == len(tasks) else 'unfinished'}: {done}"
+
+
+def _named(row: dict[str, Any]) -> str:
+    shape = f"{row['m']} x {row['k']} -> {row['n']}, {row['experts']} x {row['rank']}"
+    return f"{row['route']} at {shape}, {row['dtype']}, gates {row['gates']}"
+
 
 def collected() -> tuple[list[str], str]:
     """Names of the kernels' tests (none where that fails), and all that pytest said."""
@@ -44,8 +199,15 @@ def collected() -> tuple[list[str], str]:
     return [] if listed.returncode else names, listed.stdout + listed.stderr
 
 
-def check_kernels(minutes: float) -> str:
-    """tests/kernels, shared out among processes (compiling takes long); "passed" or what else."""
+def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
+    """tests/kernels, shared out among processes (compiling takes long); "passed" or what else.
+
+    `only` names tests to run in place of all, under Triton's interpreter where that is on.
+    """
+    if only:
+        done = subprocess.run([*PYTEST, *only], capture_output=True, text=True, cwd=HERE.parent)
+        return "passed" if done.returncode == 0 else f"failed: {done.stdout[-2000:]}"
+    started = time.monotonic()
     tests, said = collected()
     fixed = [t for t in tests if "random_shapes" not in t]
     if not fixed:
@@ -56,7 +218,7 @@ def check_kernels(minutes: float) -> str:
         [*PYTEST, "tests/kernels", "-k", "random_shapes", f"--hypothesis-seed={i}"]
         for i in range(workers)
     ]
-    deadline = time.monotonic() + 60 * minutes
+    deadline = started + seconds
 
     def run(command: list[str]) -> str:
         try:
@@ -82,7 +244,7 @@ def check_kernels(minutes: float) -> str:
 
 def sanitize() -> dict[str, str]:
     """compute-sanitizer's tools -> "passed" or what else."""
-    case = [sys.executable, str(HERE / "gpu_check.py"), "--do", "small-case"]
+    case = [sys.executable, str(HERE / "gpu_check.py"), "--step", "small-case"]
     how: dict[str, Any] = {"capture_output": True, "text": True}
     try:
         plain = subprocess.run(case, env=PLAIN, timeout=COMPILE_SECONDS, **how)

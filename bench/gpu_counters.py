@@ -43,7 +43,7 @@ def counters() -> dict[str, Any]:
         command = [
             ncu, "--csv", "--print-units", "base", "--profile-from-start", "off",
             "--metrics", ",".join(METRICS),
-            sys.executable, str(SCRIPT), "--do", "counted", "--work", work,
+            sys.executable, str(SCRIPT), "--step", f"counted-{work}",
         ]  # fmt: skip
         try:
             done = subprocess.run(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 __all__ = [
     "Timing", "Train", "cache_bytes", "captured", "current", "interleaved", "overwrite_caches",
-    "peak_memory", "poisoned_error", "sample", "timed",
+    "peak_memory", "poisoned_error", "poisoned_errors", "sample", "timed",
 ]  # fmt: skip
 
 Train = Sequence[Callable[[], Any]]
@@ -240,12 +240,12 @@ def captured(train: Train) -> Callable[[], Any]:
     return _Replay(graph, results[-1], tuple(train))
 
 
-def poisoned_error(
+def poisoned_errors(
     run: Callable[[], Sequence[Tensor]],
     renew: Callable[[], None],
     truth: Callable[[], Sequence[Tensor]],
-) -> float:
-    """How far `run` is off on new input, its earlier results having been filled with NaN.
+) -> list[float]:
+    """How far each result of `run` is off on new input, the earlier ones filled with NaN.
 
     A kernel that leaves part of its result unwritten, or a result that was kept from the timed
     calls, cannot pass: the memory that the next result is likely to get holds NaN.
@@ -256,7 +256,7 @@ def poisoned_error(
         truth: the same results for the input as it then is, in float64.
 
     Returns:
-        The largest ||found - expected|| / ||expected||; infinite where a result is not finite.
+        Each result's ||found - expected|| / ||expected||; infinite where it is not finite.
     """
     old = run()
     with torch.no_grad():
@@ -264,12 +264,21 @@ def poisoned_error(
             result.fill_(float("nan"))
     del old
     renew()
-    worst = 0.0
+    errors = []
     for found, expected in zip(run(), truth(), strict=True):
         norm = max(float(expected.norm()), 1e-30)
         off = float((found.detach().double() - expected).norm()) / norm
-        worst = max(worst, off if off == off else float("inf"))
-    return worst
+        errors.append(off if off == off else float("inf"))
+    return errors
+
+
+def poisoned_error(
+    run: Callable[[], Sequence[Tensor]],
+    renew: Callable[[], None],
+    truth: Callable[[], Sequence[Tensor]],
+) -> float:
+    """The largest of `poisoned_errors`."""
+    return max(poisoned_errors(run, renew, truth), default=0.0)
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:

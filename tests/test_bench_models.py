@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from saml_models.bench.cases import Case
 from saml_models.bench.contenders import contenders
 from saml_models.bench.peers import _int4
 from saml_models.bench.turns import answer, in_turn, record, stopwatch
@@ -111,21 +110,6 @@ def test_the_gpu_script_says_that_there_is_none():
     done = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "gpu_check: no CUDA device; run it on a machine that has one"
-
-
-def test_the_gpu_scripts_layers_on_a_cpu(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(str(BENCH))
-    import gpu_check
-
-    case = Case("P3", "eager", 3, 64, 64)
-    monkeypatch.setattr(gpu_check, "cases_of", lambda *wanted: [case] if wanted[0] == "P3" else [])
-    monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
-    gpu_check.time_layers(CPU, tmp_path, ["P2", "P3"], True, 1.0)
-    (path,) = tmp_path.glob("*.json")
-    data = json.loads(path.read_text())
-    assert list(data["works"]) == ["P3"] and data["works"]["P3"]["bandwidth_gb_s"] > 0
-    assert "P3: the user's composition" in capsys.readouterr().out
 
 
 def test_report_script_writes_figures_and_readme(tmp_path):

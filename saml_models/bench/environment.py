@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -32,10 +33,11 @@ def device_name(device: torch.device) -> str:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date."""
+    """Device, driver, versions, commit and date; $SAML_COMMIT names it for a copy without git."""
     found: dict[str, Any] = {
         "device": device_name(device), "type": device.type, "date": time.strftime("%Y-%m-%d"),
-        "commit": _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]),
+        "commit": os.environ.get("SAML_COMMIT")
+        or _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]),
         "python": platform.python_version(), "versions": _versions(),
     }  # fmt: skip
     if device.type == "cuda":
