@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ class BlockGates:
     """Gates [B, 1, E] that one attention block's layers share (router="shared")."""
 
     gates: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the gates without what made them: PyTorch copies no graph."""
+        return {"gates": None if self.gates is None else self.gates.detach()}
 
 
 @dataclass
@@ -87,9 +92,9 @@ class SAMLLinear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         experts, rank = config.num_experts, config.rank
-        self.lora_a = nn.Parameter(torch.empty(experts, rank, self.in_features), experts > 0)
+        start = torch.randn(experts, rank, self.in_features) / math.sqrt(self.in_features)
+        self.lora_a = nn.Parameter(start, experts > 0)
         self.lora_b = nn.Parameter(torch.zeros(experts, self.out_features, rank), experts > 0)
-        nn.init.normal_(self.lora_a, std=1 / math.sqrt(self.in_features))
         self.router = self._make_router(clip_width) if experts else None
 
     def _make_router(self, clip_width: int | None) -> Router | None:
@@ -186,7 +191,9 @@ class SAMLLinear(nn.Module):
         dropping = self.training and c.dropout > 0
         balancing = self.training and c.balance > 0  # needs the router's own probabilities
         router = self.router if isinstance(self.router, TokenRouter) else None
-        if router is not None and router.offset is None and not dropping and not balancing:
+        plain = router is not None and router.offset is None and not dropping and not balancing
+        # accelerate moves a router's weight to x only while the router itself is called.
+        if plain and router is not None and router.weight.device == x.device:
             weight = router.weight
             if weight.dtype != x.dtype:
                 weight = readable(weight, x)
@@ -301,4 +308,4 @@ class SAMLPointwiseConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, T] -> [B, N, T]."""
-        return self.linear(x.transpose(1, 2)).transpose(1, 2)
+        return self.linear(x.transpose(-1, -2)).transpose(-1, -2)
