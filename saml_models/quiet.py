@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from saml_kernels.errors import SAMLError, SAMLWarning
-
 __all__ = ["check_complete", "quiet_libraries", "quiet_transformers"]
 
 
@@ -22,6 +20,8 @@ def quiet_libraries() -> None:
     The package's own warnings are shown, each once, as one line on standard error.
     """
     from transformers.utils import logging
+
+    from saml_kernels.errors import SAMLWarning
 
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", category=SAMLWarning)
@@ -61,6 +61,8 @@ def check_complete(name: object, report: Mapping[str, Iterable[str]], remedy: st
     Raises:
         SAMLError: some are missing.
     """
+    from saml_kernels.errors import SAMLError
+
     missing = sorted(map(str, report["missing_keys"]))
     if missing and any(str(key).endswith(".weight.codes") for key in report["unexpected_keys"]):
         raise SAMLError(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -177,7 +178,8 @@ def fit(
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision(device))
+    accelerator, precision = _accelerator(device)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(options.seed)
     family = family_of(model)
     objective = Objective(model, family, options, teacher)
@@ -195,7 +197,7 @@ def fit(
     def learn(batch: Batch, flat: bool = False) -> Tensor:
         """Gradients of a batch, and its loss."""
         prepared.zero_grad(set_to_none=False)  # a captured pass finds them where they were
-        with accelerator.autocast():
+        with accelerator.autocast(), half:
             loss = wrapped(batch, flat)
         accelerator.backward(loss)
         return loss.detach()
@@ -220,7 +222,7 @@ def fit(
         return make(*job).pinned() if accelerator.device.type == "cuda" else make(*job)
 
     try:
-        with attention_as_products(model, accelerator.mixed_precision), keep_dense(DENSE):
+        with attention_as_products(model, precision), keep_dense(DENSE):
             made = ahead(prepare, todo)
             for (i, _), batch in zip(todo, made, strict=True):
                 for group in optimiser.param_groups:
@@ -298,6 +300,17 @@ class _Losses:
                 raise SAMLError(f"training: the loss is {loss} at step {step}; lower the rate")
             self.known.append(loss)
         self.count = 0
+
+
+def _accelerator(device: torch.device) -> tuple[Accelerator, str]:
+    """accelerate's way to the device, and the precision to compute in.
+
+    Its state is one for the whole process: what a Trainer left is taken as it is.
+    """
+    wanted = mixed_precision(device)
+    given = bool(AcceleratorState._shared_state)
+    made = Accelerator(cpu=device.type == "cpu", mixed_precision=None if given else wanted)
+    return made, wanted if wanted == "bf16" else made.mixed_precision
 
 
 def _graphed(

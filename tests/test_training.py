@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
@@ -267,3 +269,11 @@ def test_adapt_returns_a_profile_and_leaves_the_model_alone(
         adapt(model, tiny_en[1], [utterances[0], replace(utterances[1], speaker="b")], options)
     with pytest.raises(SAMLError, match="no text"):
         adapt(model, tiny_en[1], [replace(utterances[0], text=" ")], options)
+
+
+def test_beside_what_a_trainer_left_in_the_process(tiny_en: Any, samples: list[Sample]) -> None:
+    """accelerate's state is one for the process; another precision in it is no reason to fail."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="no")
+    report = fit(make(), tiny_en[1], samples, replace(OPTIONS, epochs=1))
+    assert math.isfinite(report.last_loss)
