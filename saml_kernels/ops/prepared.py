@@ -8,6 +8,7 @@ copied or saved with the layer.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ class Prepared:
         gating: Gating | None,
     ) -> None:
         """The arguments, already checked; `gates` counts only as a router's weight."""
-        self.weight, self.settings = weight, (scaling, gating)
+        # Weakly: a cycle would keep a dropped layer's memory until the collector comes by.
+        self.weight, self.settings = weakref.ref(weight), (scaling, gating)
         self.scaling, self.gating = float(scaling), gating
         self.device = weight.codes.device
-        self.parts = weight_parts(weight)
+        self.parts, self.buffers = weight_parts(weight), weight._buffers
         self.none = 0 in lora_a.shape[-3:-1]
         self.tensors = self._tensors(lora_a, lora_b, gates, bias)
         self.eight_bit = isinstance(lora_a, QuantizedTensor)
@@ -58,7 +60,6 @@ class Prepared:
         self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
         self.changes = configs.changes
         self.calls: dict[Any, _Kind] = {}
-        self.bias: tuple[int, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         """None: a copied layer is prepared anew."""
@@ -70,7 +71,7 @@ class Prepared:
     def _tensors(
         self, lora_a: Experts, lora_b: Experts, gates: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        parts: Any = self.weight._buffers
+        parts: Any = self.buffers
         experts: tuple[Tensor | None, ...] = (None, None, None)
         if not self.none:
             codes = (t.codes if isinstance(t, QuantizedTensor) else t for t in (lora_a, lora_b))
@@ -140,13 +141,6 @@ class Prepared:
             return Operator.apply(x, lora_a, lora_b, gates, bias, _Bound(kind, speakers))
         return kind.forward(x, lora_a, lora_b, gates, bias, speakers)[0]
 
-    def bias_in(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """A bias cast to `dtype` once, for cuBLAS."""
-        version = bias._version
-        if self.bias is None or self.bias[0] != version or self.bias[1].dtype != dtype:
-            self.bias = (version, bias.detach().to(dtype))
-        return self.bias[1]
-
 
 def _learning(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
@@ -170,10 +164,13 @@ class _Kind:
         learning: bool,
     ) -> None:
         cast = None if dtype == x.dtype else dtype
-        check(x, layer.weight, lora_a, lora_b, gates, bias, speakers, layer.gating, cast)
-        self.layer, self.dtype = layer, dtype
+        weight = layer.weight()
+        assert weight is not None  # it holds the layer
+        check(x, weight, lora_a, lora_b, gates, bias, speakers, layer.gating, cast)
+        self.parts, self.device, self.dtype = layer.parts, layer.device, dtype
+        self.scaling, self.gating = layer.scaling, layer.gating
         lead = x.shape[:-1]
-        self.shape = (*lead, layer.weight.shape[0])
+        self.shape = (*lead, weight.shape[0])
         self.gates_span = self.speakers_span = 1
         self.spread_gates = self.spread_speakers = False
         if layer.gating is None and not layer.none:
@@ -186,13 +183,14 @@ class _Kind:
         x, gates, speakers = self._given(x, gates, speakers)
         spans = (self.gates_span, self.speakers_span)
         self.facts: Facts = facts_of(
-            x, layer.weight, lora_a, lora_b, gates, bias, speakers, layer.gating,
+            x, weight, lora_a, lora_b, gates, bias, speakers, layer.gating,
             spans=spans, dtype=dtype,
         )  # fmt: skip
         self.plan = forward_plan(self.facts, learning)
         eight_bit = isinstance(lora_a, QuantizedTensor)
         self.scales = (lora_a.absmax, lora_b.absmax) if eight_bit else (None, None)  # type: ignore
-        self.cast_bias = self.plan.route == "scratch" and bias is not None and bias.dtype != dtype
+        self.casts_bias = self.plan.route == "scratch" and bias is not None and bias.dtype != dtype
+        self.bias: tuple[int, Tensor] | None = None
         self.backward_facts: dict[bool, Facts] = {}
 
     def _given(
@@ -226,19 +224,27 @@ class _Kind:
         speakers: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """y [..., N], and what the backward wants kept."""
-        layer = self.layer
         x, gates, speakers = self._given(x, gates, speakers)
-        if self.cast_bias and bias is not None:
-            bias = layer.bias_in(bias, self.dtype)
+        if self.casts_bias and bias is not None:
+            bias = self._cast(bias)
         a, b = lora_a, lora_b
         if self.scales[0] is not None:
             a, b = lora_a.codes, lora_b.codes  # type: ignore[union-attr]
-        with on_device(layer.device):
+        with on_device(self.device):
             y, plain, made = self.plan(
-                x, layer.parts, a, self.scales[0], b, self.scales[1], gates, bias, speakers,  # type: ignore[arg-type]
-                layer.scaling,
+                x, self.parts, a, self.scales[0], b, self.scales[1], gates, bias, speakers,  # type: ignore[arg-type]
+                self.scaling,
             )  # fmt: skip
         return y.view(self.shape), (x, plain, made, speakers)
+
+    def _cast(self, bias: Tensor) -> Tensor:
+        """The bias in the type that cuBLAS wants, cast again where it was changed in place."""
+        if bias.is_inference():  # which counts no versions
+            return bias.to(self.dtype)
+        version = bias._version
+        if self.bias is None or self.bias[0] != version:
+            self.bias = (version, bias.detach().to(self.dtype))
+        return self.bias[1]
 
 
 class _Bound:
@@ -264,7 +270,7 @@ class _Bound:
         kept: tuple[Tensor | None, ...],
         needs: tuple[bool, bool, bool, bool],
     ) -> Gradients:
-        kind, layer = self.kind, self.kind.layer
+        kind = self.kind
         x, plain, made, speakers = kept
         assert x is not None
         if dy.dtype != kind.dtype:
@@ -280,23 +286,23 @@ class _Bound:
             kind.backward_facts[aligned] = facts
         plan = backward_plan(facts, needs, plain is not None)
         dx_dtype = None if self.x_dtype == kind.dtype else self.x_dtype
-        with on_device(layer.device):
+        with on_device(kind.device):
             dx, da, db, dg = plan(
                 dy,
                 x,
-                layer.parts,
+                kind.parts,
                 lora_a,
                 lora_b,
                 given,
                 speakers,
-                layer.scaling,
+                kind.scaling,
                 plain,
                 made,
                 dx_dtype,
             )
         if dx is not None:
             dx = dx.view(x.shape)
-        if dg is not None and layer.gating is None:
+        if dg is not None and kind.gating is None:
             if kind.gates_span > 1:
                 dg = dg.view(-1, kind.gates_span, dg.shape[-1]).sum(1).to(gates.dtype)
             elif kind.spread_gates:

@@ -1,7 +1,9 @@
 """Calls prepared for a layer: what rows share, what is read as it lies, when it is made anew."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -142,3 +144,16 @@ def test_never_copied_with_the_weight(device):
     for other in (copy.deepcopy(case.weight), pickle.loads(pickle.dumps(case.weight))):
         assert other.prepared is None
     assert case.weight.prepared is not None
+
+
+def test_a_dropped_layer_is_gone_at_once(device):
+    """No cycle keeps its memory until the garbage collector comes by."""
+    case, a, b = layer(device)
+    call(case, a, b).sum().backward()
+    codes = weakref.ref(case.weight.codes)
+    gc.disable()
+    try:
+        del case, a, b
+        assert codes() is None
+    finally:
+        gc.enable()
