@@ -45,14 +45,13 @@ ROUTING = True  # and make the gates of a token router
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+# Looked for here, because torch 2.11 can trace neither the search nor a cache around it.
+_INSTALLED = find_spec("triton") is not None
 
 
 def why_unavailable() -> str | None:
     """Why no Triton kernel can run on this machine."""
-    if not _installed() and (prebuilt() is None or interpreting()):
+    if not _INSTALLED and (prebuilt() is None or interpreting()):
         return (
             "triton is not installed; pip install 'saml-kernels[triton]', or set SAML_KERNELS to "
             "a folder that python -m saml_kernels.aot made"
