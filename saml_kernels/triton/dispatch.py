@@ -47,10 +47,13 @@ KERNELS = {
 Start = Callable[..., Any]
 
 
-@cache
+# Read once, as Triton does: at every call it would be a good part of what a launch costs.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU, as it reads its own variable (once)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    """Whether Triton interprets kernels on the CPU, as it reads its own variable."""
+    return _INTERPRETING
 
 
 def precision(dtype: torch.dtype) -> str:
