@@ -20,7 +20,6 @@ there is none.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 
 import torch
