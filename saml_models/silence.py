@@ -32,6 +32,8 @@ def has_speech(clip: npt.NDArray[np.floating[Any]], no_speech: Callable[[], floa
         clip: [samples] at 16 kHz, nominally within -1..1.
         no_speech: asked where energy cannot tell: the probability that there is no speech, or None.
     """
+    if not len(clip):  # what follows the last cue of a recording
+        return False
     width = min(FRAME, len(clip))
     frames = clip[: len(clip) // width * width].reshape(-1, width)
     power = np.square(frames - frames.mean(1, keepdims=True, dtype=np.float64)).mean(1)

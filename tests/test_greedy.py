@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig
 from saml_models import greedy as greedy_module
-from saml_models import whisper_family
+from saml_models import limits, whisper_family
 from saml_models.adaptation import training_samples
 from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
@@ -33,6 +33,15 @@ def clips(speech_root):
     return [found[2][:20000], found[0], found[-2], found[7], found[-1]]
 
 
+@pytest.fixture
+def no_loops(monkeypatch):
+    """Random models say the same over and over: here they may, up to their limits."""
+    monkeypatch.setattr(greedy_module, "repeated", lambda ids: 0)
+    monkeypatch.setattr(limits, "repeated", lambda ids: 0)
+    for module in (greedy_module, whisper_family):
+        monkeypatch.setattr(module, "is_loop", lambda ids, limit: False)
+
+
 def by_generate(monkeypatch, model, processor, clips, language=None):
     with monkeypatch.context() as patch:
         patch.setattr(whisper_family, "can_decode", lambda model: False)
@@ -51,7 +60,7 @@ def test_full_precision(monkeypatch, tiny_en, clips):
 
 
 @pytest.mark.parametrize("router", ["utterance", "speaker", "shared"])
-def test_routers(monkeypatch, router, clips):
+def test_routers(monkeypatch, router, clips, no_loops):
     """The decoder's routers of an utterance read the clip that their row is of."""
     for place in ("greedy.is_loop", "whisper_family.is_loop", "greedy.repeated", "limits.repeated"):
         # Random experts loop, which is not what is asked here.
@@ -151,13 +160,6 @@ def places_of(step):
     for layer in decoder.layers:
         tensors += [layer.keys, layer.values, layer.audio_keys, layer.audio_values]
     return [None if t is None else t.data_ptr() for t in tensors]
-
-
-@pytest.fixture
-def no_loops(monkeypatch):
-    """Random models say the same over and over: here they may, up to their limits."""
-    monkeypatch.setattr(greedy_module, "repeated", lambda ids: 0)
-    monkeypatch.setattr(greedy_module, "is_loop", lambda ids, limit: False)
 
 
 @pytest.fixture

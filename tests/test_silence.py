@@ -40,6 +40,7 @@ NOTHING = {
     "dither": RNG.integers(-1, 2, 16000 * SECONDS).astype(np.float32) / 32768,
     "an offset": np.full(16000 * SECONDS, 0.1, np.float32),
     "a click": click(),
+    "no samples": np.zeros(0, np.float32),
     "very little": np.zeros(100, np.float32),
     "noise": noise(-40),
     "loud noise": noise(-20),

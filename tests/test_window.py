@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,14 @@ import pytest
 import torch
 from synthetic import small_whisper
 
+from saml_models.adaptation import ADAPTATION, adapt
 from saml_models.audio import load_audio
+from saml_models.batches import IGNORED, BatchMaker, Sample
+from saml_models.corpora import load_corpus
+from saml_models.loading import load_adaptable
+from saml_models.training import TrainingOptions
+from saml_models.transcription import transcribe
+from saml_models.whisper_family import WhisperFamily
 from saml_models.window import FULL_WINDOW, audio_mask, audio_window, log_mel, window_frames
 
 
@@ -84,3 +94,46 @@ def test_mask_is_true_where_there_is_audio() -> None:
     assert mask.shape == (3, 100)
     assert mask.sum(1).tolist() == [50, 25, 1]
     assert mask[0, :50].all()
+
+
+def test_every_clip_of_a_batch_learns_to_end(tiny_en: Any) -> None:
+    """Clips of many lengths, and texts of many: the last target of each is the end."""
+    _, processor = tiny_en
+    texts = ["Yes.", "One two three four five six seven eight nine ten.", "No, no."]
+    samples = [
+        Sample(partial(noise, seconds), seconds, text)
+        for seconds, text in zip((0.4, 9.0, 2.5), texts, strict=True)
+    ]
+    make = BatchMaker(WhisperFamily(), processor, samples, TrainingOptions())
+    features, _, mask, inputs, targets = make(0, [0, 1, 2])
+    for row, text in enumerate(texts):
+        learnt = targets[row][targets[row] != IGNORED].tolist()
+        assert learnt[-1] == processor.tokenizer.eos_token_id
+        assert processor.tokenizer.decode(learnt[:-1]) == f" {text}"
+        # What the decoder is given is what it is given when it decodes.
+        assert inputs[row, :2].tolist() == list(processor.tokenizer.prefix_tokens)
+    assert mask.sum(1).argsort().tolist() == [0, 2, 1] and features.shape[-1] // 2 == mask.shape[1]
+
+
+def test_short_clips_do_not_cost_a_model_its_times(speech_root: Path) -> None:
+    """The cues of a recording before and after adaptation to clips of a few seconds."""
+    network, processor = load_adaptable("tiny.en")
+    own = sorted(
+        load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"]),
+        key=lambda u: len(u.load()),
+    )
+    recording = np.concatenate([u.load() for u in own[5:]])
+    assert len(recording) > 30 * 16000
+    before = transcribe(network, processor, recording).segments
+    options = replace(ADAPTATION, epochs=1, learning_rate=1e-3)
+    profile = adapt(network, processor, own[:4], options)
+    after = transcribe(network, processor, recording, profile).segments
+    assert len(before) >= 4 and abs(len(after) - len(before)) <= 2
+    starts = np.array([cue.start for cue in before])
+    near = [np.abs(starts - cue.start).min() < 1.0 for cue in after]
+    assert np.mean(near) >= 0.7
+    for one, other in pairwise(after):
+        assert one.start < one.end <= other.start + 0.01
+    assert after[-1].end == pytest.approx(before[-1].end, abs=1.0)
+    clip = own[8].load()[: 16000 * 10]  # a short window: silence after it is no cue
+    assert transcribe(network, processor, clip, profile).segments[-1].end <= len(clip) / 16000
