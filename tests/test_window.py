@@ -105,14 +105,15 @@ def test_every_clip_of_a_batch_learns_to_end(tiny_en: Any) -> None:
         for seconds, text in zip((0.4, 9.0, 2.5), texts, strict=True)
     ]
     make = BatchMaker(WhisperFamily(), processor, samples, TrainingOptions())
-    features, _, mask, inputs, targets = make(0, [0, 1, 2])
+    made = make(0, [0, 1, 2])
     for row, text in enumerate(texts):
-        learnt = targets[row][targets[row] != IGNORED].tolist()
+        learnt = made.targets[row][made.targets[row] != IGNORED].tolist()
         assert learnt[-1] == processor.tokenizer.eos_token_id
         assert processor.tokenizer.decode(learnt[:-1]) == f" {text}"
         # What the decoder is given is what it is given when it decodes.
-        assert inputs[row, :2].tolist() == list(processor.tokenizer.prefix_tokens)
-    assert mask.sum(1).argsort().tolist() == [0, 2, 1] and features.shape[-1] // 2 == mask.shape[1]
+        assert made.inputs[row, :2].tolist() == list(processor.tokenizer.prefix_tokens)
+    assert made.mask.sum(1).argsort().tolist() == [0, 2, 1]
+    assert made.features.shape[-1] // 2 == made.mask.shape[1]
 
 
 def test_short_clips_do_not_cost_a_model_its_times(speech_root: Path) -> None:
