@@ -60,30 +60,25 @@ def linear(
 
 def forward(name: str, *arguments: Any) -> Tensor:
     """The backend's forward; the last arguments are the speaker index and the gating, or None."""
-    backend: Any = BACKENDS[name]
-    *call, speakers, gating = arguments
-    if gating is not None:
-        return backend.forward(*call, speakers, gating)
-    if speakers is None:
-        return backend.forward(*call)
-    if getattr(backend, "SPEAKERS", False):
-        return backend.forward(*call, speakers)
-    everything: list[Any] = [backend, *call, speakers]
-    return grouping.forward(*everything)
+    return _of_backend("forward", name, *arguments)
 
 
 def backward(name: str, *arguments: Any) -> Gradients:
     """The backend's backward; the last arguments are the speaker index and the gating, or None."""
-    backend: Any = BACKENDS[name]
+    return _of_backend("backward", name, *arguments)
+
+
+def _of_backend(direction: str, name: str, *arguments: Any) -> Any:
+    backend = BACKENDS[name]
+    own = getattr(backend, direction)
     *call, speakers, gating = arguments
     if gating is not None:
-        return backend.backward(*call, speakers, gating)
+        return own(*call, speakers, gating)
     if speakers is None:
-        return backend.backward(*call)
+        return own(*call)
     if getattr(backend, "SPEAKERS", False):
-        return backend.backward(*call, speakers)
-    everything: list[Any] = [backend, *call, speakers]
-    return grouping.backward(*everything)
+        return own(*call, speakers)
+    return getattr(grouping, direction)(backend, *call, speakers)
 
 
 def parts_of(weight: QuantizedTensor) -> tuple[Any, ...]:
