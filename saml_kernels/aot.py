@@ -198,7 +198,16 @@ class _Layers:
         x, dy = self._tensor(m, k), self._tensor(m, n)
         parts, given = weight_parts(weight), (weight, a, b, gates)
         facts = backend.facts_of(x, *given, bias, speakers, gating)
-        arguments = (x, parts, *_pieces(a), *_pieces(b), gates, bias, speakers, 1.0)
+        arguments = (
+            x,
+            parts,
+            *backend.expert_parts(a),
+            *backend.expert_parts(b),
+            gates,
+            bias,
+            speakers,
+            1.0,
+        )
         plan.forward_plan(facts, False)(*arguments)
         if not self.train:
             return
@@ -239,13 +248,6 @@ class _Layers:
     def _parameter(self, *shape: int) -> Tensor:
         dtype = torch.float32 if self.kind == "float32" else self.dtype
         return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _pieces(experts: Tensor | QuantizedTensor) -> tuple[Tensor, Tensor | None]:
-    """Elements and, of int8 experts, scales."""
-    if isinstance(experts, QuantizedTensor):
-        return experts.codes, experts.absmax
-    return experts, None
 
 
 def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:

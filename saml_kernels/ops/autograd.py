@@ -10,9 +10,16 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.reference import Gradients
 
-__all__ = ["Call", "Operator"]
+__all__ = ["Call", "Operator", "learning"]
 
 NO_SECOND_ORDER = "saml_linear: second derivatives are not supported; detach the gradient"
+
+
+def learning(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors needs gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 class Call(Protocol):

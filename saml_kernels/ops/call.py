@@ -16,7 +16,7 @@ from saml_kernels import cpu, grouping, reference
 from saml_kernels.errors import SAMLError
 from saml_kernels.ops import library
 from saml_kernels.ops.arguments import autocast_dtype, check
-from saml_kernels.ops.autograd import Operator
+from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.ops.prepared import Prepared
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.reference import Gating, Gradients
@@ -77,10 +77,7 @@ def run(
             name, x, weight, lora_a, lora_b, gates, bias, scaling, gating, speakers, dtype
         )
     call = _Plain(name, weight, float(scaling), gating, speakers, dtype or x.dtype)
-    learning = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, lora_a, lora_b, gates, bias)
-    )
-    if learning:
+    if learning(x, lora_a, lora_b, gates, bias):
         return Operator.apply(x, lora_a, lora_b, gates, bias, call)
     return call.forward(x, lora_a, lora_b, gates, bias)[0]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from saml_kernels.ops.arguments import autocast_dtype, check, span
-from saml_kernels.ops.autograd import Operator
+from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.reference import Gating, Gradients
-from saml_kernels.triton import DTYPES, configs, facts_of
+from saml_kernels.triton import DTYPES, configs, expert_parts, facts_of
+from saml_kernels.triton.dispatch import on_device
 from saml_kernels.triton.facts import Facts, weight_parts
 from saml_kernels.triton.plan import backward_plan, forward_plan
 from saml_kernels.triton.signature import ALIGNMENT
@@ -74,7 +75,7 @@ class Prepared:
         parts: Any = self.buffers
         experts: tuple[Tensor | None, ...] = (None, None, None)
         if not self.none:
-            codes = (t.codes if isinstance(t, QuantizedTensor) else t for t in (lora_a, lora_b))
+            codes = (expert_parts(t)[0] for t in (lora_a, lora_b))
             experts = (*codes, gates if self.gating else None)
         return (
             parts["codes"], parts["absmax"], parts["nested_absmax"], parts["offset"],
@@ -105,7 +106,7 @@ class Prepared:
 
     def serves(self, *inputs: Tensor | None) -> bool:
         """Whether the kernels can be given these tensors; `inputs` are those that vary."""
-        return self.readable and not (self.eight_bit and _learning(*inputs))
+        return self.readable and not (self.eight_bit and learning(*inputs))
 
     def __call__(
         self,
@@ -122,9 +123,9 @@ class Prepared:
             SAMLError: x, given gates or the speaker index do not fit.
         """
         experts = () if self.eight_bit else (lora_a, lora_b)
-        learning = _learning(x, gates, bias, *experts)  # type: ignore[arg-type]
+        wanted = learning(x, gates, bias, *experts)  # type: ignore[arg-type]
         dtype = autocast_dtype(x) or x.dtype
-        key = [x.shape, x.dtype, dtype, learning, x.data_ptr() % ALIGNMENT]
+        key = [x.shape, x.dtype, dtype, wanted, x.data_ptr() % ALIGNMENT]
         if dtype == torch.float32:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         if self.gating is None:
@@ -135,21 +136,18 @@ class Prepared:
         if kind is None:
             if len(self.calls) >= MOST_SHAPES:
                 self.calls.clear()
-            kind = _Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, learning)
+            kind = _Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, wanted)
             self.calls[tuple(key)] = kind
-        if learning:
+        if wanted:
             return Operator.apply(x, lora_a, lora_b, gates, bias, _Bound(kind, speakers))
         return kind.forward(x, lora_a, lora_b, gates, bias, speakers)[0]
 
 
-def _learning(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
 class _Kind:
-    """Calls of one layer with inputs of one shape, dtype and alignment."""
+    """Calls of one layer with inputs of one shape, dtype and alignment.
+
+    With `keep` they leave P and the gates for a backward.
+    """
 
     def __init__(
         self,
@@ -161,7 +159,7 @@ class _Kind:
         bias: Tensor | None,
         speakers: Tensor | None,
         dtype: torch.dtype,
-        learning: bool,
+        keep: bool,
     ) -> None:
         cast = None if dtype == x.dtype else dtype
         weight = layer.weight()
@@ -179,16 +177,14 @@ class _Kind:
         if speakers is not None:
             found = span(speakers.shape, lead)
             self.spread_speakers, self.speakers_span = found is None, found or 1
-        self.lead, self.gates_shape = lead, gates.shape
+        self.lead = lead
         x, gates, speakers = self._given(x, gates, speakers)
         spans = (self.gates_span, self.speakers_span)
         self.facts: Facts = facts_of(
             x, weight, lora_a, lora_b, gates, bias, speakers, layer.gating,
             spans=spans, dtype=dtype,
         )  # fmt: skip
-        self.plan = forward_plan(self.facts, learning)
-        eight_bit = isinstance(lora_a, QuantizedTensor)
-        self.scales = (lora_a.absmax, lora_b.absmax) if eight_bit else (None, None)  # type: ignore
+        self.plan = forward_plan(self.facts, keep)
         self.casts_bias = self.plan.route == "scratch" and bias is not None and bias.dtype != dtype
         self.bias: tuple[int, Tensor] | None = None
         self.backward_facts: dict[bool, Facts] = {}
@@ -227,12 +223,9 @@ class _Kind:
         x, gates, speakers = self._given(x, gates, speakers)
         if self.casts_bias and bias is not None:
             bias = self._cast(bias)
-        a, b = lora_a, lora_b
-        if self.scales[0] is not None:
-            a, b = lora_a.codes, lora_b.codes  # type: ignore[union-attr]
         with on_device(self.device):
             y, plain, made = self.plan(
-                x, self.parts, a, self.scales[0], b, self.scales[1], gates, bias, speakers,  # type: ignore[arg-type]
+                x, self.parts, *expert_parts(lora_a), *expert_parts(lora_b), gates, bias, speakers,
                 self.scaling,
             )  # fmt: skip
         return y.view(self.shape), (x, plain, made, speakers)
@@ -288,18 +281,9 @@ class _Bound:
         dx_dtype = None if self.x_dtype == kind.dtype else self.x_dtype
         with on_device(kind.device):
             dx, da, db, dg = plan(
-                dy,
-                x,
-                kind.parts,
-                lora_a,
-                lora_b,
-                given,
-                speakers,
-                kind.scaling,
-                plain,
-                made,
+                dy, x, kind.parts, lora_a, lora_b, given, speakers, kind.scaling, plain, made,
                 dx_dtype,
-            )
+            )  # fmt: skip
         if dx is not None:
             dx = dx.view(x.shape)
         if dg is not None and kind.gating is None:
@@ -309,21 +293,3 @@ class _Bound:
                 dg = dg.view(*kind.lead, gates.shape[-1]).sum_to_size(gates.shape)
             dg = dg.view(gates.shape)
         return dx, da, db, dg
-
-
-class on_device:
-    """Within the block `device` is CUDA's current one; free where it is already, or is none."""
-
-    __slots__ = ("before", "index")
-
-    def __init__(self, device: torch.device) -> None:
-        self.index = device.index if device.type == "cuda" else None
-
-    def __enter__(self) -> None:
-        self.before = -1
-        if self.index is not None and torch._C._cuda_getDevice() != self.index:
-            self.before = torch._C._cuda_exchangeDevice(self.index)
-
-    def __exit__(self, *unused: Any) -> None:
-        if self.before >= 0:
-            torch._C._cuda_maybeExchangeDevice(self.before)

@@ -28,13 +28,27 @@ from torch import Tensor
 from saml_kernels.quant import FORMATS, QuantizedTensor
 from saml_kernels.reference import Gating, Gradients
 from saml_kernels.triton.configs import Config, device_traits
-from saml_kernels.triton.dispatch import interpreting, prebuilt, precision, standing_in
+from saml_kernels.triton.dispatch import (
+    interpreting,
+    on_device,
+    prebuilt,
+    precision,
+    standing_in,
+)
 from saml_kernels.triton.facts import Facts, Strides, weight_parts
 from saml_kernels.triton.plan import backward_plan, forward_plan
 from saml_kernels.triton.signature import ALIGNMENT
 from saml_kernels.triton.steps import Fill
 
-__all__ = ["backward", "dequantize", "facts_of", "forward", "unsupported", "why_unavailable"]
+__all__ = [
+    "backward",
+    "dequantize",
+    "expert_parts",
+    "facts_of",
+    "forward",
+    "unsupported",
+    "why_unavailable",
+]
 
 Experts = Tensor | QuantizedTensor
 
@@ -95,8 +109,9 @@ def forward(
         return x.new_empty(0, weight.shape[0])
     x, gates = x.contiguous(), gates.contiguous()
     facts = facts_of(x, weight, lora_a, lora_b, gates, bias, speakers, routing, route=route)
-    given = (*_parts(lora_a), *_parts(lora_b), gates, bias, speakers, float(scaling))
-    return forward_plan(facts, False)(x, weight_parts(weight), *given)[0]
+    given = (*expert_parts(lora_a), *expert_parts(lora_b), gates, bias, speakers, float(scaling))
+    with on_device(x.device):
+        return forward_plan(facts, False)(x, weight_parts(weight), *given)[0]
 
 
 def backward(
@@ -125,7 +140,8 @@ def backward(
     facts = facts_of(x, weight, lora_a, lora_b, gates, None, speakers, routing, dy=dy, route=route)
     plan = backward_plan(facts, tuple(needs), False)
     parts = weight_parts(weight)
-    return plan(dy, x, parts, lora_a, lora_b, gates, speakers, float(scaling))
+    with on_device(x.device):
+        return plan(dy, x, parts, lora_a, lora_b, gates, speakers, float(scaling))
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -133,7 +149,9 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     n, k = weight.shape
     x = torch.empty(1, k, dtype=dtype, device=weight.device)
     none = (x.new_empty(0, 1, k), x.new_empty(0, n, 1), x.new_empty(0))
-    return Fill(facts_of(x, weight, *none, None, None, None))(weight_parts(weight), x)
+    facts = facts_of(x, weight, *none, None, None, None)
+    with on_device(x.device):
+        return Fill(facts)(weight_parts(weight), x)
 
 
 def facts_of(
@@ -160,7 +178,7 @@ def facts_of(
         dtype: what x will have been cast to.
         route: see `forward`.
     """
-    a, b = (_parts(t)[0] for t in (lora_a, lora_b))
+    a, b = (expert_parts(t)[0] for t in (lora_a, lora_b))
     count, rank = lora_a.shape[-3:-1]
     if 0 in (count, rank):
         count = rank = 0
@@ -183,7 +201,7 @@ def _aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % ALIGNMENT == 0
 
 
-def _parts(experts: Experts) -> tuple[Tensor, Tensor | None]:
+def expert_parts(experts: Experts) -> tuple[Tensor, Tensor | None]:
     """The experts' elements, and the scales of int8 ones."""
     if isinstance(experts, QuantizedTensor):
         return experts.codes, experts.absmax

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from saml_kernels.triton.configs import on_change, table_changed
+from saml_kernels.triton.configs import table_changed
 from saml_kernels.triton.prebuilt import Prebuilt
 from saml_kernels.triton.signature import Launch, Varying, key_of, kinds_of
 
@@ -29,7 +29,7 @@ __all__ = [
     "Launcher",
     "interpreting",
     "load_kernels",
-    "on_change",
+    "on_device",
     "prebuilt",
     "precision",
     "recording",
@@ -128,6 +128,24 @@ def prebuilt() -> Prebuilt | None:
     return _loaded
 
 
+class on_device:
+    """Within the block `device` is CUDA's current one; free where it is already, or is none."""
+
+    __slots__ = ("before", "index")
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index if device.type == "cuda" else None
+
+    def __enter__(self) -> None:  # noqa: D105
+        self.before = -1
+        if self.index is not None and torch._C._cuda_getDevice() != self.index:
+            self.before = torch._C._cuda_exchangeDevice(self.index)
+
+    def __exit__(self, *unused: Any) -> None:  # noqa: D105
+        if self.before >= 0:
+            torch._C._cuda_maybeExchangeDevice(self.before)
+
+
 class Launcher:
     """One kernel with its grid and compile-time facts; called with the arguments that vary.
 
@@ -170,7 +188,7 @@ class Launcher:
                 capability = torch.cuda.get_device_capability(device)
                 self.start = ready.bind(key_of(launch), launch, device, capability)
             else:
-                self.start = _compiled(launch, device, _ask_triton)
+                self.start = _compiled(launch, device)
                 return  # asking has started it
         self.start(*arguments)
 
@@ -188,12 +206,12 @@ def _ask_triton(launch: Launch) -> Any:
 _kernels: dict[tuple[Any, ...], Any] = {}  # compiled ones, by what tells them apart and device
 
 
-def _compiled(launch: Launch, device: int, ask: Callable[[Launch], Any]) -> Start:
-    """How to start the compiled kernel of a launch; `ask` starts this one and says which it is."""
+def _compiled(launch: Launch, device: int) -> Start:
+    """How to start the compiled kernel of a launch, which is started as well."""
     key = (kinds_of(launch), device)
     made = _kernels.get(key)
     if made is None:
-        made = _kernels[key] = ask(launch)
+        made = _kernels[key] = _ask_triton(launch)
         return started(made, launch, device)
     start = started(made, launch, device)
     start(*launch.arguments)

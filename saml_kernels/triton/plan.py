@@ -100,7 +100,7 @@ class ForwardPlan:
                     x, a, a_scales, gates, speakers, scaling, hidden, self.stride
                 )
             if self.fill is not None:
-                weight = (self.fill(weight, x), None, None, None, None, None)
+                weight = self.fill.parts(weight, x)
             assert self.product is not None
             if f.columns:
                 experts = (hidden, self.stride, b, b_scales, None, made)
@@ -200,7 +200,7 @@ class BackwardPlan:
         need_x, need_a, need_b, need_gates = self.needs
         routed = f.gating is not None
         if not f.columns:
-            dx = self._base_alone(dy, x, weight, dx_dtype) if need_x else None
+            dx = self._dx(dy, weight, dx_dtype) if need_x else None
             zeros = (torch.zeros_like(t) for t in (a, b, gates))
             da, db, dg = (z if n else None for z, n in zip(zeros, self.needs[1:], strict=True))
             return dx, da, db, dg
@@ -230,18 +230,8 @@ class BackwardPlan:
             )  # fmt: skip
         elif self.counters:
             counters = torch.zeros(self.counters, dtype=torch.int32, device=dy.device)
-        if wide is not None:
-            assert self.fill is not None
-            dx = wide @ self.fill(weight, dy, a, None, router)
-            dx = dx if dx_dtype is None else dx.to(dx_dtype)
-        elif need_x:
-            assert self.product is not None
-            if self.fill is not None:
-                weight = (self.fill(weight, dy), None, None, None, None, None)
-            dx = self.product(
-                dy, weight, None, speakers, small, self.stride, a, None, router,
-                dtype=dx_dtype,
-            )  # fmt: skip
+        if need_x:
+            dx = self._dx(dy, weight, dx_dtype, wide, small, a, router, speakers)
         da, db, dv = None, None, None
         if self.gradients is not None:
             da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_a else None
@@ -257,17 +247,28 @@ class BackwardPlan:
             )  # fmt: skip
         return dx, da, db, dv if routed else dgates
 
-    def _base_alone(
-        self, dy: Tensor, x: Tensor, weight: WeightParts, dtype: torch.dtype | None
+    def _dx(
+        self,
+        dy: Tensor,
+        weight: WeightParts,
+        dtype: torch.dtype | None,
+        wide: Tensor | None = None,
+        small: Tensor | None = None,
+        a: Tensor | None = None,
+        router: Tensor | None = None,
+        speakers: Tensor | None = None,
     ) -> Tensor:
-        if self.route == "scratch":
+        """dX of dY, or of what stands beside it as well: [dY | dP | dZ], `wide` or in two."""
+        if self.product is None:
             assert self.fill is not None
-            dx = dy.view(self.facts.m, -1) @ self.fill(weight, dy)
+            rows = dy.view(self.facts.m, -1) if wide is None else wide
+            dx = rows @ self.fill(weight, dy, a, None, router)
             return dx if dtype is None else dx.to(dtype)
-        assert self.product is not None
         if self.fill is not None:
-            weight = (self.fill(weight, dy), None, None, None, None, None)
-        return self.product(dy, weight, None, None, dtype=dtype)
+            weight = self.fill.parts(weight, dy)
+        return self.product(
+            dy, weight, None, speakers, small, self.stride, a, None, router, dtype=dtype
+        )
 
 
 forward_plan: Callable[[Facts, bool], ForwardPlan] = lru_cache(maxsize=2048)(ForwardPlan)

@@ -21,7 +21,7 @@ class Product:
 
     def __init__(self, facts: Facts, config: Config, *, transposed: bool) -> None:
         f = self.facts = facts
-        self.transposed, self.split = transposed, config.split
+        self.split = config.split
         self.d, self.out = (f.n, f.k) if transposed else (f.k, f.n)
         block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
         if f.exact:
@@ -99,7 +99,7 @@ class Projection:
     def __init__(self, facts: Facts, *, plain: bool, copy: bool, pad: int) -> None:
         f = self.facts = facts
         together, block_m, block_r, block_d = narrow_tiles(f, f.gating is not None)
-        self.copy, self.plain = copy, plain
+        self.plain = plain
         self.launch = Launcher(
             "project", (tiles(f.m, block_m), tiles(f.experts, together)), 4,
             2 if block_r > 64 else 3,
@@ -244,6 +244,10 @@ class Fill:
         out = like.new_empty(self.shape)
         self.launch(*weight, out, experts, scales, router, *self.sizes)
         return out
+
+    def parts(self, weight: WeightParts, like: Tensor) -> WeightParts:
+        """The scratch as a product takes a weight: no scales, no tables."""
+        return self(weight, like), None, None, None, None, None
 
 
 def narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:
