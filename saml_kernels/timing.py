@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,6 @@ def interleaved(
     rounds: int = 9,
     *,
     lengths: Mapping[str, int] | None = None,
-    on_sample: Callable[[str], None] | None = None,
     sampler: Sampler = sample,
 ) -> dict[str, Timing]:
     """Time contenders in turn.
@@ -146,7 +145,6 @@ def interleaved(
         device: where they run.
         rounds: samples of each.
         lengths: calls behind one entry of a train, where it is not one (a captured graph).
-        on_sample: called with the contender's name after each sample, warm-up included.
         sampler: as `sample`.
 
     Returns:
@@ -158,24 +156,20 @@ def interleaved(
             taken = sampler(train, device) / (lengths or {}).get(name, 1)
             if turn >= 0:
                 samples[name].append(taken)
-            if on_sample:
-                on_sample(name)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def timed(
-    run: Callable[[], Any],
-    rounds: int = 30,
-    graph: bool = True,
-    device: str | torch.device = "cuda",
+    run: Callable[[], Any], rounds: int = 30, device: str | torch.device = "cuda"
 ) -> dict[str, float]:
     """`Timing.to_dict` of one call, in trains long enough for the clock.
+
+    On a GPU the train is replayed as a CUDA graph: to launch a small product from Python takes
+    longer than the product.
 
     Args:
         run: the call.
         rounds: trains that are measured.
-        graph: on a GPU, replay the train as a CUDA graph: to launch a small product from Python
-            takes longer than the product. False measures that too.
         device: where it runs.
     """
     where = torch.device(device)
@@ -184,9 +178,8 @@ def timed(
         once = sample([run], where)
         length = max(1, min(LONGEST, int(TRAIN_US / max(once, 1.0))))
         train: Train = [run] * length
-        if not graph or where.type != "cuda":
-            eager = partial(sample, launches=True)
-            return interleaved({"": train}, where, rounds, sampler=eager)[""].to_dict()
+        if where.type != "cuda":
+            return interleaved({"": train}, where, rounds)[""].to_dict()
         replay = [captured(train)]
         return interleaved({"": replay}, where, rounds, lengths={"": length})[""].to_dict()
 

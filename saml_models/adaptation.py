@@ -65,7 +65,6 @@ def training_samples(
     utterances: Sequence[Utterance],
     keep_audio: bool = True,
     skip_long: bool = False,
-    on_done: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """Clips and targets for `fit`; bare transcripts borrow the model's own case and punctuation.
 
@@ -77,7 +76,6 @@ def training_samples(
         utterances: to train on.
         keep_audio: hold the audio in memory; else it is read again in every epoch.
         skip_long: leave out what is longer than 30 s instead of refusing it.
-        on_done: called with a number of clips as they are heard.
 
     Raises:
         SAMLError: an utterance without text, longer than 30 s, whose text is longer than the
@@ -110,7 +108,7 @@ def training_samples(
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
     language = family.prompt_language(model, processor, clips) if clips else None
-    heard = decode_clips(model, processor, clips, language=language, on_done=on_done)
+    heard = decode_clips(model, processor, clips, language=language)
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)

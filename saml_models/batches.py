@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,6 @@ class Batch:
 
     Attributes:
         features: of the model's family, augmented.
-        clean: the same without SpecAugment, for the teacher and the flat start.
         mask: [B, frames] bool, True where there is audio.
         inputs: token ids int64 [B, L].
         targets: token ids int64 [B, L], `IGNORED` where there is none.
@@ -64,7 +62,6 @@ class Batch:
     """
 
     features: Tensor
-    clean: Tensor
     mask: Tensor
     inputs: Tensor
     targets: Tensor
@@ -73,12 +70,12 @@ class Batch:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in order."""
-        return self.features, self.clean, self.mask, self.inputs, self.targets, self.kept
+        return self.features, self.mask, self.inputs, self.targets, self.kept
 
     def holding(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch in other tensors, given in the same order."""
-        features, clean, mask, inputs, targets, kept = tensors
-        return Batch(features, clean, mask, inputs, targets, kept, self.words)
+        features, mask, inputs, targets, kept = tensors
+        return Batch(features, mask, inputs, targets, kept, self.words)
 
     def pinned(self) -> Batch:
         """In memory that a CUDA device copies from while the processor goes on."""
@@ -89,21 +86,17 @@ class Batch:
         return self.holding([t.to(device, non_blocking=True) for t in self.tensors()])
 
 
-def plan_batches(
-    seconds: Sequence[float], options: TrainingOptions, longest: float = math.inf
-) -> list[list[int]]:
+def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[list[int]]:
     """Batches of clips of like length for all epochs, a pure function of its arguments.
 
     Args:
         seconds: of each clip.
         options: say how many epochs, and how large a batch is.
-        longest: seconds; longer clips are left out.
     """
     rng = random.Random(options.seed)
     batches: list[list[int]] = []
     for _ in range(options.epochs):
         order = sorted(range(len(seconds)), key=lambda i: seconds[i] + rng.random())
-        order = [i for i in order if seconds[i] <= longest]
         epoch: list[list[int]] = []
         current: list[int] = []
         for i in order:
@@ -134,7 +127,6 @@ class BatchMaker:
         self.family, self.processor = family, processor
         self.samples, self.options, self.shapes = samples, options, shapes or Shapes()
         self.texts = [family.token_ids(processor, s.text, s.language) for s in samples]
-        self.kept: dict[tuple[int, float], Tensor] = {}
 
     def __call__(self, step: int, index: list[int]) -> Batch:
         """The batch of these clips at this step, on the CPU."""
@@ -142,8 +134,7 @@ class BatchMaker:
         rng = random.Random(f"{o.seed}/{step}")
         clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
         margin = rng.choice(o.margins)
-        clean, mask = family.collate(self.processor, clips, margin, shapes.frames)
-        features = clean.clone()
+        features, mask = family.collate(self.processor, clips, margin, shapes.frames)
         _spec_augment(family.bands(features), [family.frames(c) for c in clips], rng, o)
         texts = [self.texts[i] for i in index]
         longest = max(len(ids) for ids, _ in texts) - 1
@@ -153,22 +144,13 @@ class BatchMaker:
         for row, (ids, prompt) in enumerate(texts):
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
-            for i in range(prompt, len(ids) - 1) if o.corrupt else ():
-                if rng.random() < o.corrupt:
-                    inputs[row, i] = rng.choice(rng.choice(texts)[0][prompt:])
         flat = targets.flatten()
         kept = torch.arange(len(flat)) if shapes.dense else (flat != IGNORED).nonzero().flatten()
         words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
-        return Batch(features, clean, mask, inputs, targets, kept, words)
+        return Batch(features, mask, inputs, targets, kept, words)
 
     def _prepared(self, i: int, speed: float) -> Tensor:
-        found = self.kept.get((i, speed))
-        if found is None:
-            clip = _at_speed(self.samples[i].load(), speed)
-            found = self.family.prepare(self.processor, clip)
-            if self.options.keep_prepared:
-                self.kept[i, speed] = found = found.half()
-        return found
+        return self.family.prepare(self.processor, _at_speed(self.samples[i].load(), speed))
 
 
 def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:

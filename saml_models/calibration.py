@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,6 @@ def input_moments(
     processor: Any,
     samples: Sequence[Sample],
     options: TrainingOptions,
-    on_done: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """E[x x^T] of the inputs x of every linear layer and pointwise convolution.
 
@@ -36,7 +35,6 @@ def input_moments(
         processor: of that model.
         samples: with their text, of which `CLIPS` are heard, as they are.
         options: say how they are batched, and the seed of which are taken.
-        on_done: called with the number of clips heard, after each batch.
 
     Returns:
         float32 [K, K] by the layer's name.
@@ -64,9 +62,7 @@ def input_moments(
     try:
         for step, batch in enumerate(plan_batches([s.seconds for s in chosen], plain)):
             there = make(step, batch).to(device)
-            family.outputs(model, there.clean, there.mask, there.inputs, there.kept)
-            if on_done:
-                on_done(len(batch))
+            family.outputs(model, there.features, there.mask, there.inputs, there.kept)
     finally:
         for hook in hooks:
             hook.remove()

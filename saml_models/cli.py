@@ -297,7 +297,6 @@ def _check_outputs(files: list[Path], folder: Path, format: str, overwrite: bool
 
 from saml_models import (  # noqa: E402 - they register on the finished app
     adapt_command,
-    base_command,
     benchmark,
     protocol,
     speaker_commands,
@@ -307,4 +306,3 @@ adapt_command.add_commands(app)
 speaker_commands.add_commands(app)
 protocol.add_commands(app)
 benchmark.add_commands(app)
-base_command.add_commands(app)

@@ -1,14 +1,13 @@
 """The Conformer attention encoder-decoder: transformers' Canary, with a CTC head of our own.
 
-FastConformer encoder (arXiv 2305.05084), Transformer decoder. A model that `saml train-base` made
-has a linear CTC head on the encoder; NVIDIA's Canary checkpoints have none.
+FastConformer encoder (arXiv 2305.05084), Transformer decoder. A model whose configuration says
+`ctc_head` has a linear CTC head on the encoder; NVIDIA's Canary checkpoints have none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from saml_models.quiet import check_complete, quiet_transformers
 __all__ = ["Conformer", "is_conformer", "load_conformer"]
 
 CONFIG = "config.json"
-# What `saml train-base` made, in this package, under the name that --model takes.
-SHIPPED = "conformer-small"
 
 
 class Conformer(CanaryForConditionalGeneration):
@@ -42,22 +39,15 @@ class Conformer(CanaryForConditionalGeneration):
 
 
 def is_conformer(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder that holds a Canary, or a hub's id or our name of one."""
+    """Whether this is a folder that holds a Canary, or a hub's id of one."""
     path = Path(name_or_path).expanduser()
     if not path.is_dir():
-        name = path.name.lower()
-        return "canary" in name or name == SHIPPED
+        return "canary" in path.name.lower()
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == "canary"
-
-
-def shipped_folder(name: str) -> Path | None:
-    """The model in this package for a name; None if there is none."""
-    folder = Path(str(files("saml_models") / "conformers" / name))
-    return folder if Path(name).name == name and folder.is_dir() else None
 
 
 def load_conformer(
@@ -68,8 +58,8 @@ def load_conformer(
     """Load a full-precision Conformer and its processor, ready for `model.generate`.
 
     Args:
-        name_or_path: a folder that `saml train-base` wrote or in Hugging Face layout (safetensors
-            only), "conformer-small", or a Hugging Face id such as "nvidia/canary-180m-flash".
+        name_or_path: a folder in Hugging Face layout (safetensors only), or a Hugging Face id such
+            as "nvidia/canary-180m-flash".
         device: where the model goes; None is the CPU.
         dtype: of the parameters; None is float32.
 
@@ -82,8 +72,6 @@ def load_conformer(
     """
     name = os.fspath(name_or_path)
     path = Path(name).expanduser()
-    if not path.exists():
-        path = shipped_folder(name) or path
     local = path.is_dir()
     if path.exists() and not is_conformer(path):
         raise SAMLError(f"{name}: holds no Canary; expected a folder with config.json and weights")

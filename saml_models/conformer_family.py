@@ -230,13 +230,8 @@ class ConformerFamily:
             on_progress(end / SAMPLE_RATE, len(clip) / SAMPLE_RATE)
         return " ".join(s.text for s in found), found
 
-    def is_computed(self, name: str) -> bool:
-        """Positions are no parameters."""
-        return False
-
-    def compute(self, shape: torch.Size) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError
+    def computed(self, name: str) -> None:
+        """Nothing: positions are no parameters."""
 
     def extent(self, config: CanaryConfig) -> tuple[int, int]:
         """Layers of both sides, and the decoder's positions."""

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from saml_models.adaptation import adapt
 from saml_models.audio import SAMPLE_RATE
 from saml_models.corpora import Utterance
 from saml_models.decoding import decode_clips
-from saml_models.files import write_json
 from saml_models.scoring import WordErrors, bootstrap_interval, bootstrap_ratio, pooled, word_errors
 from saml_models.speakers import SpeakerProfile
 from saml_models.training import TrainingOptions
@@ -109,10 +107,6 @@ class Evaluation:
                 for i in range(len(self.ids))
             ],
         }
-
-    def save_json(self, path: str | Path) -> None:
-        """Write `to_dict` atomically."""
-        write_json(path, self.to_dict())
 
 
 def make_folds(

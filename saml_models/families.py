@@ -130,11 +130,8 @@ class Family(Protocol):
     ) -> tuple[str, list[Segment]]:
         """Text and segments of a recording of any length."""
 
-    def is_computed(self, name: str) -> bool:
-        """Whether a parameter may be left out of a file because `compute` gives its values."""
-
-    def compute(self, shape: torch.Size) -> Tensor:
-        """The values of a parameter that `is_computed`."""
+    def computed(self, name: str) -> Callable[[torch.Size], Tensor] | None:
+        """What gives a parameter's values by its shape, so that no file holds it; else None."""
 
     def extent(self, config: Any) -> tuple[int, int]:
         """Number of layers, and the largest table made without a file's bytes, that config asks."""

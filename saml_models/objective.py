@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from saml_models.batches import IGNORED, Batch
 from saml_models.families import Family, Outputs
-from saml_models.flat_start import flat_loss
 from saml_models.surgery import routers_of
 
 if TYPE_CHECKING:
@@ -22,53 +21,30 @@ __all__ = ["Objective", "trained_parameters"]
 class Objective(nn.Module):
     """The loss as one module, so that accelerate can wrap it for several processes."""
 
-    def __init__(
-        self, model: nn.Module, family: Family, options: TrainingOptions, teacher: nn.Module | None
-    ) -> None:
-        """Of a model of that family; `teacher` is the full-precision one, where one distils."""
+    def __init__(self, model: nn.Module, family: Family, options: TrainingOptions) -> None:
+        """Of a model of that family."""
         super().__init__()
         self.model, self.family, self.options = model, family, options
-        # In a tuple: a teacher is nobody's submodule, so that nothing of it is trained or saved.
-        self.teacher = (teacher,)
         self.parameters_trained = trained_parameters(model)
-        self.start = {n: p.detach().clone() for n, p in self.parameters_trained.items()}
 
-    def forward(self, batch: Batch, flat: bool = False) -> Tensor:
-        """The loss of one batch (scalar); `flat`: this step belongs to the flat start."""
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of one batch (scalar)."""
         o, model, family = self.options, self.model, self.family
         routing: Any = getattr(model, "saml_routing", None)
         if routing is not None:
             routing.mask = family.routing_mask(model, batch.mask)
-        asked = batch.mask, batch.inputs, batch.kept
-        found = family.outputs(model, batch.features, *asked)
+        found = family.outputs(model, batch.features, batch.mask, batch.inputs, batch.kept)
         targets = batch.targets.flatten()[batch.kept]
-        loss = F.cross_entropy(
-            found.logits, targets, ignore_index=IGNORED, label_smoothing=o.smoothing
-        )
-        (teacher,) = self.teacher
-        if teacher is not None and o.distil > 0:
-            with torch.no_grad():
-                wanted = family.outputs(teacher, batch.clean, *asked).logits.softmax(-1)
-            apart = F.kl_div(found.logits.log_softmax(-1), wanted, reduction="none").sum(-1)
-            real = targets != IGNORED
-            apart = (apart * real).sum() / real.sum()
-            loss = (1 - o.distil) * loss + o.distil * apart
+        loss = F.cross_entropy(found.logits, targets, ignore_index=IGNORED)
         if found.ctc is not None and o.ctc > 0:
             rows = zip(batch.targets, batch.words, strict=True)
             words = [row[begin:end] for row, (begin, end) in rows]
-            if flat:
-                heard = flat_loss(found, family.bands(batch.clean), batch.mask, words)
-            else:
-                heard = _ctc_loss(found, words)
-            loss = (1 - o.ctc) * loss + o.ctc * heard
+            loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(found, words)
         if routing is not None:
             balance = routing.balance_loss()
             routing.mask = None
             if balance is not None:
                 loss = loss + model.saml_config.balance * balance  # type: ignore[union-attr]
-        if o.anchor:
-            for name, parameter in self.parameters_trained.items():
-                loss = loss + o.anchor * (parameter - self.start[name]).square().sum()
         return loss
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -13,22 +12,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
-    make: Callable[[Item], Result], items: Iterable[Item], depth: int = 1
-) -> Iterator[Result]:
-    """`make` of each item, in order, up to `depth` of them made before they are asked for.
+def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`make` of each item, in order, each made before it is asked for.
 
     What `make` raises is raised where its result would have come.
     """
     with ThreadPoolExecutor(1) as pool:
-        pending: deque[Future[Result]] = deque()
+        pending: Future[Result] | None = None
         try:
             for item in items:
-                pending.append(pool.submit(make, item))
-                if len(pending) > depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                before, pending = pending, pool.submit(make, item)
+                if before is not None:
+                    yield before.result()
+            if pending is not None:
+                yield pending.result()
         finally:
-            for future in pending:
-                future.cancel()
+            if pending is not None:
+                pending.cancel()

@@ -30,7 +30,6 @@ def pretrain(
     *,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
-    on_heard: Callable[[int], None] | None = None,
     original: Any | None = None,
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
@@ -45,9 +44,8 @@ def pretrain(
         options: `PRETRAINING` unless given.
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
-        on_heard: called with a number of clips as their style is looked up before training.
-        original: the same model at full precision, for the start and for
-            `TrainingOptions.distil`; None starts from the experts that `model` has.
+        original: the same model at full precision, for the start; None starts from the experts
+            that `model` has.
 
     Returns:
         The experts as a profile, to start adaptations from.
@@ -59,14 +57,12 @@ def pretrain(
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     model.saml_margin = MARGIN
-    samples = training_samples(
-        model, processor, utterances, keep_audio=False, skip_long=True, on_done=on_heard
-    )
+    samples = training_samples(model, processor, utterances, keep_audio=False, skip_long=True)
     model.saml_short_windows = True  # type: ignore[assignment]
     options = options or PRETRAINING
     if original is not None and config_of(model).expert_init != "lora":
         start_experts(model, original, input_moments(original, processor, samples, options))
-    report = fit(model, processor, samples, options, checkpoint, on_step, original)
+    report = fit(model, processor, samples, options, checkpoint, on_step)
     return SpeakerProfile.of(
         model,
         speaker="pretrained",

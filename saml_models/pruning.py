@@ -141,7 +141,6 @@ def prune_curve(
     utterances: Sequence[Utterance],
     profile: SpeakerProfile,
     max_loss: float,
-    shares: Sequence[float] = SHARES,
 ) -> tuple[SpeakerProfile, Usage, list[Point]]:
     """Prune step by step, and take the smallest profile within `max_loss` of the whole one's WER.
 
@@ -151,14 +150,13 @@ def prune_curve(
         utterances: of the speaker, with text; usage and WER are measured on them.
         profile: of kind "experts", whole.
         max_loss: WER in per cent, absolute, that may be lost.
-        shares: of the experts to keep, falling from 1.
     """
     _check_whole(profile)
     clips, said = [u.load() for u in utterances], [u.text for u in utterances]
     usage = measure_usage(model, processor, clips, profile)
     layers, most = len(usage.layers), usage.shares.numel()
     best, points = profile, []
-    for share in shares:
+    for share in SHARES:
         experts = max(layers, round(share * most))
         smaller = profile if experts == most else prune(profile, model, usage, experts)
         heard = decode_clips(model, processor, clips, speakers=[smaller] * len(clips))

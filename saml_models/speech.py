@@ -19,6 +19,7 @@ __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 # Panayotov et al., mini LibriSpeech, https://www.openslr.org/31/ (CC BY 4.0).
 MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
 MAX_SECONDS = 30.0
+PROMPTS = 80
 ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 
 
@@ -84,11 +85,11 @@ def mini_librispeech(cache: Path) -> Path:
     return target
 
 
-def asterisk_prompts(cache: Path, limit: int = 80) -> Path:
+def asterisk_prompts(cache: Path) -> Path:
     """One real voice from Debian's packages, as a folder of clip.wav and clip.txt.
 
     The prompts are 8 kHz, CC BY-SA 3.0. Needs `apt-get download` and `dpkg-deb`, no root. The
-    `limit` prompts with the most words are taken (up to 60 words): the short ones are too easy.
+    `PROMPTS` prompts with the most words are taken (up to 60 words): the short ones are too easy.
 
     Raises:
         SAMLError: this is no Debian, or the packages cannot be fetched.
@@ -113,12 +114,12 @@ def asterisk_prompts(cache: Path, limit: int = 80) -> Path:
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True)
         clips = folder / "asterisk-en"
         clips.mkdir()
-        _lay_out(folder, clips, limit)
+        _lay_out(folder, clips)
         shutil.move(clips, target)
     return target
 
 
-def _lay_out(folder: Path, clips: Path, limit: int) -> None:
+def _lay_out(folder: Path, clips: Path) -> None:
     texts = next(folder.rglob("core-sounds-en.txt.gz"), None)
     if texts is None:
         raise SAMLError("Asterisk prompts: the package holds no core-sounds-en.txt.gz")
@@ -133,7 +134,7 @@ def _lay_out(folder: Path, clips: Path, limit: int) -> None:
     found.sort(key=lambda pair: -len(pair[0].split()))
     taken = 0
     for text, sound in found:
-        if taken == limit:
+        if taken == PROMPTS:
             break
         if 1.0 < len(load_audio(sound)) / SAMPLE_RATE <= MAX_SECONDS:
             shutil.copyfile(sound, clips / f"{sound.stem}.wav")

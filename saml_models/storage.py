@@ -266,9 +266,8 @@ def _stored_form(model: nn.Module, family: Family) -> dict[str, Tensor]:
 
 def _is_computed(family: Family, name: str, value: Tensor) -> bool:
     """Whether these are the values that loading will compute."""
-    return family.is_computed(name) and torch.equal(
-        value.float().cpu(), family.compute(value.shape)
-    )
+    compute = family.computed(name)
+    return compute is not None and torch.equal(value.float().cpu(), compute(value.shape))
 
 
 def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
@@ -282,6 +281,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     stored, _ = read_tensors(source / WEIGHTS)
     try:
         description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+        _check_version(description.get("saml_version"), source)
         config = _configuration(description["saml"], source)
         family = family_named(description["model"]["model_type"])
         model_config = family.config_class.from_dict(description["model"])
@@ -313,6 +313,18 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     return on_device(model, device), processor
 
 
+def _check_version(version: Any, source: Path) -> None:
+    if type(version) is not int or version < 1:
+        raise SAMLError(
+            f"{source / DESCRIPTION}: saml_version {version!r}; expected a number: copy it again"
+        )
+    if version > VERSION:
+        raise SAMLError(
+            f"{source / DESCRIPTION}: saml_version {version}, of a newer saml-kernels; this one "
+            f"reads up to {VERSION}: upgrade it"
+        )
+
+
 def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:
     try:
         return SAMLConfig.from_dict(values)
@@ -330,7 +342,8 @@ def _check_size(
     if fits:
         with torch.device("meta"):
             skeleton = family.model_class(config)
-        asked = sum(p.numel() for n, p in skeleton.named_parameters() if not family.is_computed(n))
+        parameters = skeleton.named_parameters()
+        asked = sum(p.numel() for n, p in parameters if family.computed(n) is None)
         widths = sum(
             m.in_features + m.out_features
             for n, m in skeleton.named_modules()
@@ -355,10 +368,11 @@ def _fill(model: nn.Module, family: Family, stored: dict[str, Tensor], source: P
         raise SAMLError(f"{source / WEIGHTS}: {error}") from error
     state = {n: v for n, v in model.state_dict().items() if v.numel() and n not in experts}
     for name, value in state.items():
+        compute = family.computed(name)
         if name in stored:
             found = stored[name]
-        elif family.is_computed(name):
-            found = family.compute(value.shape)
+        elif compute is not None:
+            found = compute(value.shape)
         else:
             raise SAMLError(f"{source / WEIGHTS}: {name} is missing")
         if found.shape != value.shape:

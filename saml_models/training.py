@@ -27,7 +27,6 @@ from saml_kernels.errors import SAMLError
 from saml_models.attention import attention_as_products
 from saml_models.batches import Batch, BatchMaker, Sample, Shapes, plan_batches
 from saml_models.families import family_of
-from saml_models.flat_start import SHORT
 from saml_models.graphs import CudaCapture, GraphedPass, why_not_graphed
 from saml_models.memory import keep_freed_memory
 from saml_models.objective import Objective
@@ -48,6 +47,13 @@ DENSE = 256 << 20  # bytes of dequantised weights that a CPU keeps from pass to 
 FEW_SHAPES = Shapes(frames=100, tokens=16, dense=True)  # one second; divides Whisper's positions
 
 
+# Options that are gone, as runs had them: checkpoints of then are resumed.
+REMOVED = {
+    "anchor": 0.0, "distil": 0.0, "flat_start": 0, "smoothing": 0.0, "corrupt": 0.0,
+    "keep_prepared": False,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How `fit` trains.
@@ -65,17 +71,8 @@ class TrainingOptions:
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) over mel bins.
         time_masks, time_share: SpecAugment over time, each mask at most this share of the clip.
         average: the weights are averaged over this last share of the steps.
-        anchor: weight of the squared distance to the starting weights.
-        distil: share of the loss that is the divergence from a full-precision teacher's word
-            probabilities (arXiv 1503.02531), which keeps many epochs from forgetting what it knows.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
-        flat_start: epochs that come before the others, over the short clips alone, in which the
-            CTC head learns the text spread evenly over each clip (flat_start.py).
-        smoothing: label smoothing of the decoder's cross entropy.
-        corrupt: share of the decoder's input tokens that is replaced by tokens of the batch, so
-            that it listens more than it guesses.
-        keep_prepared: hold each clip's features at each speed in memory after the first use.
         seed: of everything random.
         checkpoint_every: steps between checkpoints, where a folder is given.
         cuda_graphs: whether forward and backward of a batch's shape are captured when it comes
@@ -96,13 +93,7 @@ class TrainingOptions:
     time_masks: int = 2
     time_share: float = 0.1
     average: float = 0.0
-    anchor: float = 0.0
-    distil: float = 0.0
     ctc: float = 0.3
-    flat_start: int = 0
-    smoothing: float = 0.0
-    corrupt: float = 0.0
-    keep_prepared: bool = False
     seed: int = 0
     checkpoint_every: int = 25
     cuda_graphs: bool | None = None
@@ -150,7 +141,6 @@ def fit(
     options: TrainingOptions,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
-    teacher: nn.Module | None = None,
 ) -> TrainingReport:
     """Train in place what has gradients: after `apply_saml`, the experts and routers.
 
@@ -165,16 +155,13 @@ def fit(
             that nothing is lost before the result is saved: then `forget(checkpoint)`.
         on_step: called with (steps done, steps in all, loss) after each; on a GPU losses are read
             several at a time, and the loss is the last that was.
-        teacher: the full-precision model, where `options.distil` asks for one.
 
     Raises:
-        SAMLError: nothing to train on, no teacher to distil, a checkpoint of another run, or a
-            loss that is not finite: that step and those after it change no weight.
+        SAMLError: nothing to train on, a checkpoint of another run, or a loss that is not finite:
+            that step and those after it change no weight.
     """
     if not samples:
         raise SAMLError("training: no clips; give at least one utterance with its text")
-    if options.distil > 0 and teacher is None:
-        raise SAMLError("training: distil needs the full-precision model as teacher")
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
@@ -182,7 +169,7 @@ def fit(
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(options.seed)
     family = family_of(model)
-    objective = Objective(model, family, options, teacher)
+    objective = Objective(model, family, options)
     parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
         parameters.values(),
@@ -194,24 +181,22 @@ def fit(
     moving = _training_mode(model)
     wrapped, prepared = accelerator.prepare(objective, optimiser)
 
-    def learn(batch: Batch, flat: bool = False) -> Tensor:
+    def learn(batch: Batch) -> Tensor:
         """Gradients of a batch, and its loss."""
         prepared.zero_grad(set_to_none=False)  # a captured pass finds them where they were
         with accelerator.autocast(), half:
-            loss = wrapped(batch, flat)
+            loss = wrapped(batch)
         accelerator.backward(loss)
         return loss.detach()
 
     graphed = _graphed(learn, model, options, accelerator)
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    seconds = [s.seconds for s in samples]
-    flat = plan_batches(seconds, replace(options, epochs=options.flat_start), longest=SHORT)
-    batches = flat + plan_batches(seconds, options)
+    batches = plan_batches([s.seconds for s in samples], options)
     steps = math.ceil(len(batches) / ranks)
     average: dict[str, Tensor] = {}
     run = _fingerprint(model, samples, options)
     changing = {**parameters, **moving}
-    state = _State(checkpoint, changing, objective.start, optimiser, average, run)
+    state = _State(checkpoint, changing, list(parameters), optimiser, average, run)
     done = state.resume()
     make = BatchMaker(family, processor, samples, options, FEW_SHAPES if graphed else None)
     losses, stopped = _Losses(done, device), torch.zeros((), device=device)
@@ -231,7 +216,7 @@ def fit(
                 if graphed is not None:
                     loss = graphed(batch)
                 else:
-                    loss = learn(batch.to(accelerator.device), flat=i * ranks < len(flat))
+                    loss = learn(batch.to(accelerator.device))
                 norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
                 if accelerator.scaler is None:  # float16's has a way of its own
                     loss = torch.where(norm.isfinite(), loss, norm)
@@ -373,7 +358,7 @@ def _update_average(
 def _fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOptions) -> str:
     """What must be equal for a checkpoint to be resumed."""
     clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
-    settings = asdict(replace(options, checkpoint_every=0))
+    settings = REMOVED | asdict(replace(options, checkpoint_every=0))
     if settings["cuda_graphs"] is None:
         del settings["cuda_graphs"]  # as it was before there were any
     saml, config = getattr(model, "saml_config", None), getattr(model, "config", None)
@@ -382,18 +367,18 @@ def _fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingO
 
 
 class _State:
-    """What changes, where it started, AdamW's moments and the running average in one file."""
+    """What changes, AdamW's moments and the running average in one file."""
 
     def __init__(
         self,
         path: Path | None,
         changing: dict[str, Tensor],
-        start: dict[str, Tensor],
+        trained: list[str],
         optimiser: torch.optim.Optimizer,
         average: dict[str, Tensor],
         fingerprint: str,
     ) -> None:
-        self.path, self.changing, self.start = path, changing, start
+        self.path, self.changing, self.trained = path, changing, trained
         self.optimiser, self.average, self.fingerprint = optimiser, average, fingerprint
         self.loss = math.nan  # of the step that was resumed at
 
@@ -401,9 +386,8 @@ class _State:
         if self.path is None:
             return
         tensors = {f"parameter/{n}": t.detach() for n, t in self.changing.items()}
-        tensors |= {f"start/{n}": t for n, t in self.start.items()}
         tensors |= {f"average/{n}": t for n, t in self.average.items()}
-        for name in self.start:
+        for name in self.trained:
             for key, value in self.optimiser.state[self.changing[name]].items():
                 tensors[f"optimiser/{key}/{name}"] = value
         about = {"step": str(step), "loss": str(loss), "run": self.fingerprint}
@@ -423,8 +407,7 @@ class _State:
         try:
             for name, value in self.changing.items():
                 value.copy_(tensors[f"parameter/{name}"])
-            for name, start in self.start.items():
-                start.copy_(tensors[f"start/{name}"])
+            for name in self.trained:
                 parameter = self.changing[name]
                 self.optimiser.state[parameter] = {
                     key: tensors[f"optimiser/{key}/{name}"].to(parameter.device, copy=True)

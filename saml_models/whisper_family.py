@@ -171,18 +171,9 @@ class WhisperFamily:
         )
         return read_segments(found, processor.tokenizer, len(clip) / SAMPLE_RATE, language)
 
-    def is_computed(self, name: str) -> bool:
+    def computed(self, name: str) -> Callable[[torch.Size], Tensor] | None:
         """The encoder's positions are sinusoids."""
-        return name.endswith("encoder.embed_positions.weight")
-
-    def compute(self, shape: torch.Size) -> Tensor:
-        """The encoder's positions, bit for bit: computed in float64, released as float16."""
-        length, channels = shape
-        rates = torch.exp(
-            -math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2).double()
-        )
-        angles = torch.arange(length).double().unsqueeze(1) * rates
-        return torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float16).float()
+        return _sinusoids if name.endswith("encoder.embed_positions.weight") else None
 
     def extent(self, config: WhisperConfig) -> tuple[int, int]:
         """Layers of both sides, and the encoder's positions."""
@@ -191,6 +182,14 @@ class WhisperFamily:
     def load_processor(self, folder: Path) -> WhisperProcessor:
         """Feature extractor and tokeniser."""
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _sinusoids(shape: torch.Size) -> Tensor:
+    """The encoder's positions, bit for bit: computed in float64, released as float16."""
+    length, channels = shape
+    rates = torch.exp(-math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2).double())
+    angles = torch.arange(length).double().unsqueeze(1) * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float16).float()
 
 
 def _parts(frames: Sequence[int]) -> Iterator[slice]:

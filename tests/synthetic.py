@@ -6,17 +6,22 @@ import math
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    CanaryConfig,
     CanaryProcessor,
     ParakeetFeatureExtractor,
+    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
 
-from saml_models.base_training import FEATURES, Shape, train_tokenizer
 from saml_models.conformer import Conformer
 
-__all__ = ["small_conformer", "small_whisper"]
+__all__ = ["END", "small_conformer", "small_whisper"]
+
+PAD, BEGIN, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+VOCABULARY = 40
 
 
 def small_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> torch.nn.Module:
@@ -45,13 +50,15 @@ def small_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> torc
     return WhisperForConditionalGeneration(config).eval()
 
 
-def small_conformer(seed: int = 0, vocabulary: int = 40, **shape: Any) -> tuple[Any, Any]:
-    """A random Conformer with its processor: d = 64, two layers and one."""
+def small_conformer(seed: int = 0) -> tuple[Any, Any]:
+    """A random Conformer with a CTC head, and its processor (12 kHz): d = 64, two layers and one.
+
+    Weights are large enough that errors show in the logits.
+    """
     torch.manual_seed(seed)
-    sizes = {"width": 64, "heads": 2, "encoder_layers": 2, "feed_forward": 128, **shape}
-    model = Conformer(Shape(vocabulary=vocabulary, **sizes).config()).eval()
+    model = Conformer(_conformer_config()).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:  # large enough that errors show in the logits
+        if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter[0].numel()))
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -59,8 +66,67 @@ def small_conformer(seed: int = 0, vocabulary: int = 40, **shape: Any) -> tuple[
         if isinstance(module, torch.nn.BatchNorm1d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
-    text = ["the quick brown fox jumps over the lazy dog", "she sells sea shells"]
-    processor = CanaryProcessor(
-        ParakeetFeatureExtractor(**FEATURES), train_tokenizer(text, vocabulary)
+    features = ParakeetFeatureExtractor(
+        feature_size=64, sampling_rate=12000, hop_length=180, win_length=360
     )
-    return model, processor
+    return model, CanaryProcessor(features, _tokenizer())
+
+
+def _conformer_config() -> CanaryConfig:
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return CanaryConfig(  # type: ignore[call-arg]
+        vocab_size=VOCABULARY,
+        decoder_start_token_id=1,
+        ctc_head=True,
+        encoder_config={
+            "model_type": "parakeet_encoder",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "conv_kernel_size": 15,
+            "subsampling_factor": 4,
+            "subsampling_conv_channels": 32,
+            "num_mel_bins": 64,
+            "scale_input": False,
+            "layerdrop": 0.0,
+        },
+        decoder_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            **special,
+        },
+        **special,
+    )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair encoding of lower-case words; marks other than letters are dropped."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex("[^a-z' ]+"), " "),
+            normalizers.Replace(Regex(" +"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[PAD, BEGIN, END, UNKNOWN], show_progress=False
+    )
+    text = ["the quick brown fox jumps over the lazy dog", "she sells sea shells"]
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BEGIN,
+        eos_token=END,
+        unk_token=UNKNOWN,
+    )

@@ -371,7 +371,6 @@ def test_other_commands_replace_only_what_they_wrote(tmp_path, manifest, profile
         ("evaluate", "--data", manifest, "--json", diary),
         ("evaluate", "--data", manifest, "--figure", diary),
         ("quantize", diary),
-        ("train-base", "--data", manifest, "--out", diary),
         ("speakers", "export", profile, diary),
         ("speakers", "prune", profile, "--data", manifest, "--out", diary),
         ("bench", "--json", diary),

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from synthetic import small_conformer
 from torch import nn
 from transformers import CanaryConfig
+from typer.testing import CliRunner
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
 from saml_kernels.embedding import QuantizedConv2d
 from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_models import conformer_family, joint, limits
-from saml_models.base_training import train_tokenizer
+from saml_models import adaptation, conformer_family, joint, limits
+from saml_models.cli import app
 from saml_models.conformer import Conformer, is_conformer, load_conformer
 from saml_models.corpora import load_corpus
 from saml_models.decoding import decode_clips
+from saml_models.evaluation import SYSTEMS
 from saml_models.families import family_of
-from saml_models.loading import load_adaptable, load_model
-from saml_models.scoring import pooled, word_errors
-from saml_models.speakers import SpeakerProfile
+from saml_models.loading import load_model
 from saml_models.storage import load_saml, save_saml
 from saml_models.surgery import (
     apply_saml,
     expert_parameters,
     quantised_tensors,
-    routed_layers,
     routing_of,
 )
+from saml_models.training import Sample, TrainingOptions, fit
 from saml_models.transcription import transcribe
 
 
@@ -352,27 +354,90 @@ def test_a_description_that_asks_too_much_is_refused(pair: Any, tmp_path: Path) 
             load_saml(tmp_path)
 
 
-def test_the_tokeniser_spells_what_it_read() -> None:
-    text = ["IT WAS NINE O'CLOCK", "The fox, the dog; and thé fox."]
-    tokenizer = train_tokenizer(text, 40)
-    for line, read in zip(
-        text, ["it was nine o'clock", "the fox the dog and the fox"], strict=True
-    ):
-        ids = tokenizer(line).input_ids
-        assert tokenizer.decode(ids) == read and tokenizer.unk_token_id not in ids
-    with pytest.raises(SAMLError, match="vocabulary"):
-        train_tokenizer(["a b c"], 100)
+class Killed(Exception):
+    """What a test's `on_step` raises."""
 
 
-def test_the_one_in_the_package_hears_words(speech_root: Path, tmp_path: Path) -> None:
-    """Readers that it was not trained on: far from well, and far from by chance."""
-    said = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688", "1998"])[:12]
-    clips, texts = [u.load() for u in said], [u.text for u in said]
-    for load in (load_model, load_adaptable):
-        model, processor = load("conformer-small")
-        assert pooled(word_errors(texts, decode_clips(model, processor, clips))).wer < 88
-    assert routed_layers(model) and model.config._name_or_path == "conformer-small"
-    profile = SpeakerProfile.of(model)
-    save_saml(model, processor, tmp_path)
-    again, _ = load_saml(tmp_path)
-    assert SpeakerProfile.of(again).hash == profile.hash
+@pytest.fixture(scope="module")
+def manifest(speech_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of each of three utterances of one reader."""
+    folder = tmp_path_factory.mktemp("speech")
+    found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])[:3]
+    rows = []
+    for i, utterance in enumerate(found):
+        soundfile.write(folder / f"{i}.wav", utterance.load()[:32000], 16000)
+        rows.append({"audio": f"{i}.wav", "text": utterance.text[:40], "speaker": "ann"})
+    path = folder / "voice.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(manifest: Path) -> list[Sample]:
+    return [Sample(u.load, 2.0, u.text) for u in load_corpus(manifest)]
+
+
+def test_a_plain_one_is_trained_whole_and_resumes(samples: list[Sample], tmp_path: Path) -> None:
+    """Batch statistics move with the weights, on both branches, and are in the checkpoint."""
+    options = TrainingOptions(epochs=2, max_batch=1, average=0.5, ctc=0.5, checkpoint_every=1)
+    (whole, processor), (again, _) = small_conformer(), small_conformer()
+    before = deepcopy(whole.state_dict())
+    assert fit(whole, processor, samples, options).steps == 6 and not whole.training
+    for name, value in whole.state_dict().items():
+        if value.is_floating_point() and "running" in name:
+            assert not torch.equal(value, before[name]), name
+    moved = [n for n, p in whole.named_parameters() if not torch.equal(p, before[n])]
+    assert "ctc_head.weight" in moved and len(moved) > 0.95 * len(list(whole.parameters()))
+    path = tmp_path / "run.safetensors"
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(again, processor, samples, options, path, kill)
+    resumed, _ = small_conformer()
+    fit(resumed, processor, samples, options, path)
+    for name, value in whole.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_the_loss_of_both_branches_falls(samples: list[Sample]) -> None:
+    options = TrainingOptions(learning_rate=3e-3, epochs=12, max_batch=1, speeds=(1.0,), ctc=0.5)
+    report = fit(*small_conformer(), samples[:2], options)
+    assert report.last_loss < 0.9 * report.first_loss
+
+
+def test_adaptation_leaves_a_frozen_batch_norm_alone(samples: list[Sample]) -> None:
+    model, processor = small_conformer()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=1))
+    before = {n: b.clone() for n, b in model.state_dict().items() if "running" in n}
+    fit(model, processor, samples, TrainingOptions(epochs=1, max_batch=2))
+    assert before and all(torch.equal(model.state_dict()[n], b) for n, b in before.items())
+
+
+def saml(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def test_the_same_commands_as_for_whisper(
+    pair: Any, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        adaptation, "CONFORMER", replace(adaptation.CONFORMER, epochs=1, speeds=(1.0,))
+    )
+    base, clip = tmp_path / "base", manifest.parent / "0.wav"
+    pair[0].save_pretrained(base)
+    pair[1].save_pretrained(base)
+    profile, small = tmp_path / "ann.safetensors", tmp_path / "small"
+    saml("adapt", "--model", base, "--data", manifest, "--out", profile)
+    saml("transcribe", clip, "--model", base, "--speaker", profile)
+    saml("quantize", small, "--model", base)
+    saml("transcribe", clip, "--model", small)
+    out = tmp_path / "out.json"
+    saml("evaluate", "--model", base, "--data", manifest, "--folds", 3, "--json", out)
+    result = json.loads(out.read_text())
+    assert set(result["wer"]) == set(SYSTEMS) and out.with_suffix(".png").exists()

@@ -13,6 +13,7 @@ from saml_models.adaptation import training_samples
 from saml_models.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation import SYSTEMS, _other, evaluate, make_folds
 from saml_models.figures import plot_speakers
+from saml_models.files import write_json
 from saml_models.surgery import apply_saml, expert_parameters
 from saml_models.training import TrainingOptions
 from saml_models.whisper import load_whisper
@@ -73,7 +74,7 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
     assert sum(parts) == 5 * len(result.ids) + len(folds)
     result.size = {"full_bytes": report.full_bytes, "saml_bytes": 1, "ratio": 1.0}
     path = tmp_path / "out.json"
-    result.save_json(path)
+    write_json(path, result.to_dict())
     read = json.loads(path.read_text())
     assert set(read["wer"]) == set(SYSTEMS) and set(read["speakers"]) == set(speakers)
     total = read["detail"]["full_precision"]

@@ -87,6 +87,20 @@ def test_logits_come_back_bit_for_bit(
     assert trainable == set(expert_parameters(model))
 
 
+def test_a_newer_file_is_refused(processor: Any, tmp_path: Path) -> None:
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    save_saml(model, processor, tmp_path)
+    path = tmp_path / "saml.json"
+    written = json.loads(path.read_text())
+    assert written["saml_version"] == 1
+    for version, reason in [(2, "of a newer saml-kernels; .* upgrade"), ("1", "expected a number")]:
+        # What newer files call their settings is not known here.
+        path.write_text(json.dumps({"saml_version": version, "model": written["model"]}))
+        with pytest.raises(SAMLError, match=reason):
+            load_saml(tmp_path)
+
+
 @pytest.mark.parametrize("router", ["token", "shared"])
 def test_loading_fills_all_memory(
     router: Any, poisoned: None, processor: Any, tmp_path: Path

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import small_whisper
+from synthetic import END, small_conformer, small_whisper
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models import adaptation
 from saml_models.adaptation import adapt, training_samples
-from saml_models.base_training import END, train_base, train_tokenizer
 from saml_models.corpora import Utterance, load_corpus
 from saml_models.families import family_of
 from saml_models.pretraining import pretrain
@@ -59,8 +58,7 @@ def test_text_without_control_tokens_has_the_tokens_it_had(tiny_en: Any) -> None
 
 
 def test_a_conformers_control_tokens_too() -> None:
-    lines = ["the quick brown fox jumps over the lazy dog"] * 3
-    tokenizer = train_tokenizer(lines, 40)
+    tokenizer = small_conformer()[1].tokenizer
     typed = tokenizer(f"the {END} dog", add_special_tokens=False).input_ids
     assert tokenizer.eos_token_id in typed
     ids = plain_tokens(tokenizer, f"the {END} dog")
@@ -98,15 +96,3 @@ def test_a_bare_text_is_counted_as_it_is_learnt(
     monkeypatch.setattr(adaptation, "decode_clips", lambda *a, **o: [""])
     (sample,) = training_samples(model(), tiny_en[1], [replace(utterance, text=text)])
     assert sample.text.lower() == text.lower().strip()
-
-
-def test_a_conformer_from_scratch_refuses_too(
-    speech_root: Path, utterance: Utterance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = " ".join(f"{a}{b}" for a in "abcdefghij" for b in "klmnopqrst")
-    texts = [words, "abc " * 1200]
-    found = [replace(utterance, id=f"clip-{i}", text=text) for i, text in enumerate(texts)]
-    from saml_models.base_training import Shape
-
-    with pytest.raises(SAMLError, match=r"clip-1: its text is \d+ tokens long"):
-        train_base(found, shape=replace(Shape(), vocabulary=60))

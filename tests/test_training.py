@@ -28,7 +28,6 @@ OPTIONS = TrainingOptions(
     epochs=3,
     max_batch=1,
     average=0.5,
-    anchor=1e-4,
     weight_decay=0.01,
     checkpoint_every=1,
 )

@@ -28,9 +28,8 @@ READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item}
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal}
 CONFIG = SAMLConfig(num_experts=2, rank=2, dropout=0.1, balance=0.01)
 OPTIONS = TrainingOptions(
-    learning_rate=3e-3, epochs=6, max_batch=1, speeds=(1.0,), margins=(0.5,), average=0.9,
-    anchor=1e-4,
-)  # fmt: skip
+    learning_rate=3e-3, epochs=6, max_batch=1, speeds=(1.0,), margins=(0.5,), average=0.9
+)
 FIRST, LAST = 2, 9  # steps between two readings of the loss
 
 
@@ -219,7 +218,7 @@ def test_captured_passes_read_the_batch_from_where_it_was() -> None:
 def test_rounded_sizes_change_no_loss(tiny_en: Any) -> None:
     model, processor = whisper(replace(CONFIG, dropout=0.0)), tiny_en[1]
     options = replace(OPTIONS, freq_masks=0, time_masks=0, margins=(1.0,))
-    objective = training.Objective(model, family_of(model), options, None)
+    objective = training.Objective(model, family_of(model), options)
     plain, rounded = (
         objective(BatchMaker(family_of(model), processor, samples(), options, s)(0, [0, 1]))
         for s in (None, Shapes(tokens=16, dense=True))
@@ -255,11 +254,11 @@ def test_nothing_of_a_loss_that_is_not_finite_is_kept(
     true = training.Objective.forward
     steps: list[int] = []
 
-    def forward(self: Any, batch: Any, flat: bool = False) -> Tensor:
+    def forward(self: Any, batch: Any) -> Tensor:
         if len(steps) == 4:
             before.update({n: p.detach().clone() for n, p in expert_parameters(model).items()})
         steps.append(len(steps))
-        return true(self, batch, flat) * (math.nan if len(steps) == 5 else 1.0)
+        return true(self, batch) * (math.nan if len(steps) == 5 else 1.0)
 
     monkeypatch.setattr(training.Objective, "forward", forward)
     with pytest.raises(SAMLError, match="the loss is nan at step 4"):
@@ -273,9 +272,9 @@ def test_a_gradient_that_is_not_finite_is_an_error(
 ) -> None:
     true = training.Objective.forward
 
-    def forward(self: Any, batch: Any, flat: bool = False) -> Tensor:
+    def forward(self: Any, batch: Any) -> Tensor:
         parameter = next(iter(self.parameters_trained.values()))
-        return true(self, batch, flat) + (parameter * 0).sum().sqrt()  # 0, of slope inf * 0
+        return true(self, batch) + (parameter * 0).sum().sqrt()  # 0, of slope inf * 0
 
     monkeypatch.setattr(training.Objective, "forward", forward)
     model = whisper()

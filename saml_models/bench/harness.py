@@ -77,15 +77,12 @@ def chosen(case: Case, setting: Setting) -> tuple[list[Contender], dict[str, str
     return run, skipped
 
 
-def run_case(
-    case: Case, setting: Setting, on_sample: Callable[[str], None] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def run_case(case: Case, setting: Setting) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows of one case, and why contenders are missing.
 
     Args:
         case: the shape.
         setting: the device, the contenders, its roofs.
-        on_sample: called with a contender's name as samples are taken.
 
     Raises:
         SAMLError: this package's own result is wrong.
@@ -118,7 +115,7 @@ def run_case(
                 continue
             trains[name], layers[name] = steps, made[-1]
         times = interleaved(
-            trains, setting.device, setting.rounds, lengths=lengths, on_sample=on_sample,
+            trains, setting.device, setting.rounds, lengths=lengths,
             sampler=partial(sample, launches=case.mode != "graph"),
         )  # fmt: skip
         rows = []
@@ -159,7 +156,6 @@ def run_cases(
     results: Results,
     minutes: float = 1e9,
     on_case: Callable[[Case], None] | None = None,
-    on_sample: Callable[[str], None] | None = None,
 ) -> bool:
     """Run cases one after the other, adding to `results`, which writes itself after each.
 
@@ -173,7 +169,7 @@ def run_cases(
             return False
         if on_case:
             on_case(case)
-        rows, skipped = run_case(case, setting, on_sample)
+        rows, skipped = run_case(case, setting)
         results.add(case.work, rows, skipped)
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
