@@ -8,9 +8,9 @@ from setuptools import Extension, setup
 
 # No -fopenmp: threads are borrowed from torch at run time. No contraction: bit-equal to PyTorch.
 native = Extension(
-    "saml_kernels.cpu._native",
-    sources=["saml_kernels/cpu/native.c"],
-    depends=["saml_kernels/cpu/native_x86.h", "saml_kernels/cpu/native_neon.h"],
+    "saml_kernels.backends.cpu._native",
+    sources=["saml_kernels/backends/cpu/native.c"],
+    depends=["saml_kernels/backends/cpu/native_x86.h", "saml_kernels/backends/cpu/native_neon.h"],
     libraries=["m"],
     extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off"],
     optional=True,

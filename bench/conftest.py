@@ -9,12 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.layers.cases import WORKS, Case, cases_of
+from bench.layers.harness import Results, Setting, run_case, takes_part
+from bench.report.environment import result_path
+from bench.report.figures import plot_layers
+from bench.report.tables import tables
 from saml_kernels.errors import SAMLError
-from saml_models.bench.cases import WORKS, Case, cases_of
-from saml_models.bench.environment import result_path
-from saml_models.bench.figures import plot_layers
-from saml_models.bench.harness import Results, Setting, run_case, takes_part
-from saml_models.bench.report import tables
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,7 +63,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    from saml_models.bench.contenders import contenders
+    from bench.layers.contenders import contenders
 
     config = metafunc.config
     device = torch.device(config.getoption("--on")).type

@@ -1,12 +1,12 @@
 """Fused operators and layers: a frozen low-bit weight plus a gated mixture of LoRA experts."""
 
+from saml_kernels.backends.registry import available_backends
 from saml_kernels.config import SAMLConfig
-from saml_kernels.embedding import SAMLEmbedding
 from saml_kernels.errors import SAMLError
-from saml_kernels.linear import SAMLLinear
+from saml_kernels.layers.embedding import SAMLEmbedding
+from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.ops.api import saml_linear, saml_linear_routed
-from saml_kernels.quant import QuantizedTensor, quantize
-from saml_kernels.registry import available_backends
+from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 
 __all__ = [
     "QuantizedTensor",

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gating
+from saml_kernels.backends.triton.configs import pretending
+from saml_kernels.backends.triton.launcher import interpreting, kernel, load_kernels, recording
+from saml_kernels.backends.triton.prebuilt import MANIFEST
+from saml_kernels.backends.triton.signature import ALIGNMENT, Launch, key_of, signature
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gating
-from saml_kernels.triton.configs import pretending
-from saml_kernels.triton.dispatch import interpreting, kernel, load_kernels, recording
-from saml_kernels.triton.prebuilt import MANIFEST
-from saml_kernels.triton.signature import ALIGNMENT, Launch, key_of, signature
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
 
@@ -191,9 +191,9 @@ class _Layers:
         gating: Gating | None,
     ) -> None:
         """Forward as it runs without gradients; to train, as it runs with them, and backward."""
-        backend: Any = import_module("saml_kernels.triton")
-        plan: Any = import_module("saml_kernels.triton.plan")
-        weight_parts: Any = import_module("saml_kernels.triton.facts").weight_parts
+        backend: Any = import_module("saml_kernels.backends.triton.backend")
+        plan: Any = import_module("saml_kernels.backends.triton.plan")
+        weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
         (a, b, gates), (n, k) = experts, weight.shape
         x, dy = self._tensor(m, k), self._tensor(m, n)
         parts, given = weight_parts(weight), (weight, a, b, gates)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import BLOCK_SIZES, FORMATS
+from saml_kernels.quantization.tensor import BLOCK_SIZES, FORMATS
 
 __all__ = ["SAMLConfig"]
 

@@ -15,3 +15,9 @@ class SAMLWarning(UserWarning):
 
     The command line prints it on standard error and goes on.
     """
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .;") if lines else type(error).__name__

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from saml_kernels.cpu import native
+from saml_kernels.backends.cpu import native
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,7 +28,7 @@ def speech_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_en():
     """Whisper tiny.en, full precision, as (model, processor)."""
-    from saml_models.whisper import load_whisper
+    from saml_models.models.whisper.loading import load_whisper
 
     return load_whisper("tiny.en")
 

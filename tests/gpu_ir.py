@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from saml_kernels.triton.dispatch import kernel
-from saml_kernels.triton.signature import ALIGNMENT, Launch, signature
+from saml_kernels.backends.triton.launcher import kernel
+from saml_kernels.backends.triton.signature import ALIGNMENT, Launch, signature
 
 LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\([^()]*\))*\))*\)')
 OPERATION = re.compile(r'(?:((?:%[\w$.-]+(?::\d+)?(?:, )?)+) = )?"?([a-z_]+\.[\w.]+)"?(.*)')

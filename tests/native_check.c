@@ -5,7 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "../saml_kernels/cpu/native.c"
+#include "../saml_kernels/backends/cpu/native.c"
 
 static uint32_t seed = 1;
 static float next(void) { /* in [-1, 1) */

@@ -7,13 +7,13 @@ python=${1:-python3}
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r saml_kernels tests pyproject.toml "$copy"
-rm -f "$copy"/saml_kernels/cpu/_native*
+rm -f "$copy"/saml_kernels/backends/cpu/_native*
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 # -O1 keeps the checks; the flags that decide bits are those of setup.py.
 gcc -shared -fPIC -g -O1 -std=gnu11 -ffp-contract=off -fno-omit-frame-pointer \
     -fsanitize=address,undefined -fno-sanitize-recover=undefined -I"$include" \
-    saml_kernels/cpu/native.c -lm -o "$copy/saml_kernels/cpu/_native$suffix"
+    saml_kernels/backends/cpu/native.c -lm -o "$copy/saml_kernels/backends/cpu/_native$suffix"
 gcc -g -O1 -std=gnu11 -ffp-contract=off -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined tests/native_check.c -lm -o "$copy/check"
 "$copy/check"

@@ -16,7 +16,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from saml_models.conformer import Conformer
+from saml_models.models.conformer.model import Conformer
 
 __all__ = ["END", "small_conformer", "small_whisper"]
 

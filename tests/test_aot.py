@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("triton")
 
 from saml_kernels import SAMLError, quantize
-from saml_kernels import triton as backend
-from saml_kernels.triton import configs
-from saml_kernels.triton.dispatch import KERNELS, kernel, recording
-from saml_kernels.triton.prebuilt import Driver, Prebuilt
-from saml_kernels.triton.signature import Varying, key_of, signature
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton import configs
+from saml_kernels.backends.triton.launcher import KERNELS, kernel, recording
+from saml_kernels.backends.triton.prebuilt import Driver, Prebuilt
+from saml_kernels.backends.triton.signature import Varying, key_of, signature
 
 FORWARD = set(KERNELS) - {"gradients", "project_backward"}
 
@@ -173,8 +173,9 @@ def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, 
     """Surgery on a model of base's shapes; one clip's encoder, and the decoder's steps by beams."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    from saml_kernels import SAMLConfig, SAMLLinear, registry
-    from saml_models.surgery import apply_saml
+    from saml_kernels import SAMLConfig, SAMLLinear
+    from saml_kernels.backends import registry
+    from saml_models.compress.apply import apply_saml
 
     monkeypatch.setattr(backend, "unsupported", lambda x, weight: None)
     monkeypatch.setattr(backend, "why_unavailable", lambda: None)

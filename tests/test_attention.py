@@ -6,8 +6,9 @@ import pytest
 import torch
 from synthetic import small_conformer, small_whisper
 
-from saml_models.attention import attention_as_products
-from saml_models.families import causal_mask, family_of
+from saml_models.models.interface import causal_mask
+from saml_models.models.registry import family_of
+from saml_models.training.attention import attention_as_products
 
 
 def passed(model, precision):

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import SAMPLE_RATE, check_audio, load_audio
+from saml_models.data.audio import SAMPLE_RATE, check_audio, load_audio
 
 
 @pytest.fixture(scope="module")

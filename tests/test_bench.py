@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from saml_kernels import SAMLError
-from saml_kernels.roofline import Roofs
-from saml_kernels.timing import sample
-from saml_models.bench import harness
-from saml_models.bench.cases import WORKS, Case, cases_of
-from saml_models.bench.contenders import Layer, contenders, own_contenders
-from saml_models.bench.figures import _bars, plot_layers, plot_wer
-from saml_models.bench.harness import Results, Setting, run_case, run_cases
-from saml_models.bench.report import (
+from bench.layers import harness
+from bench.layers.cases import WORKS, Case, cases_of
+from bench.layers.contenders import Layer, contenders, own_contenders
+from bench.layers.harness import Results, Setting, run_case, run_cases
+from bench.layers.roofline import Roofs
+from bench.layers.stage import Stage
+from bench.report.figures import _bars, plot_layers, plot_wer
+from bench.report.tables import (
     BEGIN,
     END,
     _cells,
@@ -30,7 +29,8 @@ from saml_models.bench.report import (
     tables,
     write_readme,
 )
-from saml_models.bench.stage import Stage
+from saml_kernels import SAMLError
+from saml_kernels.timing import sample
 
 CPU = torch.device("cpu")
 ROOFS = Roofs(20e9, 50e9)
@@ -175,7 +175,7 @@ def test_the_head_has_no_experts_and_is_told_of():
 
 
 def test_large_weights_make_short_trains(monkeypatch):
-    monkeypatch.setattr("saml_models.bench.stage.WEIGHTS", 2 * 4 * 64 * 64)
+    monkeypatch.setattr("bench.layers.stage.WEIGHTS", 2 * 4 * 64 * 64)
     found = [len(Stage(Case("P2", "eager", 1, n, 64), CPU, torch.float32).x) for n in (32, 64, 640)]
     assert found == [4, 2, 1]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from saml_models.bench.contenders import contenders
-from saml_models.bench.peers import _int4
-from saml_models.bench.turns import answer, in_turn, record, stopwatch
+from bench.layers.contenders import contenders
+from bench.layers.peers import _int4
+from bench.models.turns import answer, in_turn, record, stopwatch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")

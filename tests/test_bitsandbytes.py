@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import NESTED_CODE, QuantizedTensor, code_table, quantize
+from saml_kernels.quantization.tensor import NESTED_CODE, QuantizedTensor, code_table, quantize
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Aligned rows, straddling blocks, odd sizes, one row, one element, 1-D to 4-D, over 256 blocks.

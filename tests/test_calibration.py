@@ -10,10 +10,10 @@ import torch
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLLinear
-from saml_models.batches import Sample
-from saml_models.calibration import input_moments, start_experts
-from saml_models.surgery import apply_saml
-from saml_models.training import TrainingOptions
+from saml_models.compress.apply import apply_saml
+from saml_models.training.batches import Sample
+from saml_models.training.calibration import input_moments, start_experts
+from saml_models.training.options import TrainingOptions
 
 OPTIONS = TrainingOptions(max_batch=2, margins=(0.5,))
 

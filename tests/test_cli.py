@@ -15,12 +15,13 @@ import soundfile
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLConfig
-from saml_models import loading, surgery
-from saml_models.cli import app
-from saml_models.corpora import load_corpus
-from saml_models.speakers import SpeakerProfile
-from saml_models.storage import save_saml
-from saml_models.surgery import apply_saml
+from saml_models.cli.main import app
+from saml_models.compress import apply as surgery
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import save_saml
+from saml_models.data.corpora import load_corpus
+from saml_models.speakers import pretrained as loading
+from saml_models.speakers.profile import SpeakerProfile
 
 
 def saml(*arguments):
@@ -129,7 +130,7 @@ def test_adapt_refuses_a_row_without_text_and_an_unknown_speaker(tmp_path, clips
 def test_a_folder_of_clips_is_enrolled_under_a_name_and_needs_no_text_where_none_is_read(
     tmp_path, clips, monkeypatch
 ):
-    from saml_models import unsupervised
+    from saml_models.training import pseudo_labels as unsupervised
 
     folder = tmp_path / "clips"
     folder.mkdir()
@@ -230,7 +231,8 @@ def test_transcribe_refuses_what_it_cannot_write_apart(tmp_path, clips):
 def test_interrupted_adaptation_says_where_it_is_and_goes_on(
     tmp_path, model, manifest, monkeypatch
 ):
-    from saml_models import adapt_command, adaptation
+    from saml_models.cli import adapt as adapt_command
+    from saml_models.training import adapt as adaptation
 
     options = replace(adaptation.ADAPTATION, max_batch=1, checkpoint_every=1)
     monkeypatch.setattr(adaptation, "ADAPTATION", options)

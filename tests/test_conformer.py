@@ -19,25 +19,25 @@ from transformers import CanaryConfig
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
-from saml_kernels.embedding import QuantizedConv2d
-from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_models import adaptation, conformer_family, joint, limits
-from saml_models.cli import app
-from saml_models.conformer import Conformer, is_conformer, load_conformer
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.evaluation import SYSTEMS
-from saml_models.families import family_of
-from saml_models.loading import load_model
-from saml_models.storage import load_saml, save_saml
-from saml_models.surgery import (
-    apply_saml,
-    expert_parameters,
-    quantised_tensors,
-    routing_of,
-)
-from saml_models.training import Sample, TrainingOptions, fit
-from saml_models.transcription import transcribe
+from saml_kernels.layers.conv import QuantizedConv2d, SAMLPointwiseConv1d
+from saml_models.cli.main import app
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import load_saml, save_saml
+from saml_models.compress.layers import expert_parameters, quantised_tensors, routing_of
+from saml_models.compress.loading import load_model
+from saml_models.data.corpora import load_corpus
+from saml_models.evaluation.protocol import SYSTEMS
+from saml_models.models import token_limits as limits
+from saml_models.models.conformer import family as conformer_family
+from saml_models.models.conformer import joint
+from saml_models.models.conformer.loading import is_conformer, load_conformer
+from saml_models.models.conformer.model import Conformer
+from saml_models.models.registry import family_of
+from saml_models.training import adapt as adaptation
+from saml_models.training.loop import Sample, fit
+from saml_models.training.options import TrainingOptions
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.recordings import transcribe
 
 
 @pytest.fixture(scope="module")

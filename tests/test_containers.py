@@ -12,8 +12,8 @@ import soundfile
 import soxr
 
 from saml_kernels.errors import SAMLError, SAMLWarning
-from saml_models import audio
-from saml_models.audio import SAMPLE_RATE, audio_files, load_audio
+from saml_models.data import audio
+from saml_models.data.audio import SAMPLE_RATE, audio_files, load_audio
 
 OTHERS = {
     "sph": {"format": "NIST", "subtype": "PCM_16"},

@@ -15,13 +15,21 @@ from synthetic import small_whisper
 from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable
-from saml_models.speakers import SpeakerProfile, kept_experts
-from saml_models.storage import experts_hash, load_saml, save_saml, weight_hash
-from saml_models.surgery import apply_saml, expert_parameters, routed_layers, routing_of
-from saml_models.voices import speaking
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import load_saml, save_saml
+from saml_models.compress.layers import (
+    expert_parameters,
+    experts_hash,
+    kept_experts,
+    routed_layers,
+    routing_of,
+    weight_hash,
+)
+from saml_models.data.corpora import load_corpus
+from saml_models.speakers.mixing import speaking
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.transcription.clips import decode_clips
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 
 from saml_kernels.errors import SAMLError
-from saml_models.audio import SAMPLE_RATE, load_audio
-from saml_models.corpora import Utterance, by_speaker, load_corpus
-from saml_models.tedlium import clean_text, parse_stm
+from saml_models.data.audio import SAMPLE_RATE, load_audio
+from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.data.tedlium import clean_text, parse_stm
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saml_kernels import cpu
-from saml_kernels.cpu import native
+from saml_kernels.backends.cpu import backend as cpu
+from saml_kernels.backends.cpu import native
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import FORMATS, QuantizedTensor, quantize
+from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor, quantize
 
 only_native = pytest.mark.parametrize("way", native.LEVELS, indirect=True)
 few = settings(max_examples=20, deadline=None)

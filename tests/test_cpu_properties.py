@@ -17,7 +17,7 @@ from routed_cases import truth as routed_truth
 from torch import Tensor
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear, saml_linear, saml_linear_routed
-from saml_kernels.cpu import native
+from saml_kernels.backends.cpu import native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 shapes = pytest.mark.parametrize("m", [1, 2, 3, 5, 7, 8, 9, 17, 24, 25, 130])
@@ -76,7 +76,7 @@ def test_whisper_widths(way, m, format):
 
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0, i & 8 > 0) for i in range(16)])
 def test_only_what_is_wanted(way, needs):
-    from saml_kernels import cpu
+    from saml_kernels.backends.cpu import backend as cpu
 
     case = make_case(5, 8, 32, 64, 2, 3)
     grads = cpu.backward(case.dy, case.x, case.weight, *case.experts, case.scaling, needs)

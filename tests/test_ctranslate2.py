@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from saml_kernels.errors import SAMLError
-from saml_models.ctranslate2 import CTranslate2Whisper, Dimensions
+from saml_models.models.whisper.ctranslate2 import CTranslate2Whisper, Dimensions
 
 TYPES = ["float32", "int8", "int16", "int32", "float16", "bfloat16"]
 D, FFN, MELS, VOCAB, SOURCE, TARGET = 64, 128, 4, 24, 6, 8

@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable, load_model
-from saml_models.storage import save_saml
-from saml_models.window import audio_window, clip_window, log_mel, own_windows, window_frames
+from saml_models.compress.checkpoint import save_saml
+from saml_models.compress.loading import load_model
+from saml_models.data.corpora import load_corpus
+from saml_models.models.whisper.windows import (
+    audio_window,
+    clip_window,
+    log_mel,
+    own_windows,
+    window_frames,
+)
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.transcription.clips import decode_clips
 
 
 @pytest.fixture(scope="module")

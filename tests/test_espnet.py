@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
-from saml_kernels.embedding import QuantizedConv2d
-from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_models.adaptation import adapt
-from saml_models.corpora import Utterance
-from saml_models.decoding import decode_clips
-from saml_models.evaluation import Fold, evaluate
-from saml_models.families import family_of
-from saml_models.storage import save_saml
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.training import TrainingOptions
+from saml_kernels.layers.conv import QuantizedConv2d, SAMLPointwiseConv1d
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import save_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.data.corpora import Utterance
+from saml_models.evaluation.protocol import Fold, evaluate
+from saml_models.models.registry import family_of
+from saml_models.training.adapt import adapt
+from saml_models.training.options import TrainingOptions
+from saml_models.transcription.clips import decode_clips
 
 TOKENS = ["<blank>", "<unk>", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'", "<space>", "<sos/eos>"]
 # ESPnet imports these for speech enhancement, text to speech and other encoders.
@@ -97,7 +97,7 @@ def files(espnet: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def load(files: tuple[Path, Path]) -> tuple[Any, Any]:
-    from saml_models.espnet import load_espnet
+    from saml_models.models.espnet import load_espnet
 
     return load_espnet(*files, ctc_weight=0.3, maxlenratio=0.2)
 
@@ -240,7 +240,7 @@ def test_the_protocol_through_speech2text(files: Any, tmp_path: Path) -> None:
 
 
 def test_missing_files_are_one_line(tmp_path: Path) -> None:
-    from saml_models.espnet import load_espnet
+    from saml_models.models.espnet import load_espnet
 
     with pytest.raises(SAMLError, match="no such file"):
         load_espnet(tmp_path / "config.yaml", tmp_path / "x.pth")

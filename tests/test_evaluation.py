@@ -9,14 +9,15 @@ import pytest
 import soundfile
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.adaptation import training_samples
-from saml_models.corpora import Utterance, by_speaker, load_corpus
-from saml_models.evaluation import SYSTEMS, _other, evaluate, make_folds
-from saml_models.figures import plot_speakers
-from saml_models.files import write_json
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.training import TrainingOptions
-from saml_models.whisper import load_whisper
+from saml_kernels.files import write_json
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.evaluation.figures import plot_speakers
+from saml_models.evaluation.protocol import SYSTEMS, _other, evaluate, make_folds
+from saml_models.models.whisper.loading import load_whisper
+from saml_models.training.options import TrainingOptions
+from saml_models.training.samples import training_samples
 
 
 def people(tmp_path, counts):

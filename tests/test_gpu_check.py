@@ -13,10 +13,11 @@ import pytest
 import torch
 from synthetic import small_whisper
 
-from saml_kernels import SAMLConfig, reference
-from saml_kernels.roofline import Roofs
-from saml_models.storage import save_saml
-from saml_models.surgery import apply_saml
+from bench.layers.roofline import Roofs
+from saml_kernels import SAMLConfig
+from saml_kernels.backends import reference
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import save_saml
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")
@@ -117,9 +118,9 @@ def test_what_sanitizers_find(found, code, scripts, small, monkeypatch):
 def test_the_tuning_table_is_copied_if_there_is_one(scripts, small, tmp_path, monkeypatch):
     table = tmp_path / "table.json"
     monkeypatch.setattr(
-        "saml_kernels.triton.tuning.tune", lambda shapes, device, minutes: (table, 0)
+        "saml_kernels.backends.triton.tuning.tune", lambda shapes, device, minutes: (table, 0)
     )
-    traits = "saml_kernels.triton.configs.device_traits"
+    traits = "saml_kernels.backends.triton.configs.device_traits"
     monkeypatch.setattr(traits, lambda device: ("sm_90", 132, "x"))
     assert scripts.check.perform("tune", small) == (scripts.check.NOT_RUN, "no time for a row")
     assert not small.results.exists()
@@ -268,7 +269,7 @@ def test_real_shapes_begin_with_what_went_wrong(scripts):
 
 def test_layers_on_a_cpu(scripts, small, monkeypatch):
     monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
-    monkeypatch.setattr("saml_models.bench.harness.measure_roofs", lambda *where: Roofs(2e10, 5e10))
+    monkeypatch.setattr("bench.layers.harness.measure_roofs", lambda *where: Roofs(2e10, 5e10))
     for work in ("P9", "P11"):
         code, said = scripts.check.perform(work, small)
         assert code == 0 and said.startswith("1 of 1 shapes")

@@ -8,21 +8,24 @@ from synthetic import small_whisper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig
-from saml_models import greedy as greedy_module
-from saml_models import limits, whisper_family
-from saml_models.adaptation import training_samples
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.families import family_of
-from saml_models.greedy import can_decode, greedy
-from saml_models.loading import load_adaptable, load_model
-from saml_models.offline import find_model
-from saml_models.prefetch import ahead
-from saml_models.speakers import SpeakerProfile
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.voices import speaking
-from saml_models.whisper import load_whisper
-from saml_models.window import audio_mask, log_mel
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.compress.loading import load_model
+from saml_models.data.corpora import load_corpus
+from saml_models.models import token_limits as limits
+from saml_models.models.registry import family_of
+from saml_models.models.whisper import family as whisper_family
+from saml_models.models.whisper import greedy as greedy_module
+from saml_models.models.whisper.greedy import can_decode, greedy
+from saml_models.models.whisper.loading import load_whisper
+from saml_models.models.whisper.wheels import find_model
+from saml_models.models.whisper.windows import audio_mask, log_mel
+from saml_models.runtime.prefetch import ahead
+from saml_models.speakers.mixing import speaking
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.samples import training_samples
+from saml_models.transcription.clips import decode_clips
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.layers import host
-from saml_kernels.triton.dispatch import interpreting
+from saml_kernels.backends.triton.launcher import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="launches are replaced, not interpreted")
 

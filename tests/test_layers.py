@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
-from saml_kernels.embedding import QuantizedConv1d, TiedHead
-from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_kernels.quant import FORMATS
-from saml_kernels.routing import Routing
+from saml_kernels.layers.context import Routing
+from saml_kernels.layers.conv import QuantizedConv1d, SAMLPointwiseConv1d
+from saml_kernels.layers.embedding import TiedHead
+from saml_kernels.quantization.tensor import FORMATS
 
 K, N = 128, 96
 COMBINATIONS = [

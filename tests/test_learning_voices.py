@@ -12,20 +12,26 @@ import torch
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLError
-from saml_models import unsupervised
-from saml_models.adaptation import GATES, adapt
-from saml_models.cli import app
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.forced import confidence
-from saml_models.identification import distance, embed, identify
-from saml_models.loading import load_adaptable
-from saml_models.pruning import SHARES, measure_usage, prune
-from saml_models.speakers import SpeakerProfile
-from saml_models.store import ProfileStore
-from saml_models.surgery import config_of, expert_parameters, routed_layers
-from saml_models.training import TrainingOptions
-from saml_models.unsupervised import Filter, Label, adapt_unsupervised, believed, pseudo_labels
+from saml_models.cli.main import app
+from saml_models.compress.layers import config_of, expert_parameters, routed_layers
+from saml_models.data.corpora import load_corpus
+from saml_models.speakers.identify import distance, embed, identify
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.speakers.store import ProfileStore
+from saml_models.training import pseudo_labels as unsupervised
+from saml_models.training.adapt import GATES, adapt
+from saml_models.training.options import TrainingOptions
+from saml_models.training.pruning import SHARES, measure_usage, prune
+from saml_models.training.pseudo_labels import (
+    Filter,
+    Label,
+    adapt_unsupervised,
+    believed,
+    pseudo_labels,
+)
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.confidence import confidence
 
 QUICK = TrainingOptions(epochs=1, max_batch=2, batch_seconds=20.0)
 

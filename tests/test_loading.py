@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from saml_kernels.errors import SAMLError
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable, pretrained_experts
-from saml_models.scoring import pooled, word_errors
+from saml_models.data.corpora import load_corpus
+from saml_models.speakers.pretrained import load_adaptable, pretrained_experts
+from saml_models.text.wer import pooled, word_errors
+from saml_models.transcription.clips import decode_clips
 
 
 def test_base_hears_english_in_short_windows_when_asked_to(speech_root: Path) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from saml_kernels.codes import code_table
-from saml_kernels.triton.lookup import lookup_ptx
+from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
+from saml_kernels.quantization.codes import code_table
 
 
 def prmt(a: int, b: int, selectors: int) -> int:

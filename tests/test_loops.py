@@ -8,17 +8,18 @@ import torch
 from synthetic import small_conformer, small_whisper
 
 from saml_kernels import SAMLConfig
-from saml_models import whisper_family
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.families import family_of
-from saml_models.greedy import _listen, _say, _Step, greedy
-from saml_models.limits import OwnLimits, token_limit
-from saml_models.loading import load_adaptable
-from saml_models.loops import Tried, best_of, draws, is_loop, once, repeated
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.transcription import transcribe
-from saml_models.window import audio_window
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.data.corpora import load_corpus
+from saml_models.models.loops import Tried, best_of, draws, is_loop, once, repeated
+from saml_models.models.registry import family_of
+from saml_models.models.token_limits import OwnLimits, token_limit
+from saml_models.models.whisper import family as whisper_family
+from saml_models.models.whisper.greedy import _listen, _say, _Step, greedy
+from saml_models.models.whisper.windows import audio_window
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.recordings import transcribe
 
 PLAIN = [5, 9, 2, 7, 7, 1, 30, 4, 11, 8, 15, 3, 16, 23, 42]
 
@@ -116,7 +117,7 @@ def test_greedy(looping, router, monkeypatch):
                 parameter.normal_(0, 0.1)
     limits = [90, 60, 75]
     with monkeypatch.context() as patch:  # as it was heard
-        patch.setattr("saml_models.greedy.is_loop", lambda ids, limit: False)
+        patch.setattr("saml_models.models.whisper.greedy.is_loop", lambda ids, limit: False)
         heard = greedy(model, windows, limits)
     loops = [is_loop(ids, limit) for ids, limit in zip(heard, limits, strict=True)]
     assert any(loops) and all(len(h) < n for h, n in zip(heard, limits, strict=True) if repeated(h))

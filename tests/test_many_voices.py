@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models import voices
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable
-from saml_models.speakers import SpeakerProfile, kept_experts
-from saml_models.storage import weight_hash
-from saml_models.surgery import expert_parameters, routed_layers, routers_of, routing_of
-from saml_models.transcription import transcribe
-from saml_models.voices import speaking
+from saml_models.compress.layers import (
+    expert_parameters,
+    kept_experts,
+    routed_layers,
+    routers_of,
+    routing_of,
+    weight_hash,
+)
+from saml_models.data.corpora import load_corpus
+from saml_models.speakers import mixing as voices
+from saml_models.speakers.mixing import speaking
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.recordings import transcribe
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def pruned(model, profile):
     for i, name in enumerate(routed_layers(model)):
         kept[name] = [1, 2] if i == 0 else [0, 2, 3] if i % 2 else [0, 1, 2, 3]
     values = profile.experts(model)
-    from saml_models.storage import pack_experts
+    from saml_models.compress.packing import pack_experts
 
     for name, value in values.items():
         layer = next(n for n in kept if name.startswith(n + "."))
@@ -151,7 +157,7 @@ def test_a_long_recording_among_short_ones(experts, clips, profiles):
 def test_a_model_whose_layers_share_routers_hears_speaker_by_speaker(tiny_en, clips):
     from copy import deepcopy
 
-    from saml_models.surgery import apply_saml
+    from saml_models.compress.apply import apply_saml
 
     model = deepcopy(tiny_en[0])
     apply_saml(model, SAMLConfig.paper())

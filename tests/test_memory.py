@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from saml_models import memory
+from saml_models.runtime import allocator as memory
 
 
 def test_glibc_takes_the_settings():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saml_kernels import SAMLError, available_backends, quantize, registry, saml_linear
+from saml_kernels import SAMLError, available_backends, quantize, saml_linear
+from saml_kernels.backends import registry
+from saml_kernels.backends.reference import saml_linear_reference
 from saml_kernels.ops.library import parts_of
-from saml_kernels.quant import FORMATS, QuantizedTensor
-from saml_kernels.reference import saml_linear_reference
+from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor
 
 N, K, E, R = 24, 128, 3, 2
 Inputs = tuple[Tensor, QuantizedTensor, Tensor, Tensor, Tensor, Tensor]

@@ -14,8 +14,9 @@ from synthetic import small_whisper
 from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig, SAMLLinear
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.window import audio_window
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.models.whisper.windows import audio_window
 
 FRAMES = 60
 

@@ -12,9 +12,10 @@ from synthetic import small_whisper
 from torch import Tensor
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.loading import profile_config
-from saml_models.peft_adapters import export_experts, import_adapters
-from saml_models.surgery import apply_saml, quantised_tensors
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import quantised_tensors
+from saml_models.speakers.peft import export_experts, import_adapters
+from saml_models.speakers.pretrained import profile_config
 
 peft = pytest.importorskip("peft")
 

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from gpu_ir import compiled_ttgir, ttgir
 
-from saml_kernels import triton as backend
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.triton.configs import ROUTES, Config, pretending
-from saml_kernels.triton.dispatch import interpreting, recording
-from saml_kernels.triton.signature import Launch, key_of
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES, Config, pretending
+from saml_kernels.backends.triton.launcher import interpreting, recording
+from saml_kernels.backends.triton.signature import Launch, key_of
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="nothing is compiled in the interpreter")
 

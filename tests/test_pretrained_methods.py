@@ -16,8 +16,9 @@ from torch.nn.utils import prune
 from transformers import Trainer, TrainingArguments
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_kernels.quant import QuantizedTensor
-from saml_models.surgery import apply_saml, expert_parameters
+from saml_kernels.quantization.tensor import QuantizedTensor
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))

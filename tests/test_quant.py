@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from saml_kernels import codes
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import FORMATS, QuantizedTensor, quantize
+from saml_kernels.quantization import codes
+from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor, quantize
 
 
 def weights(shape: tuple[int, ...], seed: int = 0, spread: float = 3.0) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
-from saml_kernels.embedding import QuantizedConv1d, QuantizedConv2d, TiedHead
-from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_models.surgery import SurgeryReport, apply_saml
+from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
+from saml_kernels.layers.embedding import TiedHead
+from saml_models.compress.apply import SurgeryReport, apply_saml
 
 # Eight bits: what is left of the difference is rounding, and whatever is wrong stands out.
 EIGHT = SAMLConfig(num_experts=0, format="int8", block_size=32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saml_kernels import SAMLError, available_backends, quantize, saml_linear_routed
-from saml_kernels.reference import saml_linear_reference
+from saml_kernels.backends.reference import saml_linear_reference
 
 N, K, E, R = 24, 128, 3, 2
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_kernels.routing import (
+from saml_kernels.layers.context import Routing
+from saml_kernels.layers.routers import (
     AttentionPooling,
-    Routing,
     SharedRouter,
     SpeakerRouter,
     TokenRouter,

@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from saml_models import offline
-from saml_models.offline import english_spelling
-from saml_models.scoring import (
+from saml_models.models.whisper import wheels as offline
+from saml_models.text.normalise import english_spelling, normalise
+from saml_models.text.wer import (
     WordErrors,
     bootstrap_interval,
     bootstrap_ratio,
-    normalise,
     pooled,
     word_errors,
 )

@@ -8,12 +8,12 @@ from synthetic import small_conformer
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLWarning
-from saml_models.audio import load_audio
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.loading import load_adaptable
-from saml_models.silence import has_speech
-from saml_models.transcription import transcribe
+from saml_models.data.audio import load_audio
+from saml_models.data.corpora import load_corpus
+from saml_models.data.silence import has_speech
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.recordings import transcribe
 
 RNG = np.random.default_rng(0)
 SECONDS = 4
@@ -80,7 +80,7 @@ def test_between_them_the_model_is_asked():
 def model(request):
     if request.param == "experts":
         return load_adaptable("tiny.en")
-    from saml_models.whisper import load_whisper
+    from saml_models.models.whisper.loading import load_whisper
 
     return load_whisper("tiny.en")
 
@@ -112,7 +112,7 @@ def test_a_conformer_goes_by_energy():
 
 
 def model_text(model, processor, clip):
-    from saml_models.families import family_of
+    from saml_models.models.registry import family_of
 
     with torch.inference_mode():
         return family_of(model).hear(model, processor, [clip], 1, None)[0]

@@ -17,9 +17,16 @@ from safetensors.torch import save_file
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.speakers import SpeakerProfile, kept_experts
-from saml_models.storage import experts_hash, read_tensors, weight_hash
-from saml_models.surgery import apply_saml, expert_parameters, routers_of
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import (
+    expert_parameters,
+    experts_hash,
+    kept_experts,
+    routers_of,
+    weight_hash,
+)
+from saml_models.runtime.tensors import read_tensors
+from saml_models.speakers.profile import SpeakerProfile
 
 CONFIG = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
 
@@ -281,7 +288,7 @@ def test_the_hash_of_the_weights_is_remembered_until_they_change() -> None:
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saml_models.storage.hashlib.sha256", counted)
+        patch.setattr("saml_models.compress.checkpoint.hashlib.sha256", counted)
         first = weight_hash(model)
         asked = len(digests)
         assert weight_hash(model) == first and len(digests) == asked

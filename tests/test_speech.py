@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from saml_kernels import SAMLError
-from saml_models import speech
-from saml_models.corpora import load_corpus
+from saml_models.data import demo_speech as speech
+from saml_models.data.corpora import load_corpus
 
 
 def prompt(folder, name, seconds):

@@ -15,10 +15,12 @@ from synthetic import small_whisper
 from torch import Tensor
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models import storage
-from saml_models.loading import load_model
-from saml_models.storage import load_saml, pack_experts, round_experts, save_saml, unpack_expert
-from saml_models.surgery import apply_saml, expert_parameters
+from saml_models.compress import checkpoint as storage
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.checkpoint import load_saml, save_saml
+from saml_models.compress.layers import expert_parameters, round_experts
+from saml_models.compress.loading import load_model
+from saml_models.compress.packing import pack_experts, unpack_expert
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
@@ -153,7 +155,7 @@ def test_tiny_en_is_seven_times_smaller(tiny_en: Any, tmp_path: Path, record_pro
 
 @pytest.mark.slow
 def test_base_is_seven_times_smaller(tmp_path: Path) -> None:
-    from saml_models.whisper import load_whisper
+    from saml_models.models.whisper.loading import load_whisper
 
     try:
         model, processor = load_whisper("base")

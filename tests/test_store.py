@@ -11,13 +11,14 @@ from test_speakers import CONFIG, make
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLError
-from saml_models.cli import app
-from saml_models.loading import profile_config
-from saml_models.peft_adapters import export_experts, import_adapters
-from saml_models.speaker_choice import choose_speakers, read_map
-from saml_models.speakers import SpeakerProfile
-from saml_models.store import ProfileStore
-from saml_models.surgery import apply_saml, routed_layers
+from saml_models.cli.main import app
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import routed_layers
+from saml_models.speakers.choice import choose_speakers, read_map
+from saml_models.speakers.peft import export_experts, import_adapters
+from saml_models.speakers.pretrained import profile_config
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.speakers.store import ProfileStore
 
 
 def saml(*arguments):

@@ -11,15 +11,10 @@ from synthetic import small_whisper
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
-from saml_kernels.embedding import QuantizedConv1d, TiedHead
-from saml_kernels.linear import SAMLPointwiseConv1d
-from saml_models.surgery import (
-    apply_saml,
-    config_of,
-    expert_parameters,
-    quantised_tensors,
-    routing_of,
-)
+from saml_kernels.layers.conv import QuantizedConv1d, SAMLPointwiseConv1d
+from saml_kernels.layers.embedding import TiedHead
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import config_of, expert_parameters, quantised_tensors, routing_of
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))

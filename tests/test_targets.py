@@ -11,13 +11,14 @@ from synthetic import END, small_conformer, small_whisper
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models import adaptation
-from saml_models.adaptation import adapt, training_samples
-from saml_models.corpora import Utterance, load_corpus
-from saml_models.families import family_of
-from saml_models.pretraining import pretrain
-from saml_models.surgery import apply_saml
-from saml_models.targets import check_target, plain_tokens
+from saml_models.compress.apply import apply_saml
+from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.models.registry import family_of
+from saml_models.models.targets import check_target, plain_tokens
+from saml_models.training import adapt as adaptation
+from saml_models.training.adapt import adapt
+from saml_models.training.pretrain import pretrain
+from saml_models.training.samples import training_samples
 
 TYPED = [
     "hello <|endoftext|> there",

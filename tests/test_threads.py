@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from saml_models import decoding
 from saml_models.runtime import threads
 from saml_models.runtime.threads import Sample, look, shared_cores
+from saml_models.transcription import clips as decoding
 
 
 @pytest.fixture(autouse=True)

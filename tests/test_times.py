@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saml_models.corpora import load_corpus
-from saml_models.segments import Segment, Transcript
-from saml_models.transcription import transcribe
-from saml_models.whisper_longform import read_segments
-from saml_models.writers import render
+from saml_models.data.corpora import load_corpus
+from saml_models.models.whisper.longform import read_segments
+from saml_models.text.transcript import Segment, Transcript
+from saml_models.text.writers import render
+from saml_models.transcription.recordings import transcribe
 
 VOCABULARY = [" one", " two", " three", " four", "teen", ".", ",", " five"]
 MARK = 100  # a time token

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from bench.layers.roofline import Cost, Roofs, linear_cost, measure_roofs
 from saml_kernels import timing
-from saml_kernels.roofline import Cost, Roofs, linear_cost, measure_roofs
 from saml_kernels.timing import Timing, interleaved, peak_memory, poisoned_error, sample
 
 CPU = torch.device("cpu")
@@ -210,6 +210,6 @@ def test_floor_is_the_nearer_roof():
 
 
 def test_measured_roofs(monkeypatch):
-    monkeypatch.setattr("saml_kernels.roofline.sample", lambda train, device: 1e6)
+    monkeypatch.setattr("bench.layers.roofline.sample", lambda train, device: 1e6)
     roofs = measure_roofs(CPU, torch.float32)
     assert roofs == Roofs(bandwidth=3 * 4 * (32 << 20), rate=2 * 1536**3)

@@ -15,13 +15,16 @@ from accelerate.state import AcceleratorState
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models import batches, training
-from saml_models.adaptation import adapt
-from saml_models.corpora import Utterance, load_corpus
-from saml_models.families import family_of
-from saml_models.storage import round_experts
-from saml_models.surgery import apply_saml, expert_parameters, routing_of
-from saml_models.training import Sample, TrainingOptions, fit, forget
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters, round_experts, routing_of
+from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.models.registry import family_of
+from saml_models.training import batches
+from saml_models.training import loop as training
+from saml_models.training.adapt import adapt
+from saml_models.training.checkpoint import forget
+from saml_models.training.loop import Sample, fit
+from saml_models.training.options import TrainingOptions
 
 OPTIONS = TrainingOptions(
     learning_rate=3e-3,
@@ -243,7 +246,7 @@ def test_experts_that_know_no_short_windows_learn_in_the_models_own(
     model, seen = make(), []
     model.saml_margin = 10.0
     monkeypatch.setattr(
-        "saml_models.adaptation.fit", lambda *args: seen.append(args[3].margins) or fit(*args)
+        "saml_models.training.adapt.fit", lambda *args: seen.append(args[3].margins) or fit(*args)
     )
     profile = adapt(model, tiny_en[1], utterances, replace(OPTIONS, epochs=1))
     assert profile.about["short_windows"] is False

@@ -17,11 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models import graphs, training
-from saml_models.batches import BatchMaker, Sample, Shapes
-from saml_models.families import family_of
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.training import TrainingOptions, fit
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters
+from saml_models.models.registry import family_of
+from saml_models.training import graphs
+from saml_models.training import loop as training
+from saml_models.training.batches import BatchMaker, Sample, Shapes
+from saml_models.training.loop import fit
+from saml_models.training.options import TrainingOptions
 
 aten = torch.ops.aten
 READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item}

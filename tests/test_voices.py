@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
-from saml_kernels.linear import Voices
-from saml_kernels.routing import Routing
+from saml_kernels.layers.context import Routing, Voices
 
 K, N, SPEAKERS = 64, 48, 3
 

@@ -18,8 +18,9 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from saml_kernels.errors import SAMLError
-from saml_models import offline, whisper
-from saml_models.whisper import load_whisper
+from saml_models.models.whisper import loading as whisper
+from saml_models.models.whisper import wheels as offline
+from saml_models.models.whisper.loading import load_whisper
 
 RATE = 16000
 

@@ -13,15 +13,21 @@ import pytest
 import torch
 from synthetic import small_whisper
 
-from saml_models.adaptation import ADAPTATION, adapt
-from saml_models.audio import load_audio
-from saml_models.batches import IGNORED, BatchMaker, Sample
-from saml_models.corpora import load_corpus
-from saml_models.loading import load_adaptable
-from saml_models.training import TrainingOptions
-from saml_models.transcription import transcribe
-from saml_models.whisper_family import WhisperFamily
-from saml_models.window import FULL_WINDOW, audio_mask, audio_window, log_mel, window_frames
+from saml_models.data.audio import load_audio
+from saml_models.data.corpora import load_corpus
+from saml_models.models.whisper.family import WhisperFamily
+from saml_models.models.whisper.windows import (
+    FULL_WINDOW,
+    audio_mask,
+    audio_window,
+    log_mel,
+    window_frames,
+)
+from saml_models.speakers.pretrained import load_adaptable
+from saml_models.training.adapt import ADAPTATION, adapt
+from saml_models.training.batches import IGNORED, BatchMaker, Sample
+from saml_models.training.options import TrainingOptions
+from saml_models.transcription.recordings import transcribe
 
 
 def noise(seconds: float) -> np.ndarray:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from saml_kernels import SAMLError
-from saml_models.transcription import Segment, Transcript, Word
-from saml_models.writers import FORMATS, render, write_transcript
+from saml_models.text.writers import FORMATS, render, write_transcript
+from saml_models.transcription.recordings import Segment, Transcript, Word
 
 TRANSCRIPT = Transcript(
     text="Hello there. Tabs\tand --> arrows, né?",

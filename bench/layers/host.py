@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saml_kernels import SAMLConfig, SAMLLinear, quantize, registry, saml_linear, saml_linear_routed
+from saml_kernels import SAMLConfig, SAMLLinear, quantize, saml_linear, saml_linear_routed
+from saml_kernels.backends import registry
+from saml_kernels.backends.triton import launcher as dispatch
+from saml_kernels.backends.triton.prebuilt import Driver, started
+from saml_kernels.backends.triton.signature import Launch, signature
+from saml_kernels.files import write_json
 from saml_kernels.timing import Timing
-from saml_kernels.triton import dispatch
-from saml_kernels.triton.prebuilt import Driver, started
-from saml_kernels.triton.signature import Launch, signature
-from saml_models.files import write_json
 
 ROWS, WIDTH, EXPERTS, RANK, SPEAKERS = 4, 64, 4, 4, 3
 ON = {True: "on", False: "off"}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.ops.call import run
-from saml_kernels.quant import QuantizedTensor
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["saml_linear", "saml_linear_routed"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gating
 from saml_kernels.errors import SAMLError
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gating
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["autocast_dtype", "check", "readable", "span"]
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gradients
 from saml_kernels.errors import SAMLError
-from saml_kernels.reference import Gradients
 
 __all__ = ["Call", "Operator", "learning"]
 

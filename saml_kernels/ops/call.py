@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from saml_kernels import cpu, grouping, reference
+from saml_kernels.backends import grouping, reference
+from saml_kernels.backends.cpu import backend as cpu
+from saml_kernels.backends.reference import Gating, Gradients
+from saml_kernels.backends.registry import BACKENDS, choose_backend
 from saml_kernels.errors import SAMLError
 from saml_kernels.ops import library
 from saml_kernels.ops.arguments import autocast_dtype, check
 from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.ops.prepared import Prepared
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gating, Gradients
-from saml_kernels.registry import BACKENDS, choose_backend
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["run"]
 

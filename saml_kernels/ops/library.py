@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from saml_kernels import grouping
+from saml_kernels.backends import grouping
+from saml_kernels.backends.reference import Gating, Gradients
+from saml_kernels.backends.registry import BACKENDS
 from saml_kernels.errors import SAMLError
 from saml_kernels.ops.autograd import NO_SECOND_ORDER
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gating, Gradients
-from saml_kernels.registry import BACKENDS
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["backward", "forward", "linear", "parts_of"]
 

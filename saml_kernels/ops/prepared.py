@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gating, Gradients
+from saml_kernels.backends.triton import configs
+from saml_kernels.backends.triton.backend import DTYPES, expert_parts, facts_of
+from saml_kernels.backends.triton.facts import Facts, weight_parts
+from saml_kernels.backends.triton.launcher import on_device
+from saml_kernels.backends.triton.plan import backward_plan, forward_plan
+from saml_kernels.backends.triton.signature import ALIGNMENT
 from saml_kernels.ops.arguments import autocast_dtype, check, span
 from saml_kernels.ops.autograd import Operator, learning
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.reference import Gating, Gradients
-from saml_kernels.triton import DTYPES, configs, expert_parts, facts_of
-from saml_kernels.triton.dispatch import on_device
-from saml_kernels.triton.facts import Facts, weight_parts
-from saml_kernels.triton.plan import backward_plan, forward_plan
-from saml_kernels.triton.signature import ALIGNMENT
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["Prepared"]
 

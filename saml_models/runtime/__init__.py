@@ -1,1 +1,1 @@
-"""The process and the machine that it runs on."""
+"""The machine: devices, threads, memory, files of tensors, installed wheels."""

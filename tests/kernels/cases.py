@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saml_kernels import reference
-from saml_kernels.quant import QuantizedTensor, quantize
-from saml_kernels.triton.dispatch import interpreting
+from saml_kernels.backends import reference
+from saml_kernels.backends.triton.launcher import interpreting
+from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 
 EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
 many = settings(
@@ -122,7 +122,9 @@ def assert_close(
 
 def bands() -> list[tuple[int, int]]:
     """The first and the last M of each row of the default tuning table; the last row is cut."""
-    table = json.loads((files("saml_kernels.triton") / "tables" / "default.json").read_text())
+    table = json.loads(
+        (files("saml_kernels.backends.triton") / "tables" / "default.json").read_text()
+    )
     ends = {row["max_m"] for way in ("forward", "backward") for row in table[way]} - {None}
     starts = [0, *sorted(ends)]
     return [(a + 1, b) for a, b in zip(starts, [*sorted(ends), max(ends) + 40], strict=True)]

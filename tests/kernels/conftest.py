@@ -2,8 +2,8 @@
 
 import pytest
 
-from saml_kernels import triton as backend
-from saml_kernels.triton.dispatch import interpreting
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.launcher import interpreting
 
 REASON = backend.why_unavailable()
 

@@ -3,7 +3,7 @@
 import torch
 from cases import TOLERANCE, assert_close
 
-from saml_kernels import reference
+from saml_kernels.backends import reference
 
 NAMES = ("y", "dx", "da", "db", "drouter")
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ways import WAYS, fitting
 
-from saml_kernels import triton as backend
-from saml_kernels.triton.configs import ROUTES, Config
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES, Config
 
 
 def check(case, route):

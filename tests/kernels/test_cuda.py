@@ -7,9 +7,9 @@ from cases import NAMES, TOLERANCE, assert_close, make_case, truth
 from routed_cases import make_router
 
 from saml_kernels import saml_linear, saml_linear_routed
-from saml_kernels import triton as backend
-from saml_kernels.triton.configs import ROUTES, Config
-from saml_kernels.triton.dispatch import interpreting
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES, Config
+from saml_kernels.backends.triton.launcher import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="needs a CUDA device")
 HALF = {"dtype": torch.float16, "device": "cuda"}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saml_kernels.codes import code_table
-from saml_kernels.quant import QuantizedTensor
-from saml_kernels.triton import dequantize
+from saml_kernels.backends.triton.backend import dequantize
+from saml_kernels.quantization.codes import code_table
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 
 def every_byte(format: str, device: str) -> QuantizedTensor:

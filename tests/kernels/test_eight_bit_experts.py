@@ -5,8 +5,8 @@ import torch
 from cases import assert_close, make_case, truth
 
 from saml_kernels import quantize, saml_linear, saml_linear_routed
-from saml_kernels import triton as backend
-from saml_kernels.triton.configs import ROUTES
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES
 
 
 @pytest.mark.parametrize("route", ROUTES)

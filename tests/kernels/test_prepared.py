@@ -10,9 +10,9 @@ import torch
 from cases import TOLERANCE, assert_close, make_case, truth
 
 from saml_kernels import quantize, saml_linear, saml_linear_routed
-from saml_kernels import triton as backend
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES
 from saml_kernels.ops.prepared import Prepared
-from saml_kernels.triton.configs import ROUTES
 
 
 def gradients(y, leaves):

@@ -9,9 +9,9 @@ from cases import assert_close, make_case, truth
 from torch import Tensor
 
 from saml_kernels import quantize, saml_linear
-from saml_kernels import triton as backend
-from saml_kernels.triton import dispatch
-from saml_kernels.triton.configs import Config
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton import launcher as dispatch
+from saml_kernels.backends.triton.configs import Config
 
 
 def vast(*shape: int, dtype: str = "float16") -> Tensor:
@@ -129,7 +129,7 @@ def test_strided_and_misplaced_inputs(device):
 
 def test_float32_asks_torch_for_tf32():
     """Both spellings of PyTorch's setting, without the error that mixing them raises."""
-    from saml_kernels.triton.dispatch import precision
+    from saml_kernels.backends.triton.launcher import precision
 
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision

@@ -10,9 +10,9 @@ from torch import library
 from ways import WAYS, fitting
 
 from saml_kernels import saml_linear_routed
-from saml_kernels import triton as backend
+from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.configs import ROUTES
 from saml_kernels.ops.library import parts_of
-from saml_kernels.triton.configs import ROUTES
 
 
 def check(case, seed, top_k, temperature, route, layout="whole"):

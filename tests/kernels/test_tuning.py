@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ways import fitting
 
+from bench.layers.cases import EXPERTS, RANK
 from saml_kernels import SAMLError
-from saml_kernels.triton import configs, tuning
-from saml_kernels.triton.configs import Config
-from saml_kernels.triton.dispatch import triton_errors
-from saml_models.bench.cases import EXPERTS, RANK
+from saml_kernels.backends.triton import configs, tuning
+from saml_kernels.backends.triton.configs import Config
+from saml_kernels.backends.triton.launcher import triton_errors
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_the_device_without_a_number_is_the_current_one(monkeypatch):
 
 def test_triton_may_be_absent(monkeypatch):
     assert all(issubclass(e, Exception) for e in triton_errors(*tuning.TOO_LARGE))
-    monkeypatch.setattr("saml_kernels.triton.dispatch.find_spec", lambda name: None)
+    monkeypatch.setattr("saml_kernels.backends.triton.launcher.find_spec", lambda name: None)
     assert triton_errors(*tuning.TOO_LARGE) == ()
 
 

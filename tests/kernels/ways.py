@@ -6,8 +6,8 @@ from dataclasses import replace
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from saml_kernels.triton.configs import ROUTES, Config
-from saml_kernels.triton.dispatch import triton_errors
+from saml_kernels.backends.triton.configs import ROUTES, Config
+from saml_kernels.backends.triton.launcher import triton_errors
 
 SIZES = st.sampled_from((16, 32, 64, 128))
 WAYS = st.one_of(

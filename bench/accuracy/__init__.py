@@ -1,0 +1,1 @@
+"""Experiments on word error rate."""

@@ -1,0 +1,1 @@
+"""One call that checks and measures everything on a GPU."""

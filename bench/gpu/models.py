@@ -1,0 +1,299 @@
+"""Whole models on a GPU, for gpu_check.py: encoder, token, training step; clips, adaptation.
+
+The model is a folder that `saml quantize` wrote. Beside it runs the same Whisper with random
+weights in full precision (float16 on a GPU), which costs what one with real weights does; steps of
+training also beside what adapters.py makes of that.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapters import ADAPTERS, Trainer
+from gpu_results import Sheet, one_line, within
+from transformers import WhisperForConditionalGeneration
+
+from bench.models.turns import stopwatch
+from saml_kernels.timing import Train, captured, interleaved, sample
+from saml_models.compress.layers import expert_parameters
+from saml_models.compress.loading import load_model
+from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.models.whisper.greedy import greedy
+from saml_models.training.adapt import adapt, options_for
+from saml_models.transcription.recordings import transcribe_many
+
+__all__ = ["PARTS", "SMALL", "ModelSizes", "Place", "measure"]
+
+PEERS = ("bitsandbytes + gated PEFT", "bitsandbytes + PEFT LoRA")
+LONGEST = 30 * 16000
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """How much of each is measured.
+
+    Attributes:
+        batches: windows of 30 s at once, of the encoder and of decoding.
+        tokens: two lengths of text; a token's time is the difference over their distance.
+        train: windows of 30 s in a training step; text: tokens of each.
+        rounds: samples of each contender.
+        clips: of speech that are transcribed.
+        learn, test: clips of one speaker to adapt to, and to test on; epochs: passes, None for the
+            released number.
+    """
+
+    batches: tuple[int, ...] = (1, 8)
+    tokens: tuple[int, int] = (8, 40)
+    train: int = 8
+    text: int = 32
+    rounds: int = 5
+    clips: int = 24
+    learn: int = 20
+    test: int = 12
+    epochs: int | None = None
+
+
+SMALL = ModelSizes((1,), (1, 2), train=1, text=4, rounds=1, clips=2, learn=2, test=1, epochs=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is measured, and where."""
+
+    folder: Path
+    device: torch.device
+    sizes: ModelSizes
+    speech: Path | None = None
+
+    def quantised(self) -> tuple[Any, Any]:
+        """The model in its folder and its processor."""
+        return load_model(self.folder, self.device)
+
+    def half(self, model: Any) -> Any:
+        """To transcribe with: float16 on a GPU."""
+        return (model.half() if self.device.type == "cuda" else model).eval()
+
+    def plain(self, model: Any) -> Any:
+        """The same Whisper with random weights in float32."""
+        with self.device:
+            made = WhisperForConditionalGeneration(model.config)
+        made.generation_config = model.generation_config
+        return made
+
+    def pair(self) -> dict[str, Any]:
+        """Both, ready to transcribe."""
+        model = self.half(self.quantised()[0])
+        return {"dense": self.half(self.plain(model)), "saml": model}
+
+    def windows(self, model: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise as log-mel features [batch, mel bins, frames], and the mask of all of it."""
+        config, place = model.config, {"device": self.device}
+        frames = 2 * config.max_source_positions
+        features = torch.randn(batch, config.num_mel_bins, frames, dtype=model.dtype, **place)
+        return features, torch.ones(batch, frames // 2, dtype=torch.bool, **place)
+
+
+@torch.no_grad()
+def encoder(place: Place) -> list[dict[str, Any]]:
+    """Microseconds of the encoder, called from Python and as a CUDA graph."""
+    rows: list[dict[str, Any]] = []
+    pair = place.pair()
+    for batch in place.sizes.batches:
+        features, _ = place.windows(pair["saml"], batch)
+        calls = {name: partial(model.model.encoder, features) for name, model in pair.items()}
+        eager: dict[str, Train] = {name: [call] for name, call in calls.items()}
+        modes = {"eager": eager}
+        if place.device.type == "cuda":
+            modes["graph"] = {name: [captured(train)] for name, train in eager.items()}
+        for mode, trains in modes.items():
+            sampler = partial(sample, launches=mode == "eager")
+            times = interleaved(trains, place.device, place.sizes.rounds, sampler=sampler)
+            rows += [
+                {"contender": name, "batch": batch, "mode": mode, **found.to_dict(),
+                 "ratio": round(found.ratio(times["dense"]), 4)}
+                for name, found in times.items()
+            ]  # fmt: skip
+    return rows
+
+
+def token(place: Place) -> list[dict[str, Any]]:
+    """Milliseconds of one more token of text, as `saml transcribe` decodes."""
+    rows = []
+    pair = place.pair()
+    generation = pair["saml"].generation_config
+    ends = generation.eos_token_id
+    # Texts that never end: each has as many tokens as it may.
+    generation.suppress_tokens = [
+        *(generation.suppress_tokens or ()), *(ends if isinstance(ends, list) else [ends])
+    ]  # fmt: skip
+    short, long = lengths = place.sizes.tokens
+    language = "en" if getattr(generation, "is_multilingual", False) else None
+    for batch in place.sizes.batches:
+        window = place.windows(pair["saml"], batch)
+        found: dict[str, list[float]] = {name: [] for name in pair}
+        for turn in range(-1, place.sizes.rounds):
+            for name, model in pair.items():
+                runs = (partial(greedy, model, [window], [n] * batch, language) for n in lengths)
+                seconds = [stopwatch(run, place.device)[0] for run in runs]
+                if turn >= 0:
+                    found[name].append((seconds[1] - seconds[0]) / (long - short) * 1e3)
+        bar = statistics.median(found["dense"])
+        rows += [
+            {"contender": name, "batch": batch, "milliseconds": round(statistics.median(ms), 4),
+             "ratio": round(statistics.median(ms) / bar, 4)}
+            for name, ms in found.items()
+        ]  # fmt: skip
+    return rows
+
+
+def training(place: Place) -> list[dict[str, Any]]:
+    """Milliseconds of forward, backward and AdamW: bfloat16 autocast on a GPU, else float32."""
+    sizes, device = place.sizes, place.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, _ = place.quantised()
+    rank = model.saml_config.rank
+    features, _ = place.windows(model, sizes.train)
+    labels = torch.randint(0, model.config.vocab_size, (sizes.train, sizes.text), device=device)
+    trainers, rows = {}, []
+    for name in ("saml", *PEERS):
+        try:
+            if name == "saml":
+                network = model.requires_grad_(False)
+                for parameter in expert_parameters(model).values():
+                    parameter.requires_grad_(True)
+            else:
+                network = ADAPTERS[name](place.plain(model), dtype, rank)
+            trainers[name] = Trainer(network.train(), device)
+            trainers[name].step(features, labels)
+        except TimeoutError:
+            raise
+        except Exception as error:  # peers fail in ways of their own
+            if name == "saml":
+                raise
+            trainers.pop(name, None)
+            rows.append({"contender": name, "not run": one_line(error)})
+    found: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(sizes.rounds):
+        for name, trainer in trainers.items():
+            run = partial(trainer.step, features, labels)
+            found[name].append(stopwatch(run, device)[0] * 1e3)
+    return rows + [
+        {"contender": name, "batch": sizes.train, "milliseconds": round(statistics.median(ms), 3),
+         "trained": sum(p.numel() for p in trainers[name].parameters)}
+        for name, ms in found.items()
+    ]  # fmt: skip
+
+
+def clips(place: Place) -> dict[str, Any]:
+    """Seconds to transcribe clips together, and what was heard."""
+    model, processor = place.quantised()
+    model = place.half(model)
+    chosen = [u for u in _utterances(place) if len(u.load()) <= LONGEST]
+    chosen = chosen[:: max(1, len(chosen) // place.sizes.clips)][: place.sizes.clips]
+    audio = [u.load() for u in chosen]
+    _heard(model, processor, audio[:2])
+    seconds, texts = stopwatch(lambda: _heard(model, processor, audio), place.device)
+    spoken = sum(map(len, audio)) / 16000
+    return {
+        "clips": len(audio), "speech_seconds": round(spoken, 1), "seconds": round(seconds, 3),
+        "real_time_factor": round(seconds / spoken, 5), "wer": _wer(chosen, texts), "texts": texts,
+    }  # fmt: skip
+
+
+def adaptation(place: Place) -> dict[str, Any]:
+    """Seconds to adapt to the first speaker who has clips enough; WER before and after."""
+    sizes = place.sizes
+    by_speaker: dict[str, list[Utterance]] = {}
+    for utterance in _utterances(place):
+        by_speaker.setdefault(utterance.speaker, []).append(utterance)
+    needed = sizes.learn + sizes.test
+    own = max(by_speaker.values(), key=lambda us: min(len(us), needed))
+    learn, test = own[: sizes.learn], own[sizes.learn : needed]
+    model, processor = place.quantised()
+    options = options_for("experts", model)
+    if sizes.epochs is not None:
+        options = replace(options, epochs=sizes.epochs)
+    audio = [u.load() for u in test]
+    before = _wer(test, _heard(model, processor, audio))
+    torch.manual_seed(0)
+    seconds, profile = stopwatch(lambda: adapt(model, processor, learn, options), place.device)
+    profile.apply(model)
+    return {
+        "speaker": own[0].speaker, "clips": len(learn), "tested": len(test),
+        "seconds": round(seconds, 2), "steps": profile.about.get("steps"),
+        "loss": profile.about.get("loss"), "wer_before": before,
+        "wer_after": _wer(test, _heard(model, processor, audio)),
+    }  # fmt: skip
+
+
+def _utterances(place: Place) -> list[Utterance]:
+    assert place.speech is not None
+    return load_corpus(place.speech)
+
+
+def _heard(model: Any, processor: Any, audio: list[Any]) -> list[str]:
+    multilingual = getattr(model.generation_config, "is_multilingual", False)
+    language = "en" if multilingual else None
+    found = transcribe_many(model, processor, audio, language=language, timestamps=False)
+    return [t.text for t in found]
+
+
+def _wer(utterances: list[Utterance], texts: list[str]) -> float | str:
+    try:
+        from saml_models.text.wer import pooled, word_errors
+    except ImportError as error:  # a GPU's machine may lack what only counting needs
+        return one_line(error)
+    return round(float(pooled(word_errors([u.text for u in utterances], texts)).wer), 2)
+
+
+def measure(
+    parts: dict[str, Callable[[Place], Any]], place: Place, sheet: Sheet, seconds: float
+) -> str:
+    """Run parts in turn, each within its share of what is left; one line about all of them."""
+    deadline, said = time.monotonic() + seconds, []
+    for i, (name, part) in enumerate(parts.items()):
+        started = time.monotonic()
+        share = (deadline - started) / (len(parts) - i)
+        try:
+            if share < 1:
+                raise TimeoutError("no time is left")
+            with within(share):
+                found = part(place)
+            told = _brief(found)
+        except Exception as error:  # whatever goes wrong, the next may go right
+            told = f"failed: {one_line(error)}"
+            found = {"failed": one_line(error)}
+        said.append(f"{name} {told}")
+        sheet.put(name, found)
+        sheet.put(f"{name}, all of it", {"seconds": round(time.monotonic() - started, 1)})
+        gc.collect()
+    return "; ".join(said)
+
+
+def _brief(found: Any) -> str:
+    """The least that tells something: times over the first contender's, or the seconds."""
+    if isinstance(found, dict):
+        keys = ("seconds", "wer", "wer_before", "wer_after")
+        return ", ".join(f"{key} {found[key]}" for key in keys if key in found)
+    told = []
+    for row in found:
+        if "not run" in row:
+            continue
+        where = " ".join(str(row[k]) for k in ("mode", "batch") if k in row)
+        ms = row["median_us"] / 1e3 if "median_us" in row else row["milliseconds"]
+        told.append(f"{row['contender']} ({where}) {ms:.3g} ms")
+    return ", ".join(told)
+
+
+PARTS: dict[str, dict[str, Callable[[Place], Any]]] = {
+    "models": {"encoder": encoder, "token": token, "training step": training},
+    "speech": {"clips": clips, "adaptation": adaptation},
+}

@@ -1,0 +1,1 @@
+"""Whole models: transcription, training steps, adaptation."""

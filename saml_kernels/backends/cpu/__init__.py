@@ -1,0 +1,1 @@
+"""The CPU backend: native kernels with a plain-PyTorch fallback."""

@@ -1,0 +1,230 @@
+"""The CPU backend.
+
+Forward takes one of two ways, whichever was measured to be faster (`saml bench --work P6`):
+
+* native: one pass over the packed weight in compiled code, the experts and a token's router
+  included (native.py, native.c);
+* dense: the weight dequantised to scratch (by compiled code where there is some), then torch's
+  matrix products.
+
+Backward is always dense. Everything is computed in float32, and bfloat16 inputs in bfloat16 where
+the processor multiplies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saml_kernels.backends.cpu import native
+from saml_kernels.backends.cpu.native import native_status
+from saml_kernels.backends.reference import Gradients, experts_backward, stack_a, stack_b
+from saml_kernels.errors import SAMLError
+from saml_kernels.quantization.tensor import QuantizedTensor
+
+__all__ = ["backward", "forward", "keep_dense", "native_status", "quick", "unsupported"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
+BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
+
+
+def forward(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias.
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16, any strides; M may be 0.
+        weight: quantised [N, K].
+        lora_a: [E, r, K]; E may be 0.
+        lora_b: [E, N, r].
+        gates: [M, E].
+        bias: [N] or None.
+        scaling: s, usually alpha / r.
+
+    Returns:
+        [M, N] in the dtype of `x`, contiguous.
+    """
+    dtype = _compute_dtype(x)
+    if dtype == torch.float32 and native.fits(x.shape[0], weight):
+        wide_bias = None if bias is None else _plain(bias)
+        layer = native.Layer(weight, _plain(lora_a), _plain(lora_b), None, wide_bias, scaling)
+        return layer(_plain(x), _plain(gates)).to(x.dtype)
+
+    wide = x.to(dtype)
+    with torch.autocast("cpu", enabled=False):  # `dtype` is chosen already
+        y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
+        experts, rank, _ = lora_a.shape
+        if experts:
+            projected = F.linear(wide, stack_a(lora_a).to(dtype))
+            hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
+            y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
+    return y.to(x.dtype)
+
+
+def quick(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor | QuantizedTensor,
+    lora_b: Tensor | QuantizedTensor,
+    gates: Tensor | None,
+    router: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor | None:
+    """The whole operator in one call to C, or None where a call is out of the ordinary.
+
+    Ordinary is float32, contiguous, on the CPU, nothing but the result wanted. A layer's own
+    tensors are checked when they are first seen; a token is a matter of microseconds.
+
+    Args:
+        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1; or None.
+        router: [E, K] where there are no gates.
+        weight, lora_a, lora_b, bias, scaling: as in `forward`; top_k, temperature: of the router.
+    """
+    if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()):
+        return None
+    layer = weight.native
+    if layer is None or not layer.holds(
+        weight, lora_a, lora_b, router, bias, scaling, top_k, temperature
+    ):
+        if not native.serves(weight) or not 0.0 < temperature < float("inf"):
+            return None
+        try:
+            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, top_k, temperature)
+        except SAMLError:  # said better by the checks of the whole way, or converted there
+            return None
+        weight.native = layer
+    shape = x.shape
+    rows = x.numel() // layer.columns
+    if not shape or shape[-1] != layer.columns or not 0 < rows <= layer.most_rows:
+        return None
+    if gates is not None:
+        if gates.dtype != torch.float32 or not gates.is_cpu or not gates.is_contiguous():
+            return None
+        own, experts = gates.shape, layer.experts
+        if not own or own[-1] != experts or len(own) > len(shape):
+            return None
+        if gates.numel() != experts and own[:-1] != shape[:-1]:
+            return None
+    return layer(x, gates)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
+
+    Args:
+        dy: [M, N]; the others as in `forward`.
+
+    Returns:
+        Four tensors in the shapes and dtypes of their inputs, or None. The chain rule is the one
+        in `reference.py`.
+    """
+    dtype = _compute_dtype(x)
+    inputs = (x, lora_a, lora_b, gates)
+    dy, *wide = (t.to(dtype) for t in (dy, *inputs))
+    with torch.autocast("cpu", enabled=False):
+        dx = dy @ _dense(weight, dtype) if needs[0] else None
+        found = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+    dx, da, db, dg = (
+        None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
+    )
+    return dx, da, db, dg
+
+
+def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
+    """Why these arguments cannot run here, or None if they can."""
+    if x.device.type != "cpu" or weight.codes.device.type != "cpu":
+        return f"x is on {x.device}, the weight on {weight.codes.device}; it runs on the CPU only"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; it takes float32, bfloat16 and float16"
+    return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same values as contiguous float32; asks first, as one token is a matter of 10 us."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+class _Kept:
+    """Dequantised weights by the address of their codes, which are held so that it stays theirs."""
+
+    def __init__(self, most: int) -> None:
+        self.left, self.found = most, dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]()
+
+
+_kept: _Kept | None = None
+
+
+@contextmanager
+def keep_dense(most: int) -> Iterator[None]:
+    """Within the block weights stay dequantised, up to `most` bytes of them; else none does.
+
+    For training, which meets each frozen weight twice a step. They must not change meanwhile.
+    """
+    global _kept
+    before, _kept = _kept, _Kept(most)
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def _dense(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The whole weight [N, K]; one block of scratch beat cache-sized panels in most shapes."""
+    kept = _kept
+    if kept is None:
+        return _dequantised(weight, dtype)
+    key = weight.codes.data_ptr(), dtype
+    found = kept.found.get(key)
+    if found is not None:
+        return found[1].view(weight.shape)
+    dense = _dequantised(weight, dtype)
+    if dense.nbytes <= kept.left:
+        kept.left -= dense.nbytes
+        kept.found[key] = weight.codes, dense
+    return dense
+
+
+def _dequantised(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    if not native.available():
+        return weight.dequantize(dtype)
+    out = torch.empty(weight.shape, dtype=dtype)
+    return native.dequantize(weight, 0, weight.shape[0], out)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    many = x.shape[0] >= BFLOAT16_ROWS
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and many and _bfloat16() else torch.float32
+
+
+@cache
+def _bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; emulated, it loses to float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())

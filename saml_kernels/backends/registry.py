@@ -1,0 +1,48 @@
+"""The backends by name, and which of them runs a call."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from saml_kernels.backends import reference
+from saml_kernels.backends.cpu import backend as cpu
+from saml_kernels.backends.triton import backend as triton
+from saml_kernels.errors import SAMLError
+from saml_kernels.quantization.tensor import QuantizedTensor
+
+__all__ = ["BACKENDS", "PREFERRED", "available_backends", "choose_backend", "why_unavailable"]
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
+# Which backend a device's tensors go to first; what it cannot run goes to the reference.
+PREFERRED = {"cpu": "cpu", "cuda": "triton"}
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine, or None if it can."""
+    reason = getattr(BACKENDS[name], "why_unavailable", None)
+    return reason() if reason else None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that run on this machine, the specification first."""
+    return tuple(name for name in BACKENDS if why_unavailable(name) is None)
+
+
+def choose_backend(x: Tensor, weight: QuantizedTensor, backend: str | None = None) -> str:
+    """Name of the backend that will run this call.
+
+    Raises:
+        SAMLError: `backend` is unknown, not available here, or cannot run these arguments.
+    """
+    if backend is None:
+        name = PREFERRED.get(x.device.type, "reference")
+        usable = why_unavailable(name) is None and BACKENDS[name].unsupported(x, weight) is None
+        return name if usable else "reference"
+    if backend not in BACKENDS:
+        raise SAMLError(f"backend: {backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    reason = why_unavailable(backend) or BACKENDS[backend].unsupported(x, weight)
+    if reason:
+        raise SAMLError(f"backend: {backend!r} cannot run this call: {reason}")
+    return backend

@@ -1,0 +1,1 @@
+"""The Triton backend: plans and launches, and tiles chosen by shape."""

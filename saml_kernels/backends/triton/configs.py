@@ -1,0 +1,238 @@
+"""Which tiles and which route a shape takes: tuning tables as data, and the rule for the rest.
+
+`tables/default.json` goes by the number of tokens alone. A table of measured entries (one for a
+compute capability, `tables/sm_90.json`, or the user's own, which `saml bench --tune` writes) goes
+by the nearest measured shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saml_kernels.errors import SAMLError
+
+__all__ = [
+    "ROUTES",
+    "Config",
+    "bounded",
+    "choose",
+    "device_traits",
+    "forget_tables",
+    "on_change",
+    "pretending",
+    "read_table",
+    "table_changed",
+    "user_table",
+]
+
+# decode: two launches for a few tokens; split: the reduction is shared out among programs; fused:
+# one program for a tile of the result; dense: as fused, on the weight dequantised to scratch;
+# scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
+ROUTES = ("decode", "split", "fused", "dense", "scratch")
+Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
+NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
+MAX_SPLIT = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """Route and tile sizes of one product.
+
+    Attributes:
+        route: one of `ROUTES`.
+        block_m, block_o, block_d: tile of tokens, of the result's features, of the reduction.
+        split: shares of the reduction; 0 lets `choose` fill the device.
+        warps, stages: of a Triton program.
+        group: tile rows that run side by side.
+        scale: of the weight's blocks, forward: "before" the product, as dequantise does, or "after"
+            it, which takes fewer instructions and rounds the codes in place of code times scale
+            (`device.base_product` says how far).
+    """
+
+    route: str = "fused"
+    block_m: int = 64
+    block_o: int = 64
+    block_d: int = 64
+    split: int = 0
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    scale: str = "before"
+
+    def __post_init__(self) -> None:  # noqa: D105
+        sizes = (self.block_m, self.block_o, self.block_d)
+        powers = all(16 <= n <= 256 and n & (n - 1) == 0 for n in sizes)
+        fits = 0 <= self.split <= 64 and self.warps in (1, 2, 4, 8) and 1 <= self.stages <= 8
+        fits = fits and 1 <= self.group <= 64 and self.scale in ("before", "after")
+        if self.route not in ROUTES or not powers or not fits:
+            raise SAMLError(f"tuning table: {self} is not a configuration")
+
+
+def read_table(text: str, source: str) -> Rules:
+    """Rules of a table by direction; each is (where it applies, configuration).
+
+    Raises:
+        SAMLError: not a tuning table; names `source`.
+    """
+    try:
+        values = json.loads(text)
+        rules: Rules = {}
+        for direction in ("forward", "backward"):
+            rules[direction] = []
+            for entry in values[direction]:
+                where = {k: entry.pop(k) for k in ("max_m", "m", "n", "k") if k in entry}
+                entry.pop("microseconds", None)
+                rules[direction].append((where, Config(**entry)))
+        return rules
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SAMLError(f"{source}: not a tuning table ({error!r}); remove it") from error
+
+
+def user_table(capability: str, device: str) -> Path:
+    """The user's own table, in $SAML_CACHE or ~/.cache/saml-kernels; `saml bench --tune` writes it.
+
+    Its name carries a hash of the device's name, the versions and the kernels' source: what was
+    measured with others is not found.
+    """
+    folder = os.environ.get("SAML_CACHE") or "~/.cache/saml-kernels"
+    return Path(folder).expanduser() / f"{capability}-{_fingerprint(device)}.json"
+
+
+@cache
+def _fingerprint(device: str) -> str:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    digest = hashlib.sha256(f"{device}/{triton}/{torch.__version__}".encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _tables(capability: str, device: str) -> tuple[Rules, ...]:
+    """The user's, the shipped one of this capability, the default: as far as they exist."""
+    found = []
+    own = user_table(capability, device)
+    if own.is_file():
+        found.append(read_table(own.read_text(), str(own)))
+    shipped = files("saml_kernels.backends.triton") / "tables"
+    for name in (f"{capability}.json", "default.json"):
+        if (shipped / name).is_file():
+            found.append(read_table((shipped / name).read_text(), name))
+    return tuple(found)
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next call."""
+    _tables.cache_clear()
+    choose.cache_clear()
+    table_changed()
+
+
+_forgetters: list[Callable[[], None]] = []
+changes = 0  # how often what plans were made from has changed
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever plans made so far no longer hold."""
+    _forgetters.append(forget)
+
+
+def table_changed() -> None:
+    """Plans made so far no longer hold: other tables, or other kernels."""
+    global changes
+    changes += 1
+    for forget in _forgetters:
+        forget()
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    direction: str, m: int, n: int, k: int, capability: str, processors: int, device: str = ""
+) -> Config:
+    """The configuration of a product of `m` tokens with a weight [n, k].
+
+    Args:
+        direction: "forward" (x W^T) or "backward" (dy W).
+        m, n, k: shape.
+        capability: "sm_90" and the like; "" for none.
+        device: its name, for the user's own table.
+        processors: of the device, which `decode` and `split` try to fill.
+    """
+    config = Config()
+    for table in _tables(capability, device):
+        found = _lookup(table[direction], m, n, k)
+        if found is not None:
+            config = found
+            break
+    if config.route in ("decode", "split") and not config.split:
+        out = n if direction == "forward" else k
+        tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
+        fill = math.ceil(2 * processors / max(1, tiles))
+        config = replace(config, split=min(fill, MAX_SPLIT))
+    return bounded(config, direction, n, k)
+
+
+def bounded(config: Config, direction: str, n: int, k: int) -> Config:
+    """`config` with as many shares of the reduction as it has steps, or fewer: a power of two."""
+    if config.route not in ("decode", "split"):
+        return replace(config, split=1)
+    steps = math.ceil((k if direction == "forward" else n) / config.block_d)
+    shares = max(1, min(config.split, steps, MAX_SPLIT))
+    return replace(config, split=1 << shares.bit_length() - 1)
+
+
+def _lookup(rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int) -> Config | None:
+    nearest, best = None, math.log(NEAR)
+    for where, config in rules:
+        if "max_m" in where:
+            if where["max_m"] is None or m <= where["max_m"]:
+                return nearest or config
+            continue
+        pairs = zip((m, n, k), (where["m"], where["n"], where["k"]), strict=True)
+        distance = sum(abs(math.log(max(1, a) / max(1, b))) for a, b in pairs)
+        if distance < best:
+            nearest, best = config, distance
+    return nearest
+
+
+_pretended: tuple[str, int] = ("", 16)
+
+
+@contextmanager
+def pretending(capability: str, processors: int) -> Iterator[None]:
+    """Within the block a CPU stands in for such a device: what `saml_kernels.aot` compiles for."""
+    global _pretended
+    before, _pretended = _pretended, (capability, processors)
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def device_traits(device: torch.device) -> tuple[str, int, str]:
+    """(capability, processors, name) of a device; a nominal size for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return (*_pretended, "")
+    return _cuda_traits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _cuda_traits(index: int) -> tuple[str, int, str]:
+    found = torch.cuda.get_device_properties(index)
+    return f"sm_{found.major}{found.minor}", found.multi_processor_count, found.name

@@ -1,0 +1,163 @@
+"""What the launches of a call depend on, and what kernels are told of a quantised weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saml_kernels.backends.reference import Gating
+from saml_kernels.backends.triton.configs import Config, choose
+from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
+from saml_kernels.backends.triton.launcher import interpreting
+from saml_kernels.quantization.codes import code_table, nested_code
+from saml_kernels.quantization.tensor import QuantizedTensor
+
+__all__ = [
+    "DENSE",
+    "Facts",
+    "Strides",
+    "WeightParts",
+    "decoding_facts",
+    "power_of_2",
+    "tiles",
+    "weight_parts",
+]
+
+BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
+A_KIND = 6  # where `Facts.kinds` has lora_a, after the parts of the weight
+
+Strides = tuple[int, int, int, int]  # of speaker, expert, direction within the expert, feature
+WeightParts = tuple[Tensor | None, ...]
+
+
+class Facts(NamedTuple):
+    """What a call's launches depend on.
+
+    Attributes:
+        m, n, k: rows, out-features, in-features.
+        dtype: of x and of the result.
+        format, block_size, nested: of the weight.
+        experts, rank: E, r; either may be 0.
+        speakers: S, or 0 where there is no speaker index.
+        a_strides, b_strides: of lora_a and lora_b, in elements.
+        a_block, b_block: of int8 experts, elements that share a scale; 0 for others.
+        gating: of a token router, or None where gates are given.
+        gates_span, speakers_span: rows that share a row of gates, or an entry of the index.
+        bias: whether there is one.
+        precision: of float32 products; see `dispatch.precision`.
+        device, traits: see `configs.device_traits`.
+        kinds: dtypes and alignments of the tensors given, which kernels are specialised on.
+        route: overrides the tuning tables.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    format: str
+    block_size: int
+    nested: bool
+    experts: int
+    rank: int
+    speakers: int
+    a_strides: Strides
+    b_strides: Strides
+    a_block: int
+    b_block: int
+    gating: Gating | None
+    gates_span: int
+    speakers_span: int
+    bias: bool
+    precision: str
+    device: torch.device
+    traits: tuple[str, int, str]
+    kinds: tuple[Any, ...]
+    route: str | Config | None = None
+
+    @property
+    def columns(self) -> int:
+        """R = E r."""
+        return self.experts * self.rank
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are those of float32."""
+        return self.dtype == torch.float32
+
+    @property
+    def float32_experts(self) -> bool:
+        """Whether half-precision tokens meet experts in float32."""
+        kind = self.kinds[A_KIND]
+        return not self.exact and kind is not None and kind[0] == torch.float32
+
+    def config(self, direction: str) -> Config:
+        """Route and tiles of "forward" or "backward"."""
+        route = self.route
+        if isinstance(route, Config):
+            config = route
+        else:
+            config = choose(direction, self.m, self.n, self.k, *self.traits)
+            if route is not None:
+                split = config.split if route in ("decode", "split") else 1
+                config = replace(config, route=route, split=split)
+        if self.speakers and config.route == "scratch":
+            # [W | B] has room for one speaker's experts.
+            config = replace(config, route="dense")
+        return config
+
+    def gating_constants(self) -> dict[str, Any]:
+        """Compile-time facts of the gates."""
+        top_k = self.gating[0] if self.gating else None
+        kept = top_k if top_k is not None and top_k < self.experts else 0
+        return {"TOP_K": kept, "BLOCK_E": max(16, power_of_2(self.experts))}
+
+    def inverse_temperature(self) -> float:
+        """What the router's logits are multiplied by."""
+        return 1.0 / self.gating[1] if self.gating else 1.0
+
+
+def weight_parts(weight: QuantizedTensor) -> WeightParts:
+    """What kernels are given of a weight: codes, scales, and the tables that decode both."""
+    nested = weight.nested_absmax is not None
+    return (
+        weight.codes,
+        weight.absmax,
+        weight.nested_absmax,
+        nested_code(weight.device) if nested else None,
+        weight.offset,
+        code_table(weight.format, weight.device) if BITS[weight.format] == 4 else None,
+    )
+
+
+def decoding_facts(facts: Facts, along: int, after: bool = False) -> dict[str, Any]:
+    """Compile-time facts of the quantised weight, for tiles `along` wide along its rows.
+
+    `after` asks for scales after the product, which AFTER grants where blocks and tiles allow it.
+    """
+    bits = BITS[facts.format]
+    aligned = facts.k % facts.block_size == 0 and facts.block_size % along == 0
+    after = after and aligned
+    # Scaled before, a code in float16 is as good as in bfloat16 and better.
+    value = facts.dtype if after or facts.exact else torch.float16
+    permutes = bits == 4 and not interpreting() and torch.version.hip is None
+    ptx = lookup_ptx(facts.format, str(value).removeprefix("torch.")) if permutes else ""
+    return {
+        "BITS": bits, "QBLOCK": facts.block_size, "NESTED": facts.nested,
+        "ALIGNED": aligned, "AFTER": after, "PTX": ptx,
+    }  # fmt: skip
+
+
+DENSE = {"BITS": 16, "QBLOCK": 0, "NESTED": False, "ALIGNED": False, "AFTER": False, "PTX": ""}
+
+
+def tiles(size: int, block: int) -> int:
+    """Tiles of `block` that cover `size`."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << max(0, size - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Triton kernels, one a file, and the device functions that they share."""

@@ -1,0 +1,118 @@
+"""The base product with the experts in its accumulator: Y = X W^T + H B^T + bias, dX = dY W + dP A.
+
+Both directions are one kernel. Forward reads the weight's rows as out-features (X [M, K] over
+W [N, K]); backward, TRANSPOSED, as the reduction (dY [M, N] over the same bytes, no transposed
+copy). After the weight's last tile the loop goes on over [H | B] (or [dP | A], then [dZ | V] where
+a token router has logits Z = X V^T) with the accumulator still in registers (as a prologue they
+would be the first terms of the same sum). With SPLIT > 1 each program takes a share of the
+reduction and writes float32 partial sums, which `reduce_kernel` adds in a fixed order.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from saml_kernels.backends.triton.kernels.device import (
+    add_experts,
+    base_product,
+    chosen,
+    gate_tile,
+    position,
+    rows_of,
+)
+
+__all__ = ["product_kernel", "reduce_kernel"]
+
+
+@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
+def product_kernel(
+    x, y,                                            # [M, D] in, [SPLIT, M, O] out
+    codes, absmax, nested, nested_code, offset, table,
+    hidden, experts, scales, router,                 # [M, R (+ E)], [S, ...], of int8, [S, E, O]
+    gates, bias, speakers,                           # [.., E], [O], [..]
+    M, D, O, width, R, E, rank, S, SPLIT, hidden_stride, gates_span, speakers_span,
+    stride_s, stride_e, stride_j, stride_o,          # of the experts
+    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SKIP: tl.constexpr,
+    SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles of M times tiles of O, SPLIT). `width` is the weight's row length, K.
+
+    SKIP leaves experts unread that no row of the tile chose.
+    """
+    tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
+    pid_m, pid_o = position(tl.program_id(0), tiles_m, tiles_o, GROUP)
+    split = tl.program_id(1)
+    first_m, rows, row_ok, speaker = rows_of(
+        pid_m, M, speakers, speakers_span, SPEAKERS, BLOCK_M
+    )  # fmt: skip
+    first_o = pid_o * BLOCK_O
+    outs = first_o + tl.arange(0, BLOCK_O)
+    out_ok = outs < O
+    steps = tl.cdiv(tl.cdiv(D, BLOCK_D), SPLIT)
+    last = tl.minimum((split + 1) * steps, tl.cdiv(D, BLOCK_D))
+    dtype: tl.constexpr = x.dtype.element_ty
+    x += first_m * D
+    acc = base_product(
+        x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+        first_o, out_ok, split * steps, last, D, width,
+        TRANSPOSED, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+        BLOCK_M, BLOCK_O, BLOCK_D,
+    )  # fmt: skip
+
+    if EXPERTS and split == SPLIT - 1:
+        hidden += first_m * hidden_stride
+        if SKIP:
+            gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
+        for first_r in range(0, R, BLOCK_R):
+            columns = first_r + tl.arange(0, BLOCK_R)
+            wanted = columns < R
+            mask = row_ok[:, None] & wanted[None, :]
+            if SKIP:
+                wanted = wanted & chosen(gate, columns // rank, BLOCK_E)
+            h = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask, 0.0)
+            acc = add_experts(
+                acc, h, speaker, S, experts, scales, columns, wanted, outs, out_ok,
+                rank, stride_s, stride_e, stride_j, stride_o,
+                EBLOCK, SPEAKERS, PRECISION, dtype,
+            )  # fmt: skip
+        if ROUTER:
+            # A router is E experts of rank 1.
+            number = tl.arange(0, BLOCK_E)
+            mask = row_ok[:, None] & (number < E)[None, :]
+            dz = tl.load(hidden + rows[:, None] * hidden_stride + R + number[None, :], mask, 0.0)
+            acc = add_experts(
+                acc, dz, speaker, S, router, router, number, number < E, outs, out_ok,
+                1, E * O, O, 0, 1, 0, SPEAKERS, PRECISION, dtype,
+            )  # fmt: skip
+    if SPEAKERS:
+        known = (speaker >= 0) & (speaker < S)
+        acc = tl.where(known[:, None], acc, float("nan"))
+    if BIAS:
+        acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
+    y += (split.to(tl.int64) * M + first_m) * O
+    mask = row_ok[:, None] & out_ok[None, :]
+    tl.store(y + rows[:, None] * O + outs[None, :], acc.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["M", "SPLIT"])
+def reduce_kernel(
+    partial, y, bias, M, O, SPLIT,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y [M, O] = sum over splits of partial [SPLIT, M, O] + bias [O], always in the same order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = M.to(tl.int64) * O
+    ok = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(SPLIT):
+        total += tl.load(partial + split * size + at, ok, 0.0)
+    if BIAS:
+        total += tl.load(bias + at % O, ok, 0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), ok)

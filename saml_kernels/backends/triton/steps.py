@@ -1,0 +1,276 @@
+"""The parts that plans are made of: each chooses tiles for its kernels and starts them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saml_kernels.backends.triton.configs import Config
+from saml_kernels.backends.triton.facts import (
+    DENSE,
+    Facts,
+    WeightParts,
+    decoding_facts,
+    power_of_2,
+    tiles,
+)
+from saml_kernels.backends.triton.launcher import Launcher
+from saml_kernels.backends.triton.signature import Varying
+
+__all__ = ["Decode", "Fill", "Product", "Projection", "narrow_tiles"]
+
+FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
+MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
+
+
+class Product:
+    """x W^T (dy W, transposed) + hidden times the experts + bias."""
+
+    def __init__(self, facts: Facts, config: Config, *, transposed: bool) -> None:
+        f = self.facts = facts
+        self.split = config.split
+        self.d, self.out = (f.n, f.k) if transposed else (f.k, f.n)
+        block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
+        if f.exact:
+            block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
+        warps = config.warps
+        if f.speakers and f.columns:
+            if block_m > MIXED_ROWS:
+                block_m, warps = MIXED_ROWS, 4
+            if f.exact:
+                block_m = 16
+        along = block_o if transposed else block_d
+        decoding = DENSE
+        if config.route != "dense":
+            along = min(along, f.block_size)
+            decoding = decoding_facts(f, along, config.scale == "after" and not transposed)
+        block_o, block_d = (along, block_d) if transposed else (block_o, along)
+        r = f.columns
+        strides = (f.a_strides if transposed else f.b_strides) if r else (0, 0, 0, 0)
+        kept = f.gating[0] if f.gating else f.experts
+        bias = f.bias and not transposed
+        count = tiles(f.m, block_m) * tiles(self.out, block_o)
+        self.launch = Launcher(
+            "product", (count, self.split), warps, config.stages,
+            TRANSPOSED=transposed, **decoding, PRECISION=f.precision,
+            EXPERTS=r > 0, EBLOCK=0 if transposed else f.b_block,
+            ROUTER=transposed and f.gating is not None and r > 0,
+            # Dense gates of a token router leave no expert out.
+            SKIP=not transposed and r > 0 and kept is not None and f.experts > 1,
+            SPEAKERS=f.speakers > 0 and r > 0, BIAS=bias and self.split == 1,
+            BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
+            BLOCK_R=min(16 if f.exact else 64, max(16, power_of_2(max(1, r)))),
+            BLOCK_E=f.gating_constants()["BLOCK_E"], GROUP=config.group,
+        )  # fmt: skip
+        self.sizes = (
+            Varying(f.m), self.d, self.out, f.k, f.columns, f.experts, max(1, f.rank),
+            Varying(max(1, f.speakers)), Varying(self.split),
+        )  # fmt: skip
+        self.rest = (f.gates_span, f.speakers_span, *strides)
+        self.reduce = None
+        if self.split > 1:
+            self.reduce = Launcher(
+                "reduce", (tiles(f.m * self.out, 1024),), 4, 1, BIAS=bias, BLOCK=1024
+            )
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: WeightParts,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        hidden: Tensor | None = None,
+        stride: int = 0,
+        experts: Tensor | None = None,
+        scales: Tensor | None = None,
+        router: Tensor | None = None,
+        gates: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """[M, O] in `dtype` (default: of x) of x [M, D]; rows of `hidden` are `stride` apart."""
+        f, split = self.facts, self.split
+        y = x.new_empty((f.m, self.out), dtype=dtype or x.dtype)
+        partial = y if split == 1 else x.new_empty((split, f.m, self.out), dtype=torch.float32)
+        self.launch(
+            x, partial, *weight, hidden, experts, scales, router, gates, bias, speakers,
+            *self.sizes, stride, *self.rest,
+        )  # fmt: skip
+        if self.reduce is not None:
+            self.reduce(partial, y, bias, self.sizes[0], self.out, self.sizes[-1])
+        return y
+
+
+class Projection:
+    """P = x A^T, gated to H: one pass over x, which makes a token router's gates as well."""
+
+    def __init__(self, facts: Facts, *, plain: bool, copy: bool, pad: int) -> None:
+        f = self.facts = facts
+        together, block_m, block_r, block_d = narrow_tiles(f, f.gating is not None)
+        self.plain = plain
+        self.launch = Launcher(
+            "project", (tiles(f.m, block_m), tiles(f.experts, together)), 4,
+            2 if block_r > 64 else 3,
+            EBLOCK=f.a_block, ROUTER=f.gating is not None, **f.gating_constants(),
+            SKIP=f.m <= 16 and not plain and f.gating is None,
+            PLAIN=plain, COPY=copy, PAD=pad, SPEAKERS=f.speakers > 0, PRECISION=f.precision,
+            TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_D=block_d,
+        )  # fmt: skip
+        self.sizes = (Varying(f.m), f.k, f.experts, f.rank, Varying(max(1, f.speakers)))
+        self.spans = (f.gates_span, f.speakers_span)
+        self.inverse_temperature = f.inverse_temperature()
+
+    def __call__(
+        self,
+        x: Tensor,
+        a: Tensor,
+        scales: Tensor | None,
+        gates: Tensor,
+        speakers: Tensor | None,
+        scaling: float,
+        gated: Tensor,
+        stride: int,
+        wide: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Fill `gated` (rows `stride` apart; and `wide` with x): P or None, and the gates."""
+        f = self.facts
+        router = None
+        if f.gating is not None:
+            router, gates = gates, x.new_empty((f.m, f.experts), dtype=torch.float32)
+        plain = x.new_empty((f.m, f.columns), dtype=torch.float32) if self.plain else None
+        self.launch(
+            x, a, scales, router, gates, speakers, plain, gated, wide,
+            *self.sizes, stride, stride if wide is not None else 0, *self.spans,
+            scaling, self.inverse_temperature, *f.a_strides,
+        )  # fmt: skip
+        return plain, gates
+
+
+class Decode:
+    """The whole forward in two launches, for a few tokens."""
+
+    def __init__(self, facts: Facts, config: Config) -> None:
+        f = self.facts = facts
+        self.split = config.split
+        self.m, self.inverse_temperature = Varying(f.m), f.inverse_temperature()
+        self.sizes = (
+            f.columns, f.experts, f.rank, Varying(max(1, f.speakers)), Varying(self.split),
+            f.gates_span, f.speakers_span,
+        )  # fmt: skip
+        routed = f.gating is not None
+        self.all_columns = f.columns + (f.experts if routed else 0)
+        small = FLOAT32_TILE if f.exact else 256
+        block_m, block_o = min(config.block_m, small), min(config.block_o, small)
+        block_d = min(config.block_d, small, f.block_size)
+        block_r = min(64, max(16, power_of_2(self.all_columns)))
+        gating = f.gating_constants()
+        common = {"ROUTER": routed, "SPEAKERS": f.speakers > 0, "PRECISION": f.precision}
+        count = tiles(self.all_columns, block_r) + tiles(f.n, block_o)
+        # Tiles of experts are as wide as they lie until they are multiplied.
+        large = block_r == 64 and (f.float32_experts or f.speakers > 0)
+        stages = min(config.stages, 3) if block_r == 64 and f.float32_experts else config.stages
+        warps = 8 if block_m >= 64 and large else config.warps
+        self.partial = Launcher(
+            "partial", (count, self.split, tiles(f.m, block_m)), warps, stages,
+            **decoding_facts(f, block_d, config.scale == "after"), **common, EBLOCK=f.a_block,
+            BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
+            BLOCK_E=gating["BLOCK_E"],
+        )  # fmt: skip
+        block_r = min(64, max(16, power_of_2(f.columns)))
+        warps = config.warps
+        if block_m >= 64 and block_r == 64:
+            warps = 8  # with fewer the tiles do not fit the registers
+        elif f.speakers and (block_m == 16 or (block_m == 32 and block_r < 64)):
+            warps = 2
+        self.finish = Launcher(
+            "finish", (tiles(f.n, block_o), tiles(f.m, block_m)), warps, 1,
+            **common, **gating, EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m, BLOCK_O=block_o,
+            BLOCK_R=block_r,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: WeightParts,
+        a: Tensor,
+        a_scales: Tensor | None,
+        b: Tensor,
+        b_scales: Tensor | None,
+        gates: Tensor,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """y [M, N]."""
+        f, split = self.facts, self.split
+        router, given = (gates, None) if f.gating is not None else (None, gates)
+        base = x.new_empty((split, f.m, f.n), dtype=torch.float32)
+        projected = x.new_empty((split, f.m, self.all_columns), dtype=torch.float32)
+        y = x.new_empty((f.m, f.n))
+        self.partial(
+            x, base, projected, *weight, a, a_scales, router, given, speakers,
+            self.m, f.k, f.n, *self.sizes, *f.a_strides,
+        )  # fmt: skip
+        self.finish(
+            base, projected, y, b, b_scales, given, bias, speakers,
+            self.m, f.n, *self.sizes, scaling, self.inverse_temperature, *f.b_strides,
+        )  # fmt: skip
+        return y
+
+
+class Fill:
+    """The weight dequantised to scratch: W, [W | B] with `beside` columns or [W ; A ; V] below."""
+
+    def __init__(self, facts: Facts, *, beside: int = 0, below: int = 0) -> None:
+        f = facts
+        self.shape = (f.n + below, f.k + beside)
+        block_k = min(64, f.block_size)
+        decoding = decoding_facts(f, block_k)
+        del decoding["AFTER"]  # nothing is multiplied here
+        strides = (f.b_strides if beside else f.a_strides)[1:] if beside or below else (0, 0, 0)
+        self.sizes = (f.n, f.k, f.columns, f.experts, max(1, f.rank), self.shape[1], *strides)
+        down, across = tiles(f.n, 32) + tiles(below, 32), tiles(f.k, block_k)
+        self.launch = Launcher(
+            "dequantize", (down, across + tiles(beside, block_k)), 4, 1,
+            **decoding, BESIDE=beside, BELOW=below, ROUTER=below > 0 and f.gating is not None,
+            EBLOCK=f.b_block if beside else 0, BLOCK_N=32, BLOCK_K=block_k,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        weight: WeightParts,
+        like: Tensor,
+        experts: Tensor | None = None,
+        scales: Tensor | None = None,
+        router: Tensor | None = None,
+    ) -> Tensor:
+        """The scratch, in the dtype of `like`.
+
+        It is a block of PyTorch's caching allocator: every layer and call of a stream gets the
+        same one, and nothing keeps it.
+        """
+        out = like.new_empty(self.shape)
+        self.launch(*weight, out, experts, scales, router, *self.sizes)
+        return out
+
+    def parts(self, weight: WeightParts, like: Tensor) -> WeightParts:
+        """The scratch as a product takes a weight: no scales, no tables."""
+        return self(weight, like), None, None, None, None, None
+
+
+def narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:
+    """Experts together, rows, columns and depth of a tile that projects on the experts.
+
+    `gates` says that they, or their gradients, are made beside it.
+    """
+    together = min(f.experts, max(1, 64 // f.rank))
+    block_r = max(16, power_of_2(together * f.rank))
+    block_m = 16 if block_r > 128 else _tile_rows(f.m, f.traits[1])
+    block_d = 64  # at 128 some of its kernels do not fit the registers (sm_87)
+    if f.exact and (gates or f.speakers):
+        block_m, block_d = 16, FLOAT32_TILE
+    return together, block_m, block_r, block_d
+
+
+def _tile_rows(m: int, processors: int) -> int:
+    """Rows of a program that goes through whole rows of X: as many as leave no processor idle."""
+    return next((rows for rows in (64, 32) if m >= rows * processors), 16)

@@ -1,0 +1,291 @@
+"""Measures configurations on the present device and writes the user's own tuning table.
+
+`saml bench --tune` calls this. Every candidate is checked against the float64 equation before it is
+timed, on random numbers, with weights in rotation so that none is read from the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saml_kernels.backends.reference import saml_linear_reference
+from saml_kernels.backends.triton.backend import backward, facts_of, forward
+from saml_kernels.backends.triton.configs import (
+    Config,
+    bounded,
+    device_traits,
+    forget_tables,
+    user_table,
+)
+from saml_kernels.backends.triton.facts import weight_parts
+from saml_kernels.backends.triton.launcher import triton_errors
+from saml_kernels.backends.triton.plan import backward_plan
+from saml_kernels.errors import SAMLError
+from saml_kernels.quantization.tensor import QuantizedTensor, quantize
+from saml_kernels.timing import current, timed
+
+__all__ = ["TOKENS", "Problem", "candidates", "tune"]
+
+# Those that are furthest apart come first: the time may not do for all.
+TOKENS = (1, 1500, 16, 256, 4, 64, 6000)
+CACHE_BYTES = 128 << 20  # more than any card's L2: weights in rotation exceed it
+ROUNDS = 5
+TOLERANCE = 5e-3  # of float16, relative to the norm
+TOO_LARGE = ("OutOfResources", "PTXASError")  # more than this device has
+
+Clock = Callable[..., dict[str, float]]
+
+
+class Problem:
+    """One shape: random arguments in float16, with enough copies of the weight for a rotation."""
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        *,
+        experts: int = 4,
+        rank: int = 16,
+        copies: int | None = None,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.m, self.n, self.k = m, n, k
+        copies = copies or max(1, min(64, math.ceil(CACHE_BYTES / (n * k // 2))))
+        self.source = torch.randn(n, k, device=device) / math.sqrt(k)
+        one = quantize(self.source)
+        self.weights: list[QuantizedTensor] = [one]
+        for _ in range(copies - 1):
+            self.weights.append(
+                QuantizedTensor.from_parts(
+                    one.codes.clone(), one.absmax.clone(), one.nested_absmax, one.offset,
+                    list(one.shape), one.format, one.block_size,
+                )
+            )  # fmt: skip
+        self.x, self.dy = torch.randn(m, k, **kind), torch.randn(m, n, **kind)
+        self.a = torch.randn(experts, rank, k, **kind) / math.sqrt(k)
+        self.b = torch.randn(experts, n, rank, **kind) / math.sqrt(rank)
+        self.gates = torch.rand(m, experts, **kind)
+        self.bias = torch.randn(n, **kind)
+        self.projected = self.x.float() @ self.a.reshape(-1, k).T.float()
+        self.turn = 0
+
+    def weight(self) -> QuantizedTensor:
+        """The next in the rotation."""
+        self.turn += 1
+        return self.weights[self.turn % len(self.weights)]
+
+    def forward(self, route: str | Config | None = None) -> Tensor:
+        """y [M, N]."""
+        rest = (self.a, self.b, self.gates, self.bias, 1.0)
+        return forward(self.x, self.weight(), *rest, route=route)
+
+    def backward(self, route: str | Config | None = None, keep: bool = True) -> Tensor:
+        """dX [M, K], with every other gradient made beside it.
+
+        With `keep` as after a forward that kept P, which is what training runs.
+        """
+        weight, needs = self.weight(), (True,) * 4
+        experts = (self.a, self.b, self.gates)
+        if not keep:
+            dx = backward(self.dy, self.x, weight, *experts, 1.0, needs, route=route)[0]
+        else:
+            facts = facts_of(self.x, weight, *experts, None, None, None, dy=self.dy, route=route)
+            given = (self.dy, self.x, weight_parts(weight), *experts, None, 1.0)
+            dx = backward_plan(facts, needs, True)(*given, self.projected)[0]
+        assert dx is not None
+        return dx
+
+    def truth(self) -> dict[str, Tensor]:
+        """ "forward" and "backward" in float64."""
+        x = self.x.double().requires_grad_()
+        a, b, gates, bias = (t.double() for t in (self.a, self.b, self.gates, self.bias))
+        dense = self.weights[0].dequantize(torch.float64)
+        y = saml_linear_reference(x, dense, a, b, gates, bias)
+        y.backward(self.dy.double())
+        assert x.grad is not None
+        return {"forward": y.detach(), "backward": x.grad}
+
+
+def candidates(direction: str, m: int) -> Iterator[Config]:
+    """What is tried for `m` tokens."""
+    forwards = direction == "forward"
+    rows = [b for b in (16, 32, 64, 128) if b < 2 * max(16, m)][-2:]
+    widths, depths = (32, 64, 128), (64,) if forwards else (32, 64)
+    programs = ((4, 2), (4, 3), (4, 4), (8, 3)) if m <= 16 else ((4, 2), (4, 3), (8, 3))
+    splits = (1, 2, 4, 8) if m <= 256 else (1,)
+    for block_m, block_o, block_d, (warps, stages), split in product(
+        rows, widths, depths, programs, splits
+    ):
+        routes = ["fused" if split == 1 else "split"] if m > 16 or not forwards else []
+        if forwards and (m <= 16 or (m <= 256 and block_o == 64)):
+            routes.append("decode")
+        for route in routes:
+            config = Config(route, block_m, block_o, block_d, split, warps, stages)
+            yield config
+            if forwards and m <= 64 and (warps, stages) == (4, 3):
+                yield replace(config, scale="after")
+    if m > 256:
+        for block_m, block_o, warps in ((64, 128, 4), (128, 128, 8), (128, 64, 4)):
+            yield Config("dense", block_m, block_o, 64, 1, warps, 3)
+    yield Config("scratch", split=1)
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int] = TOKENS,
+    *,
+    device: str | torch.device = "cuda",
+    minutes: float = 9.0,
+    on_row: Callable[[int, int, dict[str, Any]], None] | None = None,
+    clock: Clock = timed,
+    tried: Callable[[str, int], Iterator[Config]] = candidates,
+) -> tuple[Path, int]:
+    """Write the fastest configurations of this device to the user's table.
+
+    The table is written after each row, so that an interrupted run leaves what it found. Rows of an
+    earlier run are kept, and repeated after those that it lacks: call again to go on.
+
+    Args:
+        shapes: weights (out-features, in-features); all of them come before the next of `tokens`.
+        tokens: numbers of rows, the most wanted first.
+        device: to measure on.
+        minutes: no row is started later than this.
+        on_row: called with (rows done, rows in all, the row).
+        clock: as `timed`; called with (call, rounds, device=).
+        tried: as `candidates`.
+
+    Returns:
+        The table's path, and how many rows were measured.
+
+    Raises:
+        SAMLError: a configuration gives a wrong result.
+    """
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    capability, _, name = device_traits(where)
+    path = user_table(capability, name)
+    table: dict[str, Any] = {"forward": [], "backward": []}
+    if path.is_file():
+        table = json.loads(path.read_text())
+    table["about"] = {"device": name, "torch": torch.__version__, "date": time.strftime("%F")}
+    directions = ("forward", "backward")
+    known = {(r.get("m"), r.get("n"), r.get("k"), d) for d in directions for r in table[d]}
+    plan = [(m, n, k, d) for m in tokens for d in directions for n, k in shapes]
+    plan.sort(key=lambda row: row in known)
+    started, done = time.monotonic(), 0
+    with ExitStack() as stack:
+        stack.enter_context(current(where))
+        warm = _compilers(stack) if where.type == "cuda" else None
+        for m, n, k, direction in plan:
+            if time.monotonic() - started > 60 * minutes:
+                break
+            configs = _distinct(tried(direction, m), direction, n, k)
+            if warm is not None:
+                warm([(m, n, k, direction, c, str(where)) for c in configs])
+            problem = Problem(m, n, k, device=where)
+            row = {"m": m, "n": n, "k": k, **_fastest(problem, direction, clock, configs)}
+            others = [
+                r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
+            ]
+            table[direction] = [row, *others]
+            _write(path, table)
+            done += 1
+            if on_row:
+                on_row(done, len(plan), {"direction": direction, **row})
+    forget_tables()
+    return path, done
+
+
+def _distinct(configs: Iterable[Config], direction: str, n: int, k: int) -> list[Config]:
+    """As `choose` will hand them out for this weight, each once: what is timed is what runs."""
+    found: dict[Config, Config] = {}
+    for config in (bounded(c, direction, n, k) for c in configs):
+        whole = config.route == "split" and config.split == 1
+        found.setdefault(replace(config, route="fused") if whole else config, config)
+    return list(found.values())
+
+
+def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:
+    """Processes that run configurations once, side by side, so that Triton's disk cache has them.
+
+    One after the other, compiling would take most of the time there is.
+    """
+    workers = max(1, min(16, (os.cpu_count() or 2) - 1))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn")))
+
+    def warm(tasks: list[Any]) -> None:
+        # What goes wrong here goes wrong again where it is measured, and is told there.
+        with suppress(BrokenProcessPool):
+            list(pool.map(_run_once, tasks))
+
+    return warm
+
+
+def _run_once(task: tuple[int, int, int, str, Config, str]) -> None:
+    *shape, direction, config, device = task
+    with current(torch.device(device)), suppress(RuntimeError, *triton_errors(*TOO_LARGE)):
+        problem = _alone(*shape, device)
+        (problem.forward if direction == "forward" else problem.backward)(config)
+        torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=1)
+def _alone(m: int, n: int, k: int, device: str) -> Problem:
+    """The problem that a worker has before it: its configurations come one after the other."""
+    return Problem(m, n, k, copies=1, device=device)
+
+
+def _fastest(
+    problem: Problem,
+    direction: str,
+    clock: Clock,
+    configs: Sequence[Config],
+) -> dict[str, Any]:
+    expected = problem.truth()[direction]
+    run = problem.forward if direction == "forward" else problem.backward
+    best: tuple[float, Config] | None = None
+    for config in configs:
+        try:
+            found = run(config).double()
+        except triton_errors(*TOO_LARGE):
+            continue
+        except RuntimeError as error:
+            if "resource" in str(error).lower() or "out of memory" in str(error).lower():
+                continue  # more shared memory or registers than this device has
+            raise
+        off = float((found - expected).norm() / expected.norm())
+        if not off < TOLERANCE:
+            raise SAMLError(f"{direction} of {problem.m} tokens: {config} is off by {off:.1e}")
+        microseconds = clock(partial(run, config), ROUNDS, device=problem.x.device)["median_us"]
+        if best is None or microseconds < best[0]:
+            best = (microseconds, config)
+    if best is None:
+        raise SAMLError(f"{direction} of {problem.m} tokens: no configuration runs on this device")
+    return {**asdict(best[1]), "microseconds": best[0]}
+
+
+def _write(path: Path, table: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(table, indent=1))
+    temporary.replace(path)

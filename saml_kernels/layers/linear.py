@@ -1,0 +1,236 @@
+"""`SAMLLinear`: used exactly like `nn.Linear`, with a low-bit base and gated LoRA experts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saml_kernels.backends import grouping, reference
+from saml_kernels.config import SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_kernels.layers.context import BlockGates, Routing, Voices
+from saml_kernels.layers.init import balanced, roots
+from saml_kernels.layers.routers import Router, SpeakerRouter, TokenRouter, UtteranceRouter
+from saml_kernels.ops.api import saml_linear, saml_linear_routed
+from saml_kernels.ops.arguments import autocast_dtype, readable
+from saml_kernels.quantization.tensor import QuantizedTensor, quantize
+
+__all__ = ["SAMLLinear"]
+
+
+class SAMLLinear(nn.Module):
+    """y = x W^T + bias + scaling * sum_e gates_e (x A_e^T) B_e^T, with W frozen in low bits.
+
+    Attributes:
+        weight: `QuantizedTensor` [N, K].
+        bias: frozen [N] or None.
+        lora_a: parameter [E, r, K]; lora_b: parameter [E, N, r].
+        router: from x to the gates, or None when the gates come from `block`.
+        voices: many speakers' experts; which of them a clip uses, `routing.speakers` says.
+    """
+
+    voices: Voices | None = None
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        config: SAMLConfig,
+        routing: Routing | None = None,
+        *,
+        clip_width: int | None = None,
+        block: BlockGates | None = None,
+    ) -> None:
+        """Wrap an already quantised weight; `from_linear` is what most callers want.
+
+        Args:
+            weight: [N, K].
+            bias: [N] or None.
+            config: experts and router; `num_experts=0` gives a plain low-bit layer.
+            routing: shared by the layers of a model; None makes one of its own.
+            clip_width: of a decoder layer, whose utterance router reads the encoder's output of
+                this width instead of x.
+            block: shared gates for router="shared".
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.config, self.routing, self.block = config, routing or Routing(), block
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        experts, rank = config.num_experts, config.rank
+        start = torch.randn(experts, rank, self.in_features) / math.sqrt(self.in_features)
+        self.lora_a = nn.Parameter(start, experts > 0)
+        self.lora_b = nn.Parameter(torch.zeros(experts, self.out_features, rank), experts > 0)
+        self.router = self._make_router(clip_width) if experts else None
+
+    def _make_router(self, clip_width: int | None) -> Router | None:
+        if self.config.router == "token":
+            return TokenRouter(self.in_features, self.config, self.routing)
+        if self.config.router == "speaker":
+            return SpeakerRouter(self.config, self.routing)
+        if self.config.router == "utterance":
+            return UtteranceRouter(self.in_features, self.config, self.routing, clip_width)
+        return None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        config: SAMLConfig,
+        routing: Routing | None = None,
+        *,
+        clip_width: int | None = None,
+        block: BlockGates | None = None,
+    ) -> SAMLLinear:
+        """Quantise `linear` and surround it with experts; the layer itself is left alone.
+
+        Raises:
+            SAMLError: the weight holds NaN or infinity.
+        """
+        source = linear.weight.detach()
+        weight = quantize(source, config.format, config.block_size, config.double_quant)
+        layer = cls(weight, linear.bias, config, routing, clip_width=clip_width, block=block)
+        layer.to(source.device)
+        if config.expert_init == "loftq" and config.num_experts:
+            layer.start_at_quantisation_error(source)
+        return layer
+
+    @torch.no_grad()
+    def start_at_quantisation_error(self, original: Tensor, moment: Tensor | None = None) -> None:
+        """Set the experts to the low-rank part of W - dequantise(Wq) under equal gates.
+
+        With mix="sum" the E experts share the R = E * r largest singular directions, dealt out in
+        turn; with mix="merged" each gets the same r directions, told apart by a little noise.
+
+        Args:
+            original: W [N, K].
+            moment: E[x x^T] [K, K] of the layer's inputs x. With it, the error that is made small
+                is that of the output on such inputs, instead of that of the weight.
+
+        Source: LoftQ (arXiv 2310.08659), one step, with the experts in place of one LoRA; with
+        `moment` QERA (arXiv 2410.06040), theorem 1.
+        """
+        config = self.config
+        experts, rank = config.num_experts, config.rank
+        error = original.double() - self.weight.dequantize(torch.float64)
+        root, inverse = roots(moment, error)
+        u, s, v = torch.linalg.svd(error @ root, full_matrices=False)
+        a_all, b_all = balanced(s[:, None] * v @ inverse, u)
+        merged = config.mix == "merged"
+        needed = rank if merged else experts * rank
+        if a_all.shape[0] < needed:
+            extra = needed - a_all.shape[0]
+            a_all, b_all = F.pad(a_all, (0, 0, 0, extra)), F.pad(b_all, (0, extra))
+        if merged:
+            index = torch.arange(rank).expand(experts, rank)
+            share = 1.0
+        else:
+            index = torch.arange(experts * rank).view(rank, experts).T
+            share = float(config.top_k or experts)
+        factor = math.sqrt(share / config.scaling)
+        a, b = a_all[index] * factor, b_all[:, index].permute(1, 0, 2) * factor
+        if merged:
+            a = a + torch.randn_like(a) * a.std() * 0.1
+        self.lora_a.copy_(a)
+        self.lora_b.copy_(b)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Gates for x [..., K]: [..., E], or what broadcasts to it."""
+        if self.router is not None:
+            return self.router(x)
+        if self.block is not None and self.block.gates is not None:
+            return self.block.gates.to(x.dtype)
+        return x.new_full((1,) * (x.dim() - 1) + (len(self.lora_a),), 1 / max(1, len(self.lora_a)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if self.voices is not None:
+            rows = x if x.dim() > 2 else x.unsqueeze(-2)
+            y = self._of_many(rows, self.voices)
+            return y.view(*x.shape[:-1], self.out_features)
+        lora_a, lora_b, bias = self.lora_a, self.lora_b, self.bias
+        if lora_a.dtype != x.dtype:
+            lora_a, lora_b, bias = (readable(t, x) for t in (lora_a, lora_b, bias))
+        if len(lora_a) == 0:
+            return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
+        c, scaling = self.config, self.config.scaling
+        dropping = self.training and c.dropout > 0
+        balancing = self.training and c.balance > 0  # needs the router's own probabilities
+        router = self.router if isinstance(self.router, TokenRouter) else None
+        plain = router is not None and router.offset is None and not dropping and not balancing
+        # accelerate moves a router's weight to x only while the router itself is called.
+        if plain and router is not None and router.weight.device == x.device:
+            weight = router.weight
+            if weight.dtype != x.dtype:
+                weight = readable(weight, x)
+            return saml_linear_routed(
+                x, self.weight, lora_a, lora_b, weight, bias, scaling, c.top_k, c.temperature
+            )
+        x = x.to(autocast_dtype(x) or x.dtype)
+        gates = self.gates(x)
+        if self.config.mix == "sum" and not dropping:
+            return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling)
+        # Dropout acts on the experts' input alone and merged experts are one LoRA per clip: both
+        # are the bare base plus a few small products.
+        base = saml_linear(x, self.weight, lora_a[:0], lora_b[:0], x.new_empty(0), bias)
+        seen = F.dropout(x, self.config.dropout, self.training)
+        experts = _merged if self.config.mix == "merged" else _summed
+        return base + scaling * experts(seen, lora_a.to(x.dtype), lora_b.to(x.dtype), gates)
+
+    def _of_many(self, x: Tensor, voices: Voices) -> Tensor:
+        """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
+        c, scaling, index = self.config, self.config.scaling, self.routing.speakers_of(x)
+        lora_a, lora_b, bias = (readable(t, x) for t in (voices.lora_a, voices.lora_b, self.bias))
+        router = readable(voices.router, x)
+        if isinstance(self.router, TokenRouter) and voices.offset is None:
+            return saml_linear_routed(
+                x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,
+                speakers=index,
+            )  # fmt: skip
+        x = x.to(autocast_dtype(x) or x.dtype)
+        router = router.to(x.dtype)
+        if isinstance(self.router, TokenRouter | UtteranceRouter):
+            logits = grouping.logits(self.router.seen(x), router, index)
+        elif self.router is not None:
+            logits = router[index]
+        else:
+            raise SAMLError("voices: a shared router cannot be another one for each row")
+        if voices.offset is not None:
+            logits = logits + voices.offset[index].to(logits)
+        gates = reference.gates_from_logits(logits, c.top_k, c.temperature).to(x.dtype)
+        if c.mix == "sum":
+            return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)
+        base = saml_linear(x, self.weight, lora_a[0, :0], lora_b[0, :0], x.new_empty(0), bias)
+        own = index.flatten()
+        own_a, own_b = lora_a[own].to(x.dtype), lora_b[own].to(x.dtype)
+        return base + scaling * _merged(x, own_a, own_b, gates)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        c = self.config
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.weight.format}, "
+            f"experts={len(self.lora_a)}, rank={c.rank}, router={c.router}, mix={c.mix}"
+        )
+
+
+def _summed(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
+    """sum_e g_e B_e A_e x: x [..., K] -> [..., N]."""
+    projected = torch.einsum("...k,erk->...er", x, lora_a) * gates.unsqueeze(-1)
+    return torch.einsum("...er,enr->...n", projected, lora_b)
+
+
+def _merged(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> Tensor:
+    """(sum_e g_e B_e)(sum_e g_e A_e) x: x [B, T, K], gates [B or 1, 1, E] -> [B, T, N].
+
+    The experts are [E, ...], or [B, E, ...] where each clip has its own.
+    """
+    rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+    clip = gates.reshape(-1, gates.shape[-1])
+    own = (t if t.dim() == 4 else t.unsqueeze(0) for t in (lora_a, lora_b))
+    a, b = (torch.einsum("be,beij->bij", clip, t) for t in own)
+    return (rows @ a.transpose(1, 2) @ b.transpose(1, 2)).reshape(*x.shape[:-1], b.shape[1])

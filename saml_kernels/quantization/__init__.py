@@ -1,0 +1,1 @@
+"""Low-bit weights: code tables, `QuantizedTensor`, and bitsandbytes' form of it."""

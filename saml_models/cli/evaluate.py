@@ -1,0 +1,216 @@
+"""The commands `saml evaluate` and `saml demo`: the protocol run and shown on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from saml_models.cli.options import Device, Experts, Overwrite, device_named
+from saml_models.runtime.quiet import quiet_libraries
+
+__all__ = ["demo", "evaluate"]
+
+# Test clips of the demo at most, so that it ends within minutes on two cores.
+DEMO_ADAPT, DEMO_TEST = 20, 60
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="A corpus, a manifest or a folder of clips.")],
+    model: Annotated[str, typer.Option(help="A name, an id or a folder.")] = "tiny.en",
+    speakers: Annotated[str | None, typer.Option(help="Comma-separated; default all.")] = None,
+    adapt_utterances: Annotated[
+        int | None, typer.Option(help="Adapt on the first K utterances, test on the rest.")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Without --adapt-utterances: cross-validation.")] = 2,
+    experts: Experts = None,
+    beam_size: Annotated[
+        int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
+    ] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="PNG of WER per speaker; default beside --json.")
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Word error rates by the paper's protocol: adapt to each speaker, test on unseen speech."""
+    quiet_libraries()
+    from saml_kernels.files import check_output, is_figure, is_json, write_json
+    from saml_models.data.corpora import by_speaker, load_corpus
+    from saml_models.evaluation.protocol import make_folds
+
+    names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
+    found = by_speaker(load_corpus(data, names))
+    plan = make_folds(found, adapt_utterances, folds)
+    if json_file is not None:
+        check_output(json_file, is_json("model", "wer", "utterances"), overwrite)
+        figure = figure or json_file.with_suffix(".png")
+    if figure is not None:
+        check_output(figure, is_figure, overwrite)
+    result = _run(model, experts, plan, beam_size, device_named(device))
+    console = Console()
+    console.print(_table(result))
+    console.print(_by_speaker(result))
+    if json_file is not None:
+        write_json(json_file, result)
+        console.print(f"JSON: {json_file}")
+    if figure is not None:
+        from saml_kernels.errors import SAMLError
+        from saml_models.evaluation.figures import plot_speakers
+
+        try:
+            plot_speakers(result, figure)
+            console.print(f"figure: {figure}")
+        except SAMLError as error:
+            # The numbers are safe; a missing drawing library must not lose them.
+            console.print(f"no figure: {error}")
+
+
+def demo(
+    data: Annotated[
+        str | None, typer.Option(help="Your own speech; default: a public voice is fetched.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="A name, an id or a folder.")] = "tiny.en",
+    device: Device = None,
+) -> None:
+    """Watch a quantised Whisper learn one voice and make fewer mistakes."""
+    quiet_libraries()
+    from saml_models.data.demo_speech import demo_speech
+    from saml_models.evaluation.protocol import Fold
+
+    console = Console()
+    with console.status("looking for speech"):
+        utterances, source = demo_speech(data)
+    train = utterances[:DEMO_ADAPT]
+    test = utterances[DEMO_ADAPT : DEMO_ADAPT + DEMO_TEST]
+    console.print(
+        f"speech: {source}, speaker {utterances[0].speaker}: {len(train)} utterances to learn "
+        f"from, {len(test)} others to test on"
+    )
+    plan = [Fold(utterances[0].speaker, train, test)]
+    result = _run(model, None, plan, 1, device_named(device))
+    console.print(_table(result))
+    _sentences(console, result)
+
+
+def _run(
+    name: str, experts: Path | None, plan: Sequence[Any], beam_size: int, device: str
+) -> dict[str, Any]:
+    """Load the three models, run the protocol with progress bars, count bytes on disk."""
+    import tempfile
+
+    from saml_kernels import SAMLConfig, SAMLError
+    from saml_models.compress.apply import apply_saml
+    from saml_models.compress.checkpoint import save_saml
+    from saml_models.compress.loading import load_model
+    from saml_models.evaluation.protocol import evaluate as run
+    from saml_models.speakers.pretrained import load_adaptable
+
+    full, processor = load_model(name, device)
+    if hasattr(full, "saml_config"):
+        raise SAMLError(f"{name}: is quantised already; evaluate compares with full precision")
+    quantised, _ = load_model(name, device)
+    saml, _ = load_adaptable(name, experts=experts, device=device)
+    config: Any = saml.saml_config
+    base = {k: config.to_dict()[k] for k in ("format", "block_size", "double_quant")}
+    report = apply_saml(quantised, SAMLConfig(num_experts=0, **base))
+    with _progress() as (stage, done):
+        result = run(
+            (full, processor), quantised, saml, plan, beam_size=beam_size,
+            on_stage=stage, on_done=done,
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        saml_bytes = save_saml(saml, processor, folder)
+        quantised_bytes = save_saml(quantised, processor, Path(folder) / "quantised")
+    result.size = {
+        "full_bytes": report.full_bytes,
+        "quantised_bytes": quantised_bytes,
+        "saml_bytes": saml_bytes,
+        "ratio": round(report.full_bytes / saml_bytes, 3),
+    }
+    from saml_models.compress.layers import expert_parameters
+
+    result.trainable = sum(p.numel() for p in expert_parameters(saml).values())
+    return {"model": name, "beam_size": beam_size, **result.to_dict()}
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Two callbacks, (stage, done), that draw bars on standard error."""
+    bars = Progress(
+        TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), console=Console(stderr=True),
+    )  # fmt: skip
+    tasks = []
+    with bars:
+
+        def stage(name: str, parts: int) -> None:
+            tasks.append(bars.add_task(name, total=parts))
+
+        def done(parts: int) -> None:
+            bars.advance(tasks[-1], parts)
+
+        yield stage, done
+
+
+def _table(result: dict[str, Any]) -> Table:
+    from saml_models.evaluation.protocol import SYSTEMS
+
+    size, wer = result["size"], result["wer"]
+    ratio = result["relative"]["adapted_to_full_precision"]
+    title = f"{result['model']}: {size['ratio']:.2f}x smaller"
+    if ratio is not None:
+        title += f", adapted WER is {ratio:.2f} of full precision's"
+    table = Table(title=title)
+    for column in ("system", "WER %", "95 %", "sub", "del", "ins", "MB"):
+        table.add_column(column, justify="left" if column == "system" else "right")
+    megabytes = {"full_precision": size["full_bytes"], "quantised": size["quantised_bytes"]}
+    for system, label in SYSTEMS.items():
+        if wer[system] is None:
+            continue
+        d = result["detail"][system]
+        low, high = d["interval_95"]
+        table.add_row(
+            label, f"{wer[system]:.2f}", f"{low:.1f}-{high:.1f}", str(d["substitutions"]),
+            str(d["deletions"]), str(d["insertions"]),
+            f"{megabytes.get(system, size['saml_bytes']) / 1e6:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _by_speaker(result: dict[str, Any]) -> Table:
+    from saml_models.evaluation.protocol import SYSTEMS
+
+    table = Table(title="WER % by speaker")
+    table.add_column("speaker")
+    systems = [s for s in SYSTEMS if result["wer"][s] is not None]
+    for system in systems:
+        table.add_column(SYSTEMS[system], justify="right")
+    for speaker, row in result["speakers"].items():
+        table.add_row(escape(speaker), *(f"{row[system]:.1f}" for system in systems))
+    return table
+
+
+def _sentences(console: Console, result: dict[str, Any], count: int = 3) -> None:
+    """The test sentences that adaptation helped most: said, before, after."""
+    from saml_models.text.wer import word_errors
+
+    rows = result["utterances"]
+    said = [r["reference"] for r in rows]
+    before = word_errors(said, [r["quantised"] for r in rows])
+    after = word_errors(said, [r["adapted"] for r in rows])
+    order = sorted(range(len(rows)), key=lambda i: after[i].errors - before[i].errors)
+    for i in order[:count]:
+        table = Table.grid(padding=(0, 2))
+        table.add_row("said", escape(said[i]))
+        table.add_row(f"before ({before[i].errors} wrong)", escape(rows[i]["quantised"]))
+        table.add_row(f"after ({after[i].errors} wrong)", escape(rows[i]["adapted"]))
+        console.print(table, "")

@@ -1,0 +1,80 @@
+"""The command `saml pretrain`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saml_models.cli.options import (
+    Device,
+    Epochs,
+    LearningRate,
+    Model,
+    Overwrite,
+    Seed,
+    checkpoint_of,
+    device_named,
+    given,
+)
+from saml_models.cli.output import print_result, progress, resumable
+from saml_models.runtime.quiet import quiet_libraries
+
+
+def pretrain(
+    data: Annotated[
+        list[Path], typer.Option(help="Speech of many speakers with its text; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="The experts to write (safetensors).")],
+    model: Model = "tiny.en",
+    exclude_speakers: Annotated[
+        str, typer.Option(help="Comma-separated: kept for adaptation and tests.")
+    ] = "",
+    num_experts: Annotated[int, typer.Option(min=1, help="1 is a single LoRA.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Of one expert.")] = 4,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train fresh experts and routers on many speakers: what adaptation starts from."""
+    quiet_libraries()
+    from saml_kernels import SAMLConfig
+    from saml_kernels.files import check_output
+    from saml_models.compress.apply import apply_saml
+    from saml_models.compress.loading import load_model
+    from saml_models.data.corpora import load_corpus
+    from saml_models.speakers.profile import is_profile
+    from saml_models.training.pretrain import PRETRAINING
+    from saml_models.training.pretrain import pretrain as learn
+
+    check_output(out, is_profile, overwrite)
+    kept_out = {name.strip() for name in exclude_speakers.split(",")}
+    found = [utterance for path in data for utterance in load_corpus(path)]
+    utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
+    options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
+    network, processor = load_model(model, device_named(device))
+    original, _ = load_model(model, device_named(device))
+    typer.echo(apply_saml(network, SAMLConfig(num_experts=num_experts, rank=rank)))
+    checkpoint = checkpoint_of(out)
+    with resumable(checkpoint), progress("pretraining") as show:
+        profile = learn(
+            network,
+            processor,
+            utterances,
+            options,
+            checkpoint=checkpoint,
+            on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
+            original=original,
+        )
+        profile.save(out)
+    about = profile.about
+    typer.echo(
+        f"learnt from {about['speakers']} speakers, {about['utterances']} utterances "
+        f"({about['seconds'] / 3600:.2f} h of speech)"
+    )
+    print_result(network, profile, out)
+    typer.echo(f"use it: saml adapt --model {model} --experts {out} ...")

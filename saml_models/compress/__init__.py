@@ -1,0 +1,1 @@
+"""SAML layers in place of a model's own, and the compressed model on disk."""

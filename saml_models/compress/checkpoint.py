@@ -1,0 +1,211 @@
+"""A quantised model with experts on disk: one safetensors file and a JSON description.
+
+`model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
+as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What the family can
+compute (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
+configurations. Tokeniser and feature extractor are saved beside them by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_kernels.files import atomic_path
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.layers import (
+    ATTENTION_PROJECTIONS,
+    config_of,
+    expert_parameters,
+    quantised_tensors,
+    round_experts,
+    weight_hash,
+)
+from saml_models.compress.packing import pack_experts, unpack_expert
+from saml_models.models.interface import Family
+from saml_models.models.registry import family_named, family_of
+from saml_models.runtime.devices import on_device
+from saml_models.runtime.tensors import read_tensors, write_tensors
+
+__all__ = ["load_saml", "save_saml"]
+
+VERSION = 1
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "saml.json"
+
+
+def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
+    """Save a model that `apply_saml` treated; experts are rounded in place to their stored form.
+
+    Returns:
+        Bytes on disk of the weights and their description (the tokeniser's files not counted).
+
+    Raises:
+        SAMLError: the model has no SAML layers, or the folder cannot be written.
+    """
+    if not hasattr(model, "config"):
+        raise SAMLError(f"{type(model).__name__}: stays in its own files; save a profile instead")
+    target = Path(folder)
+    round_experts(model)
+    tensors = _stored_form(model, family_of(model))
+    description = {
+        "saml_version": VERSION,
+        "saml": config_of(model).to_dict(),
+        "short_windows": bool(getattr(model, "saml_short_windows", False)),
+        "model": model.config.to_diff_dict(),
+        "generation": model.generation_config.to_diff_dict(),
+        "weight_hash": weight_hash(model),
+    }
+    write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
+    with atomic_path(target / DESCRIPTION) as temporary:
+        temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
+    processor.save_pretrained(target)
+    return sum((target / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
+
+
+def _stored_form(model: nn.Module, family: Family) -> dict[str, Tensor]:
+    experts = expert_parameters(model)
+    tensors = pack_experts(experts, config_of(model).expert_format)
+    inside_weight = tuple(f"{name}." for name in quantised_tensors(model))
+    for name, value in model.state_dict().items():
+        if name in experts or value.numel() == 0:
+            continue
+        if name.startswith(inside_weight) or not value.is_floating_point():
+            tensors[name] = value
+        elif not _is_computed(family, name, value):
+            tensors[name] = value.to(torch.float16)
+    return tensors
+
+
+def _is_computed(family: Family, name: str, value: Tensor) -> bool:
+    """Whether these are the values that loading will compute."""
+    compute = family.computed(name)
+    return compute is not None and torch.equal(value.float().cpu(), compute(value.shape))
+
+
+def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
+    """Load what `save_saml` wrote; the logits are those of the saved model, bit for bit.
+
+    Raises:
+        SAMLError: a file is missing or damaged, tensors do not fit the description, or the device
+            is not there.
+    """
+    source = Path(folder)
+    stored, _ = read_tensors(source / WEIGHTS)
+    try:
+        description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+        _check_version(description.get("saml_version"), source)
+        config = _configuration(description["saml"], source)
+        family = family_named(description["model"]["model_type"])
+        model_config = family.config_class.from_dict(description["model"])
+        generation = GenerationConfig.from_dict(description["generation"])
+        _check_size(family, model_config, config, stored, source)
+        # No memory and no random numbers: every tensor is in the file, but for a few that are made.
+        with init_empty_weights(include_buffers=False):
+            model: Any = family.model_class(model_config)
+        model.tie_weights()
+    except SAMLError:
+        raise
+    except Exception as error:  # whatever transformers makes of values it does not expect
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SAMLError(f"{source}: cannot be loaded ({reason}); copy it again") from error
+    model.eval()
+    # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
+    apply_saml(model, replace(config, expert_init="lora"))
+    model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    model.saml_config = config
+    model.saml_short_windows = description.get("short_windows") is True
+    model.generation_config = generation
+    _fill(model, family, stored, source)
+    if weight_hash(model) != description.get("weight_hash"):
+        raise SAMLError(f"{source / WEIGHTS}: does not match its description; copy it again")
+    try:
+        processor = family.load_processor(source)
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds
+        raise SAMLError(f"{source}: the tokeniser's files are damaged; copy them again") from error
+    return on_device(model, device), processor
+
+
+def _check_version(version: Any, source: Path) -> None:
+    if type(version) is not int or version < 1:
+        raise SAMLError(
+            f"{source / DESCRIPTION}: saml_version {version!r}; expected a number: copy it again"
+        )
+    if version > VERSION:
+        raise SAMLError(
+            f"{source / DESCRIPTION}: saml_version {version}, of a newer saml-kernels; this one "
+            f"reads up to {VERSION}: upgrade it"
+        )
+
+
+def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:
+    try:
+        return SAMLConfig.from_dict(values)
+    except SAMLError as error:
+        raise SAMLError(f"{source / DESCRIPTION}: {error}") from error
+
+
+def _check_size(
+    family: Family, config: Any, saml: SAMLConfig, stored: dict[str, Tensor], source: Path
+) -> None:
+    """A description that asks for more than the file holds is refused before memory is taken."""
+    held = sum(t.numel() for t in stored.values())
+    layers, positions = family.extent(config)
+    fits = layers <= len(stored) and positions <= 2**16
+    if fits:
+        with torch.device("meta"):
+            skeleton = family.model_class(config)
+        parameters = skeleton.named_parameters()
+        asked = sum(p.numel() for n, p in parameters if family.computed(n) is None)
+        widths = sum(
+            m.in_features + m.out_features
+            for n, m in skeleton.named_modules()
+            if isinstance(m, nn.Linear) and n.endswith(ATTENTION_PROJECTIONS)
+        )
+        experts = saml.num_experts * saml.rank * widths
+        # Two 4-bit codes are one stored element.
+        fits = asked <= 2 * held and experts <= held
+    if not fits:
+        raise SAMLError(
+            f"{source / DESCRIPTION}: asks for more weights than {WEIGHTS} holds; copy both again"
+        )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, family: Family, stored: dict[str, Tensor], source: Path) -> None:
+    experts = expert_parameters(model)
+    try:
+        for name, parameter in experts.items():
+            parameter.copy_(unpack_expert(stored, name, parameter.shape))
+    except SAMLError as error:
+        raise SAMLError(f"{source / WEIGHTS}: {error}") from error
+    state = {n: v for n, v in model.state_dict().items() if v.numel() and n not in experts}
+    for name, value in state.items():
+        compute = family.computed(name)
+        if name in stored:
+            found = stored[name]
+        elif compute is not None:
+            found = compute(value.shape)
+        else:
+            raise SAMLError(f"{source / WEIGHTS}: {name} is missing")
+        if found.shape != value.shape:
+            raise SAMLError(
+                f"{source / WEIGHTS}: {name} has shape {tuple(found.shape)}; expected "
+                f"{tuple(value.shape)}"
+            )
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise SAMLError(f"{source / WEIGHTS}: {name} holds NaN or infinity")
+        if found.dtype != value.dtype and not (
+            found.is_floating_point() and value.is_floating_point()
+        ):
+            raise SAMLError(f"{source / WEIGHTS}: {name} is {found.dtype}, not {value.dtype}")
+        value.copy_(found)

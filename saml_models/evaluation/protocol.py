@@ -1,0 +1,246 @@
+"""The paper's protocol: per speaker, adapt on some utterances and test on the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from saml_kernels.errors import SAMLError
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.corpora import Utterance
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.wer import (
+    WordErrors,
+    bootstrap_interval,
+    bootstrap_ratio,
+    pooled,
+    word_errors,
+)
+from saml_models.training.adapt import adapt
+from saml_models.training.options import TrainingOptions
+from saml_models.transcription.clips import decode_clips
+
+__all__ = ["SYSTEMS", "Evaluation", "Fold", "evaluate", "make_folds", "with_word_errors"]
+
+# The columns of the table, in order.
+SYSTEMS = {
+    "full_precision": "full precision",
+    "quantised": "quantised",
+    "experts": "+ experts",
+    "adapted": "+ adaptation",
+    "other_speaker": "other speaker's",
+}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One speaker's utterances to adapt on and to test on."""
+
+    speaker: str
+    train: list[Utterance]
+    test: list[Utterance]
+
+
+@dataclass
+class Evaluation:
+    """Per test utterance, in order: speaker, reference, hypothesis and errors by system."""
+
+    speakers: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    hypotheses: dict[str, list[str]] = field(default_factory=lambda: {s: [] for s in SYSTEMS})
+    errors: dict[str, list[WordErrors]] = field(default_factory=lambda: {s: [] for s in SYSTEMS})
+    size: dict[str, float] = field(default_factory=dict)
+    trainable: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    audio_seconds: float = 0.0
+
+    def wer(self, system: str, speaker: str | None = None) -> float:
+        """Pooled word error rate in per cent, of all or of one speaker."""
+        return pooled(self._of(system, speaker)).wer
+
+    def _of(self, system: str, speaker: str | None) -> list[WordErrors]:
+        pairs = zip(self.speakers, self.errors[system], strict=True)
+        return [e for s, e in pairs if speaker in (None, s)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything for JSON; WER in per cent (None: not run), times in seconds, bytes."""
+        detail = {}
+        systems = [s for s in SYSTEMS if self.errors[s]]
+        for system in systems:
+            errors = self.errors[system]
+            total = pooled(errors)
+            low, high = bootstrap_interval(errors)
+            detail[system] = {
+                "wer": round(total.wer, 3),
+                "interval_95": [round(low, 3), round(high, 3)],
+                "substitutions": total.substitutions,
+                "deletions": total.deletions,
+                "insertions": total.insertions,
+                "words": total.words,
+            }
+        relative: dict[str, Any] = {"adapted_to_full_precision": None, "interval_95": None}
+        if self.wer("full_precision") > 0:  # a ratio to no errors at all means nothing
+            low, high = bootstrap_ratio(self.errors["adapted"], self.errors["full_precision"])
+            ratio = self.wer("adapted") / self.wer("full_precision")
+            relative["adapted_to_full_precision"] = round(ratio, 4)
+            if math.isfinite(high):
+                relative["interval_95"] = [round(low, 4), round(high, 4)]
+        return {
+            "wer": {s: round(self.wer(s), 3) if s in detail else None for s in SYSTEMS},
+            "relative": relative,
+            "size": self.size,
+            "speakers": {
+                speaker: {s: round(self.wer(s, speaker), 3) for s in systems}
+                for speaker in dict.fromkeys(self.speakers)
+            },
+            "detail": detail,
+            "trainable_parameters": self.trainable,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "test_audio_seconds": round(self.audio_seconds, 1),
+            "utterances": [
+                {
+                    "id": self.ids[i],
+                    "speaker": self.speakers[i],
+                    "reference": self.references[i],
+                    **{s: self.hypotheses[s][i] for s in systems},
+                }
+                for i in range(len(self.ids))
+            ],
+        }
+
+
+def make_folds(
+    speakers: dict[str, list[Utterance]], adapt_utterances: int | None, folds: int
+) -> list[Fold]:
+    """Split each speaker's utterances, in file order.
+
+    Args:
+        speakers: utterances by speaker.
+        adapt_utterances: K: adapt on the first K, test on the rest; or None.
+        folds: without K, cut into this many parts; each is the test once.
+
+    Raises:
+        SAMLError: a speaker has too few utterances.
+    """
+    if adapt_utterances is not None and adapt_utterances < 1:
+        raise SAMLError(f"--adapt-utterances {adapt_utterances}: expected at least 1")
+    if adapt_utterances is None and folds < 2:
+        raise SAMLError(f"--folds {folds}: expected at least 2")
+    needed = folds if adapt_utterances is None else adapt_utterances + 1
+    found = []
+    for speaker, utterances in speakers.items():
+        if len(utterances) < needed:
+            raise SAMLError(
+                f"speaker {speaker}: {len(utterances)} utterances; expected at least {needed}"
+            )
+        if adapt_utterances is not None:
+            k = adapt_utterances
+            found.append(Fold(speaker, utterances[:k], utterances[k:]))
+            continue
+        for part in np.array_split(np.arange(len(utterances)), folds):
+            test = set(part.tolist())
+            train = [u for i, u in enumerate(utterances) if i not in test]
+            found.append(Fold(speaker, train, [utterances[i] for i in sorted(test)]))
+    return found
+
+
+def evaluate(
+    full: tuple[Any, Any],
+    quantised: Any,
+    saml: Any,
+    folds: Sequence[Fold],
+    options: TrainingOptions | None = None,
+    *,
+    beam_size: int = 1,
+    on_stage: Callable[[str, int], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Word error rates of the five systems on the same test utterances, decoded alike.
+
+    Args:
+        full: the full-precision model and its processor.
+        quantised: the same, quantised, without experts.
+        saml: the same with pretrained experts; every fold adapts from these.
+        folds: from `make_folds`; what is longer than 30 s is not learnt from. "other speaker"
+            takes the profile of the next speaker's fold; with one speaker it is not run.
+        options: of the adaptation; the defaults unless given.
+        beam_size: of every system.
+        on_stage: called with the name and the number of parts of each stage that begins.
+        on_done: called with the number of parts done.
+    """
+    stage = on_stage or (lambda name, parts: None)
+    done = on_done or (lambda parts: None)
+    model, processor = full
+    tests = [u for fold in folds for u in fold.test]
+    clips = [u.load() for u in tests]
+    result = Evaluation(
+        speakers=[fold.speaker for fold in folds for _ in fold.test],
+        ids=[u.id for u in tests],
+        references=[u.text for u in tests],
+        audio_seconds=sum(map(len, clips)) / SAMPLE_RATE,
+    )
+
+    def record(system: str, hypotheses: list[str], started: float) -> None:
+        result.hypotheses[system] = hypotheses
+        result.errors[system] = word_errors(result.references, hypotheses)
+        result.seconds[system] = time.monotonic() - started
+
+    plain = {"full_precision": model, "quantised": quantised, "experts": saml}
+    for system, candidate in plain.items():
+        stage(SYSTEMS[system], len(clips))
+        started = time.monotonic()
+        texts = decode_clips(candidate, processor, clips, beam_size=beam_size, on_done=done)
+        record(system, texts, started)
+
+    stage("adapting", len(folds))
+    started = time.monotonic()
+    profiles: list[SpeakerProfile] = []
+    for fold in folds:
+        profiles.append(adapt(saml, processor, fold.train, options, skip_long=True))
+        done(1)
+    result.seconds["adapting"] = time.monotonic() - started
+    chosen_by = {"adapted": list(range(len(folds)))}
+    if len({fold.speaker for fold in folds}) > 1:
+        chosen_by["other_speaker"] = [_other(folds, i) for i in range(len(folds))]
+    for system, chosen in chosen_by.items():
+        stage(SYSTEMS[system], len(clips))
+        started = time.monotonic()
+        texts, at = [], 0
+        for i, fold in enumerate(folds):
+            part = clips[at : at + len(fold.test)]
+            at += len(part)
+            with profiles[chosen[i]].applied(saml):
+                texts += decode_clips(saml, processor, part, beam_size=beam_size, on_done=done)
+        record(system, texts, started)
+    return result
+
+
+def with_word_errors(
+    profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
+) -> SpeakerProfile:
+    """The profile with `wer_before` and `wer_after` (per cent) noted: without it, and with it.
+
+    Args:
+        profile: made for `model`.
+        model, processor: with the experts that adaptation started from.
+        utterances: with text, that it has not learnt from, each at most 30 s long.
+    """
+    clips, said = [u.load() for u in utterances], [u.text for u in utterances]
+    heard = [
+        decode_clips(model, processor, clips, speakers=[p] * len(clips)) for p in (None, profile)
+    ]
+    before, after = (round(float(pooled(word_errors(said, texts)).wer), 2) for texts in heard)
+    noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
+    return replace(profile, about=profile.about | noted)
+
+
+def _other(folds: Sequence[Fold], i: int) -> int:
+    """The next fold of another speaker."""
+    later = ((i + step) % len(folds) for step in range(1, len(folds)))
+    return next(j for j in later if folds[j].speaker != folds[i].speaker)

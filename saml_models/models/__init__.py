@@ -1,0 +1,1 @@
+"""Recognisers: what every model offers, and how each is loaded."""

@@ -1,0 +1,1 @@
+"""Whisper: loading, windows, greedy and beam decoding, recordings of any length."""

@@ -1,0 +1,282 @@
+"""Whisper, as `families.Family` asks: log-mel windows, prompt tokens, greedy and beam decoding."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    StoppingCriteriaList,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
+
+from saml_kernels.layers.context import Routing
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.models.interface import Clip, Outputs, causal_mask
+from saml_models.models.loops import is_loop, said_again
+from saml_models.models.targets import plain_tokens
+from saml_models.models.token_limits import OwnLimits, token_limit
+from saml_models.models.whisper.greedy import can_decode, greedy
+from saml_models.models.whisper.languages import (
+    detect_language,
+    is_multilingual,
+    language_code,
+    no_speech_probability,
+)
+from saml_models.models.whisper.longform import generate_segments, read_segments
+from saml_models.models.whisper.windows import (
+    FRAMES_PER_SECOND,
+    FULL_WINDOW,
+    audio_mask,
+    audio_window,
+    clip_window,
+    log_mel,
+    own_windows,
+    window_frames,
+)
+from saml_models.runtime.prefetch import ahead
+from saml_models.text.transcript import Segment
+
+__all__ = ["WhisperFamily"]
+
+DETECTED = 5  # clips that say which language a speaker's are in
+TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
+
+
+class WhisperFamily:
+    """See `Family`. Clips of up to 30 s are heard in windows of their own: `clip_window`."""
+
+    model_type = "whisper"
+    model_class: Any = WhisperForConditionalGeneration
+    config_class: Any = WhisperConfig
+
+    def prepare(self, processor: WhisperProcessor, clip: Clip) -> Tensor:
+        """The samples themselves: log-mel values depend on the window."""
+        return torch.from_numpy(clip)
+
+    def frames(self, prepared: Tensor) -> int:
+        """100 in a second."""
+        return max(1, len(prepared) * FRAMES_PER_SECOND // SAMPLE_RATE)
+
+    def collate(
+        self,
+        processor: WhisperProcessor,
+        prepared: Sequence[Tensor],
+        margin: float | None,
+        step: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-mel features [B, mel, T] and the mask of encoder frames [B, T / 2]."""
+        lengths = [len(clip) for clip in prepared]
+        frames = FULL_WINDOW if margin is None else window_frames(max(lengths), margin, step)
+        features = log_mel(processor, [clip.numpy() for clip in prepared], frames)
+        return features, audio_mask(lengths, frames)
+
+    def bands(self, features: Tensor) -> Tensor:
+        """As they are."""
+        return features
+
+    def prompt_language(
+        self, model: Any, processor: WhisperProcessor, clips: Sequence[Clip]
+    ) -> str | None:
+        """What most of a few clips are heard to be in; English-only models have no such token."""
+        if not is_multilingual(model):
+            return None
+        few = clips[:: max(1, len(clips) // DETECTED)][:DETECTED]
+        return Counter(detect_language(model, processor, c) for c in few).most_common(1)[0][0]
+
+    def token_ids(
+        self, processor: WhisperProcessor, text: str, language: str | None = None
+    ) -> tuple[list[int], int]:
+        """The prompt that decoding gives the decoder, text and <|endoftext|>."""
+        tokenizer = processor.tokenizer
+        prompt = list(tokenizer.prefix_tokens)
+        if language is not None:
+            named = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
+            prompt = [prompt[0], *tokenizer.convert_tokens_to_ids(named)]
+        words = plain_tokens(tokenizer, " " + text.strip())
+        return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
+
+    def outputs(
+        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
+    ) -> Outputs:
+        """Logits at the kept positions only: the head is half of a small model."""
+        with audio_window(model, features.shape[-1]):
+            hidden = model.model(
+                input_features=features,
+                decoder_input_ids=inputs,
+                decoder_attention_mask=causal_mask(inputs, features.dtype),
+                use_cache=False,
+            ).last_hidden_state
+        return Outputs(model.proj_out(hidden.flatten(0, 1)[kept]).float())
+
+    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+        """The mask is of encoder frames already."""
+        return mask
+
+    def hear(
+        self,
+        model: Any,
+        processor: WhisperProcessor,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+    ) -> list[str]:
+        """Clips of up to 30 s, without timestamps, each with a window of its own."""
+        frames = [clip_window(model, len(clip)) for clip in clips]
+        decode = _greedy if beam_size == 1 and can_decode(model) else partial(_beams, beam_size)
+        routing = getattr(model, "saml_routing", None) or Routing()
+        texts: list[str] = []
+        for part in _parts(frames):
+            with routing.narrowed(part):
+                tokens = decode(model, processor, clips[part], frames[part], language)
+            texts += processor.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def no_speech(self, model: Any, processor: WhisperProcessor, clip: Clip) -> float | None:
+        """Of <|nospeech|> in the place of the first token."""
+        return no_speech_probability(model, processor, clip)
+
+    def language_code(self, model: Any, language: str | None, task: str) -> str | None:
+        """Of a code or a name; English-only models know one."""
+        return language_code(model, language, task)
+
+    def detect_language(self, model: Any, processor: WhisperProcessor, clip: Clip) -> str:
+        """By the model's own first token."""
+        return detect_language(model, processor, clip)
+
+    def segments(
+        self,
+        model: Any,
+        processor: WhisperProcessor,
+        clip: Clip,
+        language: str,
+        *,
+        task: str,
+        beam_size: int,
+        words: bool,
+        on_progress: Callable[[float, float], None],
+    ) -> tuple[str, list[Segment]]:
+        """With timestamps, and openai-whisper's fallbacks."""
+        found = generate_segments(
+            model, processor, clip, language, task, beam_size, words, on_progress
+        )
+        return read_segments(found, processor.tokenizer, len(clip) / SAMPLE_RATE, language)
+
+    def computed(self, name: str) -> Callable[[torch.Size], Tensor] | None:
+        """The encoder's positions are sinusoids."""
+        return _sinusoids if name.endswith("encoder.embed_positions.weight") else None
+
+    def extent(self, config: WhisperConfig) -> tuple[int, int]:
+        """Layers of both sides, and the encoder's positions."""
+        return config.encoder_layers + config.decoder_layers, config.max_source_positions
+
+    def load_processor(self, folder: Path) -> WhisperProcessor:
+        """Feature extractor and tokeniser."""
+        return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _sinusoids(shape: torch.Size) -> Tensor:
+    """The encoder's positions, bit for bit: computed in float64, released as float16."""
+    length, channels = shape
+    rates = torch.exp(-math.log(10000) / (channels // 2 - 1) * torch.arange(channels // 2).double())
+    angles = torch.arange(length).double().unsqueeze(1) * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1).to(torch.float16).float()
+
+
+def _parts(frames: Sequence[int]) -> Iterator[slice]:
+    """Clips whose windows, the longest for each, make `TOGETHER` at most; or one clip."""
+    start, longest = 0, 0
+    for end, own in enumerate(frames):
+        longest = max(longest, own)
+        if end > start and longest * (end - start + 1) > TOGETHER:
+            yield slice(start, end)
+            start, longest = end, own
+    yield slice(start, len(frames))
+
+
+def _greedy(
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+) -> list[list[int]]:
+    # On a CPU clip by clip: what one leaves in the processor's caches the next finds there.
+    most = 1 if model.device.type == "cpu" else len(clips)
+    runs: list[list[int]] = []
+    for i, own in enumerate(frames):
+        if not runs or frames[runs[-1][0]] != own or len(runs[-1]) == most:
+            runs.append([])
+        runs[-1].append(i)
+
+    def window(run: list[int]) -> tuple[Tensor, Tensor]:
+        own = frames[run[0]]
+        features = log_mel(processor, [clips[i] for i in run], own)
+        return features, audio_mask([len(clips[i]) for i in run], own)
+
+    return greedy(model, ahead(window, runs), [token_limit(len(c)) for c in clips], language)
+
+
+def _beams(
+    beam_size: int,
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+) -> list[list[int]]:
+    """Through transformers' `generate`, in one batch; a loop is said again without beams."""
+    limits = [token_limit(len(c)) for c in clips]
+    end = model.generation_config.eos_token_id
+    found = _generate(
+        model, processor, clips, frames, language,
+        num_beams=beam_size,
+        max_new_tokens=max(limits),
+        stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+    )  # fmt: skip
+    texts = [[t for t in row if t < end] for row in found.tolist()]
+    routing = getattr(model, "saml_routing", None) or Routing()
+    for i, limit in enumerate(limits):
+        if not is_loop(texts[i], limit):
+            continue
+        alone = slice(i, i + 1)
+        one = (model, processor, clips[alone], frames[alone], language)
+        with routing.narrowed(alone):
+            if can_decode(model):
+                texts[i] = _greedy(*one)[0]
+            else:
+                generate = partial(_generate, *one, max_new_tokens=limit)
+                texts[i] = said_again(generate, texts[i], limit, end, model.device)
+    return texts
+
+
+def _generate(
+    model: Any,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    frames: Sequence[int],
+    language: str | None,
+    **options: Any,
+) -> Any:
+    """transformers' `generate`, each clip in a window of its own."""
+    routing = getattr(model, "saml_routing", None)
+    if is_multilingual(model):
+        options |= {"language": language, "task": "transcribe"}
+    longest = max(frames)
+    features = log_mel(processor, list(clips), longest).to(model.device, model.dtype)
+    if routing is not None:
+        routing.mask = audio_mask([len(c) for c in clips], longest, model.device)
+    try:
+        with audio_window(model, longest), own_windows(model, features, frames):
+            return model.generate(features, **options)
+    finally:
+        if routing is not None:
+            routing.mask = None

@@ -1,0 +1,428 @@
+"""Greedy decoding of Whisper, token by token, with nothing around the layers themselves.
+
+The same words as transformers' `generate` gives, without its Python per token: caches of fixed
+size, logits of the last position alone, and each clip encoded by itself. A step is a function of
+tensors that stay where they are: a GPU captures it once as a CUDA graph and replays it; a CPU runs
+it and drops clips that have ended from the batch. Models whose routers hook into transformers' own
+attention blocks (router="shared") stay with `generate`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from saml_kernels.layers.context import Routing
+from saml_models.models.loops import TEMPERATURES, Tried, best_of, draws, is_loop, once, repeated
+from saml_models.models.whisper.windows import audio_window
+from saml_models.runtime.threads import look
+
+__all__ = ["can_decode", "greedy"]
+
+Window = tuple[Tensor, Tensor]  # log-mel features [b, mel bins, frames], mask [b, frames / 2]
+REPLAYED = 8  # steps of a CUDA graph before their tokens are fetched: one transfer for all
+ALIGNED = 8  # caches have a multiple of so many positions, which masked attention likes
+
+
+def can_decode(model: Any) -> bool:
+    """Whether `greedy` can stand in for this model's `generate`."""
+    return not hasattr(model, "saml_routers")
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any, windows: Iterable[Window], limits: Sequence[int], language: str | None = None
+) -> list[list[int]]:
+    """The likeliest token at each step, without timestamps; a loop is said again (loops.py).
+
+    Args:
+        model: Whisper in evaluation mode, plain or with SAML layers.
+        windows: the clips in order, those side by side that share a window's length. The mask is
+            True where there is audio. Asked for one by one, as the encoder gets to them.
+        limits: tokens of each clip's text at most; with the prompt no more than 448.
+        language: code, of a multilingual model; None detects it, clip by clip.
+
+    Returns:
+        Token ids of each clip, without the prompt and the end.
+    """
+    prompt, decoder = _listen(model, windows, language, max(limits))
+    step = _Step(model.generation_config, decoder, prompt)
+    loops: dict[int, _Step] = {}
+    texts = _say(step, limits, loops)
+    for clip, again in loops.items():
+        limit, cut = limits[clip], once(texts[clip])
+        sampling = again.sample(draws(texts[clip], len(TEMPERATURES), limit), cut)
+        ids = _say(again, [limit] * (1 + len(TEMPERATURES)))
+        tried = [Tried(text, sampling.mean(row, len(text))) for row, text in enumerate(ids)]
+        texts[clip] = best_of(tried, limit)
+    return texts
+
+
+def _say(
+    step: _Step, limits: Sequence[int], loops: dict[int, _Step] | None = None
+) -> list[list[int]]:
+    """Token ids of each row up to its end, its limit or a loop.
+
+    Rows that are loops are noted in `loops`, each with a step that can say it again.
+    """
+    texts: list[list[int]] = [[] for _ in limits]
+    rows = list(range(len(limits)))  # which clip each row of the batch is
+    going = set(rows)
+    said = 0
+    replay: Callable[[], None] | None = None
+    while going:
+        look()
+        count = 1
+        if replay is None:
+            step(step.first + said)
+        else:
+            count = min(REPLAYED, max(limits[clip] for clip in going) - said)
+            for _ in range(count):
+                replay()
+        new = step.said(step.first + said, count)
+        said += count
+        for row, (clip, tokens) in enumerate(zip(rows, new, strict=True)):
+            if clip not in going or _goes_on(texts[clip], tokens, step.ends, limits[clip]):
+                continue
+            going.discard(clip)
+            if loops is not None and is_loop(texts[clip], limits[clip]):
+                loops[clip] = step.alone(row, 1 + len(TEMPERATURES))
+        if going and replay is None and said > 1 and step.can_replay:
+            replay = _capture(step)  # after a step of the same shapes, which compiles and allocates
+        elif step.shrinks and replay is None and 0 < 2 * len(going) <= len(rows):
+            # Copying the caches is soon paid for.
+            keep = [row for row, clip in enumerate(rows) if clip in going]
+            rows = [rows[row] for row in keep]
+            step.keep(torch.tensor(keep, device=step.text.device))
+    return texts
+
+
+def _goes_on(text: list[int], tokens: Sequence[int], ends: set[int], limit: int) -> bool:
+    """Lengthen a text by new tokens; False where it ends with one of them."""
+    for token in tokens:
+        if token in ends:
+            return False
+        text.append(token)
+        if len(text) >= limit or repeated(text):
+            return False
+    return True
+
+
+class _Step:
+    """One more token for every row, of static tensors alone: nothing here moves or waits.
+
+    Rows whose clip has ended go on with the others; nobody reads what they say.
+
+    Attributes:
+        text: [B, positions + 1] token ids, the prompt first.
+        first: tokens of the prompt.
+        place: [1], where the token lies that the decoder reads next.
+        ends: the ids that end a text.
+        can_replay: whether to try a CUDA graph.
+    """
+
+    def __init__(self, generation: Any, decoder: _Decoder, prompt: Tensor) -> None:
+        self.decoder, device = decoder, prompt.device
+        self.never = _ids(generation.suppress_tokens, device)
+        self.not_first = _ids(generation.begin_suppress_tokens, device)
+        self.ends = set(_ids(generation.eos_token_id, "cpu").tolist())
+        self.first = prompt.shape[1]
+        self.text = F.pad(prompt, (0, decoder.positions + 1 - self.first))
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = torch.arange(decoder.positions, device=device)
+        self.can_replay = _replays(device)
+        self.sampling: _Sampling | None = None
+
+    def __call__(self, end: int | None = None) -> None:
+        """Add a token after the `end` tokens there are; None is a graph, which cannot know.
+
+        With `end`, attention reads that much of the caches; without, all of them, masked.
+        """
+        if end == self.first:  # the prompt, and the only step with tokens that may not begin
+            logits = self.decoder(self.text[:, :end], self.places[:end], end)
+            logits.index_fill_(1, self.not_first, -torch.inf)
+            self.place.fill_(end)
+        else:
+            tokens = self.text.index_select(1, self.place)
+            known = None if end else (self.places <= self.place)[None, None, None]
+            logits = self.decoder(tokens, self.place, end or len(self.places), known)
+            self.place.add_(1)
+        logits.index_fill_(1, self.never, -torch.inf)
+        if self.sampling is None:
+            best = logits.argmax(-1, keepdim=True)
+        else:
+            best = self.sampling(logits, self.place)
+        self.text.index_copy_(1, self.place, best)
+
+    def said(self, start: int, count: int) -> list[list[int]]:
+        """The tokens of each row from `start` on: waits for them."""
+        return self.text[:, start : start + count].tolist()
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        self.text = self.text[rows]
+        self.decoder.keep(rows)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether rows may be dropped: what was sampled is asked for in the end."""
+        return self.sampling is None
+
+    def alone(self, row: int, times: int) -> _Step:
+        """A step of its own for one row, so many times over, from the beginning."""
+        one = copy(self)
+        one.decoder = self.decoder.alone(row, times)
+        prompt = self.text[row : row + 1, : self.first].repeat(times, 1)
+        one.text = F.pad(prompt, (0, self.text.shape[1] - self.first))
+        one.place = torch.zeros_like(self.place)
+        one.can_replay = _replays(prompt.device)
+        return one
+
+    def sample(self, uniform: Tensor, given: Sequence[int]) -> _Sampling:
+        """From now on the first row says what is given, the others draw by `uniform` [T, n]."""
+        self.decoder.take_turn()
+        ended = [*given, min(self.ends)]
+        self.sampling = _Sampling(uniform.to(self.text.device), ended, self.text, self.first)
+        return self.sampling
+
+
+class _Sampling:
+    """A given text and drawn ones, and what their tokens were worth.
+
+    A token is drawn by the inverse of its distribution function: one random number for each.
+    """
+
+    def __init__(self, uniform: Tensor, given: Sequence[int], text: Tensor, first: int) -> None:
+        """`uniform` is float64 [T, n], for rows 1 to T of `text` after a prompt of `first`."""
+        self.temperatures = uniform.new_tensor((1.0, *TEMPERATURES)).unsqueeze(1)
+        self.uniform = F.pad(uniform, (first, text.shape[1] - first - uniform.shape[1], 1, 0))
+        self.given = torch.full_like(text, -1)
+        self.given[0, first : first + len(given)] = text.new_tensor(given)
+        self.first, self.log_probs = first, torch.zeros_like(self.uniform)
+
+    def __call__(self, logits: Tensor, place: Tensor) -> Tensor:
+        """logits [B, V] of the token at `place` [1] -> token ids [B, 1]."""
+        logits = logits.double()
+        below = (logits / self.temperatures).softmax(-1).cumsum(-1)
+        drawn = self.uniform.index_select(1, place) * below[:, -1:]
+        tokens = torch.searchsorted(below, drawn, right=True).clamp_(max=logits.shape[1] - 1)
+        given = self.given.index_select(1, place)
+        tokens = torch.where(given < 0, tokens, given)
+        self.log_probs.index_copy_(1, place, logits.log_softmax(-1).gather(1, tokens))
+        return tokens
+
+    def mean(self, row: int, length: int) -> float:
+        """Of the log-probabilities of a row's text of `length` tokens, and of its end."""
+        return float(self.log_probs[row, self.first : self.first + length + 1].mean())
+
+
+def _replays(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _capture(step: _Step) -> Callable[[], None] | None:
+    """What replays the step as a CUDA graph; None where it cannot be captured."""
+    step.can_replay = False
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:
+        warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
+        return None
+    return graph.replay
+
+
+def _listen(
+    model: Any, windows: Iterable[Window], language: str | None, limit: int
+) -> tuple[Tensor, _Decoder]:
+    """Encode every window: the prompt [B, n], and a decoder that knows what was heard."""
+    routing = getattr(model, "saml_routing", None) or Routing()
+    prompts: list[Tensor] = []
+    heard: list[list[tuple[Tensor, Tensor]]] = []  # window by window, layer by layer
+    clips: list[Tensor] = []
+    done = 0
+    for features, mask in windows:
+        look()
+        rows = slice(done, done := done + len(features))
+        with audio_window(model, features.shape[-1]), routing.narrowed(rows):
+            routing.mask = mask.to(model.device)
+            try:
+                found = model.model.encoder(features.to(model.device, model.dtype))
+                encoded = found.last_hidden_state
+                attentions = (layer.encoder_attn for layer in model.model.decoder.layers)
+                heard.append([(a.k_proj(encoded), a.v_proj(encoded)) for a in attentions])
+                prompts.append(_prompt(model, encoded, language))
+            finally:
+                routing.mask = None
+            if routing.clip is not None:
+                clips.append(routing.clip)
+    routing.clip = torch.cat(clips) if clips else None
+    prompt = torch.cat(prompts)
+    return prompt, _Decoder(model, heard, prompt.shape[1] + limit)
+
+
+def _prompt(model: Any, encoded: Tensor, language: str | None) -> Tensor:
+    """What the text begins with: [B, n], n = 2, or with language and task 4."""
+    generation = model.generation_config
+    ids: list[Any] = [generation.decoder_start_token_id]
+    if getattr(generation, "is_multilingual", False):
+        if language is None:
+            ids.append(model.detect_language(encoder_outputs=BaseModelOutput(encoded)))
+        else:
+            ids.append(generation.lang_to_id[f"<|{language}|>"])
+        ids.append(generation.task_to_id["transcribe"])
+    if hasattr(generation, "no_timestamps_token_id"):
+        ids.append(generation.no_timestamps_token_id)
+    prompt = torch.empty(len(encoded), len(ids), dtype=torch.int64, device=encoded.device)
+    for column, value in enumerate(ids):
+        prompt[:, column] = value
+    return prompt
+
+
+def _ids(values: int | list[int] | None, device: torch.device | str) -> Tensor:
+    listed = [values] if isinstance(values, int) else values or []
+    return torch.tensor(listed, dtype=torch.int64, device=device)
+
+
+class _Decoder:
+    """The decoder with its caches: each call reads the next tokens and gives the logits."""
+
+    def __init__(
+        self, model: Any, heard: list[list[tuple[Tensor, Tensor]]], positions: int
+    ) -> None:
+        """Caches for `positions` tokens; keys and values [b, T, d] of each window and layer."""
+        decoder = model.model.decoder
+        self.embed, self.places = decoder.embed_tokens, decoder.embed_positions.weight
+        self.norm, self.head = decoder.layer_norm, model.proj_out
+        self.routing = getattr(model, "saml_routing", None) or Routing()
+        self.clip, self.speakers = self.routing.clip, self.routing.speakers
+        self.positions = -(-positions // ALIGNED) * ALIGNED
+        keys = [window[0][0] for window in heard]
+        lengths = torch.tensor([k.shape[1] for k in keys for _ in range(len(k))])
+        self.mask: Tensor | None = None
+        if len(set(lengths.tolist())) > 1:
+            beyond = torch.arange(int(lengths.max())) >= lengths[:, None, None, None]
+            wide = torch.zeros(beyond.shape, dtype=keys[0].dtype)
+            self.mask = wide.masked_fill_(beyond, -torch.inf).to(keys[0].device)
+        self.layers = []
+        for number, layer in enumerate(decoder.layers):
+            own = [window[number] for window in heard]
+            self.layers.append(_Layer(layer, own, self.positions))
+            for window in heard:  # held twice for no longer than this
+                window[number] = None  # type: ignore[call-overload]
+
+    def __call__(self, tokens: Tensor, at: Tensor, end: int, known: Tensor | None = None) -> Tensor:
+        """What comes after tokens [B, n] at the positions `at` [n]: logits [B, V].
+
+        Of the caches the first `end` positions are read: those where `known` [1, 1, 1, end] is
+        True; None is all, or for several tokens all that lie before.
+        """
+        x = self.embed(tokens) + self.places.index_select(0, at)
+        for layer in self.layers:
+            x = layer(x, at, end, known, self.mask)
+        return self.head(self.norm(x[:, -1]))
+
+    def alone(self, row: int, times: int) -> _Decoder:
+        """One for a single row, so many times over: see `take_turn`."""
+        one, own = copy(self), slice(row, row + 1)
+        one.layers = [layer.alone(own, times) for layer in self.layers]
+        one.mask = None if self.mask is None else self.mask[own].clone()
+        routing = self.routing
+        one.clip = None if routing.clip is None else routing.clip[own].clone()
+        one.speakers = None if routing.speakers is None else routing.speakers[own].clone()
+        return one
+
+    def take_turn(self) -> None:
+        """Routers hear from now on the clip and the speaker of the row that `alone` took."""
+        self.routing.clip, self.routing.speakers = self.clip, self.speakers
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        for layer in self.layers:
+            layer.keep(rows)
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+        self.routing.keep(rows)
+
+
+class _Layer:
+    """One of transformers' decoder layers, with the keys and values of text and audio."""
+
+    def __init__(self, layer: Any, heard: Sequence[tuple[Tensor, Tensor]], positions: int) -> None:
+        self.layer = layer
+        own, cross = layer.self_attn, layer.encoder_attn
+        self.audio_keys = _together([keys for keys, _ in heard], cross)
+        self.audio_values = _together([values for _, values in heard], cross)
+        shape = (len(self.audio_keys), own.num_heads, positions, own.head_dim)
+        # Zeros, because a masked position still counts as 0 times what lies there.
+        self.keys = self.audio_keys.new_zeros(shape)
+        self.values = self.audio_keys.new_zeros(shape)
+
+    def __call__(
+        self, x: Tensor, at: Tensor, end: int, known: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """x [B, n, d] at positions `at`, mask [B, 1, 1, T] of the audio: [B, n, d]."""
+        layer = self.layer
+        own, cross = layer.self_attn, layer.encoder_attn
+        normed = layer.self_attn_layer_norm(x)
+        self.keys.index_copy_(2, at, _heads(own.k_proj(normed), own))
+        self.values.index_copy_(2, at, _heads(own.v_proj(normed), own))
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        x = x + _attend(own, normed, keys, values, known, causal=x.shape[1] > 1)
+        normed = layer.encoder_attn_layer_norm(x)
+        x = x + _attend(cross, normed, self.audio_keys, self.audio_values, mask)
+        return x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
+
+    def alone(self, row: slice, times: int) -> _Layer:
+        one = copy(self)
+        one.audio_keys = self.audio_keys[row].repeat(times, 1, 1, 1)
+        one.audio_values = self.audio_values[row].repeat(times, 1, 1, 1)
+        one.keys = self.keys.new_zeros(times, *self.keys.shape[1:])
+        one.values = torch.zeros_like(one.keys)
+        return one
+
+    def keep(self, rows: Tensor) -> None:
+        for name in ("keys", "values", "audio_keys", "audio_values"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def _heads(x: Tensor, attention: Any) -> Tensor:
+    """[B, n, d] -> [B, heads, n, d / heads]."""
+    return x.view(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
+
+
+def _together(parts: Sequence[Tensor], attention: Any) -> Tensor:
+    """Keys or values [b, T, d] of several windows -> [B, heads, longest T, d / heads], zero after.
+
+    Contiguous, because every later step reads all of it.
+    """
+    longest = max(part.shape[1] for part in parts)
+    shape = (sum(map(len, parts)), attention.num_heads, longest, attention.head_dim)
+    whole, row = parts[0].new_zeros(shape), 0
+    for part in parts:
+        whole[row : row + len(part), :, : part.shape[1]] = _heads(part, attention)
+        row += len(part)
+    return whole
+
+
+def _attend(
+    attention: Any,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    query = _heads(attention.q_proj(x), attention)
+    found = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=causal, scale=attention.scaling
+    )
+    return attention.out_proj(found.transpose(1, 2).flatten(2))

@@ -1,0 +1,1 @@
+"""Pretrained experts that come with the package."""

@@ -1,0 +1,1 @@
+"""Speaker profiles: files, a store, many speakers in a batch, identification."""

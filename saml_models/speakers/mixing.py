@@ -1,0 +1,117 @@
+"""Many speakers in one batch: their profiles stacked beside the base, a row for each clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saml_kernels.layers.context import Voices
+from saml_kernels.layers.linear import SAMLLinear
+from saml_models.compress.layers import (
+    expert_parameters,
+    routed_layers,
+    routers_of,
+    routing_of,
+)
+from saml_models.speakers.profile import SpeakerProfile
+
+__all__ = ["hears_short_windows", "speaking"]
+
+Speaker = SpeakerProfile | None  # None is the model as it is
+
+
+def hears_short_windows(model: nn.Module, speaker: Speaker) -> bool:
+    """Whether the speaker's experts were trained on short windows."""
+    if speaker is None:
+        return bool(getattr(model, "saml_short_windows", False))
+    return bool(speaker.about.get("short_windows"))
+
+
+@contextmanager
+def speaking(model: nn.Module, speakers: Sequence[Speaker]) -> Iterator[None]:
+    """Within the block, clip i of a batch is heard with `speakers[i]`; then all is as before.
+
+    Beams of a clip follow it. The base weights are not touched: what is loaded are the distinct
+    profiles' experts.
+
+    Args:
+        model: with SAML layers, unless all speakers are None.
+        speakers: one for each clip; all alike in `hears_short_windows`, and all the same one where
+            the model is none that `can_mix`.
+
+    Raises:
+        SAMLError: a profile of another model, or one that is damaged.
+    """
+    distinct = list({id(s): s for s in speakers}.values())
+    if len(distinct) == 1:
+        with nullcontext() if distinct[0] is None else distinct[0].applied(model):
+            yield
+        return
+    for speaker in distinct:
+        if speaker is not None:
+            speaker.check(model)
+    layers, routing = routed_layers(model), routing_of(model)
+    short = getattr(model, "saml_short_windows", False)
+    places = [next(i for i, s in enumerate(distinct) if s is speaker) for speaker in speakers]
+    values = [_values(model, speaker) for speaker in distinct]
+    try:
+        for name, layer in layers.items():
+            layer.voices = _stack(name, layer, values)
+        routing.speakers = torch.tensor(
+            places, dtype=torch.int32, device=next(iter(layers.values())).lora_a.device
+        )
+        model.saml_short_windows = hears_short_windows(model, distinct[0])  # type: ignore
+        yield
+    finally:
+        for layer in layers.values():
+            layer.voices = None
+        routing.speakers = None
+        model.saml_short_windows = short  # type: ignore[assignment]
+
+
+def _values(model: nn.Module, speaker: Speaker) -> dict[str, Tensor]:
+    """Experts, routers and, as `<layer>.offset`, offsets by name."""
+    if speaker is not None and speaker.kind == "experts":
+        return speaker.experts(model)
+    found: dict[str, Tensor] = {n: p.detach() for n, p in expert_parameters(model).items()}
+    if speaker is not None:
+        return found | {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
+    own = ((name, router.offset) for name, router in routers_of(model).items())
+    return found | {f"{name}.offset": t.detach() for name, t in own if t is not None}
+
+
+def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) -> Voices:
+    """One layer's part of all speakers, padded to the most experts that one of them has."""
+    like = layer.lora_a
+    a, b, router = (
+        [value[f"{name}.{part}"].to(like) for value in values]
+        for part in ("lora_a", "lora_b", "router.weight")
+    )
+    counts = [len(t) for t in a]
+    most = max(counts)
+    offsets = None
+    if len(set(counts)) > 1 or any(f"{name}.offset" in value for value in values):
+        rows = [
+            value.get(f"{name}.offset", like.new_zeros(n)).to(like)
+            for value, n in zip(values, counts, strict=True)
+        ]
+        offsets = torch.stack([F.pad(t, (0, most - len(t)), value=-torch.inf) for t in rows])
+    stacked_b = torch.stack([_padded(t, most) for t in b])
+    if like.device.type == "cpu":  # as grouped rows read it
+        stacked_b = stacked_b.transpose(1, 2).contiguous().transpose(1, 2)
+    return Voices(
+        torch.stack([_padded(t, most) for t in a]),
+        stacked_b,
+        torch.stack([_padded(t, most) for t in router]),
+        offsets,
+    )
+
+
+def _padded(experts: Tensor, count: int) -> Tensor:
+    """[E, ...] with experts of zeros up to `count`."""
+    missing = experts.new_zeros(count - len(experts), *experts.shape[1:])
+    return torch.cat((experts, missing)) if len(missing) else experts

@@ -1,0 +1,196 @@
+"""Models by name or path: full precision as released, or with SAML layers ready to adapt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_models.compress.apply import SurgeryReport, apply_saml
+from saml_models.compress.loading import load_model
+from saml_models.models.interface import MARGIN
+from saml_models.speakers.profile import SpeakerProfile
+
+__all__ = [
+    "load_adaptable",
+    "load_for_speakers",
+    "make_adaptable",
+    "pretrained_experts",
+    "profile_config",
+    "shipped_experts",
+]
+
+MOST = 8192  # ranks of all experts of a layer that a file may ask memory for
+
+
+def load_adaptable(
+    name_or_path: str | os.PathLike[str],
+    config: SAMLConfig | None = None,
+    experts: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """A model with SAML layers, starting from pretrained experts where there are some.
+
+    Args:
+        name_or_path: as for `load_model`; a saved SAML model keeps its layers and experts.
+        config: of the layers; None takes that of the pretrained experts, else `SAMLConfig()`.
+        experts: a profile file that `saml pretrain` made, or a name (see `pretrained_experts`);
+            None takes those that ship with the package for this model, if no `config` asks for
+            something else.
+        device: None is the CPU.
+
+    Raises:
+        SAMLError: as `load_model` does, or the experts do not fit the model.
+    """
+    model, processor = load_model(name_or_path, device)
+    name = os.fspath(name_or_path)
+    if hasattr(model, "saml_config"):
+        if experts is not None:
+            _apply(pretrained_experts(name, experts), model, experts)
+    else:
+        make_adaptable(model, name, config, experts)
+    return model, processor
+
+
+def load_for_speakers(
+    name_or_path: str | os.PathLike[str],
+    profiles: Mapping[str, SpeakerProfile],
+    device: str | torch.device | None = None,
+    *,
+    perhaps: Sequence[SpeakerProfile] = (),
+    experts: str | os.PathLike[str] | None = None,
+) -> tuple[Any, Any]:
+    """A model that can speak with these profiles, or plain where there are none.
+
+    Args:
+        name_or_path, device: as for `load_model`.
+        profiles: by name or file; the first one's configuration is the model's, unless the experts
+            that ship with the package have it too: those are then loaded, for gates and for clips
+            of nobody.
+        perhaps: others, that need not fit; without `profiles` one of these says the configuration,
+            if there is one, one that was made with this model.
+        experts: as for `load_adaptable`.
+
+    Raises:
+        SAMLError: as `load_model` does, or the profiles do not fit the model.
+    """
+    named = [p for p in perhaps if p.about.get("model") == os.fspath(name_or_path)]
+    first = next(iter([*profiles.values(), *named, *perhaps]), None)
+    if first is None and experts is None:
+        return load_model(name_or_path, device)
+    config = None
+    if first is not None and experts is None:
+        shipped = shipped_experts(os.fspath(name_or_path))
+        config = profile_config(first)
+        if shipped is not None and profile_config(shipped).to_dict() == config.to_dict():
+            config = None
+    model, processor = load_adaptable(name_or_path, config, experts, device)
+    for name, profile in profiles.items():
+        try:
+            profile.check(model)
+        except SAMLError as error:
+            raise SAMLError(f"{name}: {error}") from error
+    return model, processor
+
+
+def make_adaptable(
+    model: Any,
+    name: str,
+    config: SAMLConfig | None = None,
+    experts: str | os.PathLike[str] | None = None,
+) -> SurgeryReport:
+    """Give a full-precision model SAML layers and pretrained experts, in place.
+
+    Args:
+        model: as released; `name` is what it was loaded by.
+        name: finds the experts that ship with the package.
+        config, experts: as for `load_adaptable`.
+
+    Raises:
+        SAMLError: the model was treated before, or the experts do not fit it.
+    """
+    profile = None
+    if experts is not None:
+        profile = pretrained_experts(name, experts)
+    elif config is None:
+        profile = shipped_experts(name)
+    if profile is None:
+        report = apply_saml(model, config or SAMLConfig())
+    else:
+        wanted = config or profile_config(profile)
+        # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
+        report = apply_saml(model, replace(wanted, expert_init="lora"))
+        model.saml_config = wanted
+        _apply(profile, model, experts or f"experts of {name}")
+    model.saml_margin = MARGIN
+    return report
+
+
+def shipped_experts(name: str) -> SpeakerProfile | None:
+    """The pretrained experts in this package for a model's name; None if there are none."""
+    if Path(name).name != name or Path(name).exists():  # a folder comes before a name
+        return None
+    resource = files("saml_models.shipped") / "experts" / f"{name}.safetensors"
+    if not resource.is_file():
+        return None
+    with as_file(resource) as path:
+        return SpeakerProfile.load(path)
+
+
+def pretrained_experts(name: str, experts: str | os.PathLike[str]) -> SpeakerProfile:
+    """Those in a file, or by a name those in this package that are not for every use of a model.
+
+    `base` hears many languages: what it learnt for one of them is taken when asked for, "english".
+
+    Args:
+        name: what the model was loaded by.
+        experts: a file, which comes before a name.
+
+    Raises:
+        SAMLError: there is neither, or the file is damaged.
+    """
+    word = os.fspath(experts)
+    if Path(word).exists() or not word.isidentifier():
+        return SpeakerProfile.load(experts)
+    found = shipped_experts(f"{name}.{word}")
+    if found is None:
+        raise SAMLError(f"{word}: no such file, and no experts of that name for {name}")
+    return found
+
+
+def profile_config(profile: SpeakerProfile) -> SAMLConfig:
+    """The configuration in a profile's header.
+
+    Raises:
+        SAMLError: a value is not allowed, or asks for more experts than the file holds.
+    """
+    config = SAMLConfig.from_dict(profile.config)
+    if config.num_experts * config.rank > MOST:
+        raise SAMLError(
+            f"profile: says {config.num_experts} experts of rank {config.rank}; expected at most "
+            f"{MOST} ranks in all"
+        )
+    if profile.kind == "gates":
+        return config
+    if config.num_experts * config.rank > sum(t.numel() for t in profile.tensors.values()):
+        raise SAMLError(
+            f"profile: says {config.num_experts} experts of rank {config.rank}, more than the "
+            "file holds; make it again"
+        )
+    return config
+
+
+def _apply(profile: SpeakerProfile, model: Any, source: str | os.PathLike[str]) -> None:
+    if profile.kept:
+        raise SAMLError(f"{source}: is pruned; start from whole experts")
+    try:
+        profile.apply(model)
+    except SAMLError as error:
+        raise SAMLError(f"{source}: {error}") from error

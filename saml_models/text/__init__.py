@@ -1,0 +1,1 @@
+"""Transcripts: their parts, file formats, normalisation, style and word error rate."""

@@ -1,0 +1,1 @@
+"""Pretraining of experts, adaptation to a speaker, and what both share."""

@@ -1,0 +1,143 @@
+"""Stage 2: one speaker's voice, from the pretrained experts and a few minutes of speech."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saml_kernels.errors import SAMLError
+from saml_models.compress.layers import check_whole, expert_parameters, kept_experts, routers_of
+from saml_models.data.corpora import Utterance
+from saml_models.models.conformer.model import Conformer
+from saml_models.models.interface import margin_of, model_name
+from saml_models.speakers.identify import embed
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.loop import fit
+from saml_models.training.options import TrainingOptions
+from saml_models.training.samples import training_samples
+
+__all__ = ["ADAPTATION", "GATES", "adapt", "options_for"]
+
+# What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
+ADAPTATION = TrainingOptions(
+    learning_rate=2e-4, epochs=8, batch_seconds=30.0, max_batch=4, average=0.3
+)
+
+# The same for a small Conformer, which has more to learn than a Whisper and learns it faster.
+CONFORMER = replace(ADAPTATION, learning_rate=1e-3, epochs=16)
+
+# A few hundred numbers: they bear large steps, and cannot learn a transcript by heart.
+GATES = replace(ADAPTATION, learning_rate=3e-2)
+
+
+def options_for(kind: str, model: Any = None) -> TrainingOptions:
+    """The defaults for a kind of profile of a model; None is a Whisper.
+
+    Raises:
+        SAMLError: there is no such kind.
+    """
+    if kind not in ("experts", "gates"):
+        raise SAMLError(f"kind {kind!r}: expected experts or gates")
+    if kind == "gates":
+        return GATES
+    return CONFORMER if isinstance(model, Conformer) else ADAPTATION
+
+
+def adapt(
+    model: Any,
+    processor: Any,
+    utterances: Sequence[Utterance],
+    options: TrainingOptions | None = None,
+    *,
+    speaker: str | None = None,
+    kind: str = "experts",
+    skip_long: bool = False,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> SpeakerProfile:
+    """Learn one speaker from `utterances`; the model itself is left as it was.
+
+    Args:
+        model: treated by `apply_saml`, best with pretrained experts.
+        processor: of that model.
+        utterances: of one speaker, each with text and at most 30 s long.
+        options: `options_for(kind, model)` unless given.
+        speaker: name for the profile; the utterances' own unless given.
+        kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
+        skip_long: leave out what is longer than 30 s instead of refusing it.
+        checkpoint: as for `training.fit`.
+        on_step: called with (steps done, steps in all, loss).
+
+    Returns:
+        The profile: `.save(path)`, `.apply(model)`, `with profile.applied(model): ...`.
+
+    Raises:
+        SAMLError: nothing to learn from, utterances of several speakers, or bad audio.
+    """
+    if not utterances:
+        raise SAMLError("adapt: no utterances; give at least one clip with its text")
+    names = sorted({u.speaker for u in utterances})
+    if len(names) > 1 and speaker is None:
+        raise SAMLError(
+            f"adapt: utterances of {len(names)} speakers ({names[0]}, {names[1]}, ...); choose one"
+        )
+    options = options or options_for(kind, model)
+    check_whole(model)
+    make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
+    with kept_experts(model):
+        samples = training_samples(model, processor, utterances, skip_long=skip_long)
+        options = _windows(model, options)
+        with nullcontext() if kind == "experts" else _offsets_alone(model):
+            report = fit(model, processor, samples, options, checkpoint, on_step)
+        profile = make(
+            model,
+            speaker=speaker or names[0],
+            model=model_name(model),
+            method="SAML adaptation",
+            date=datetime.date.today().isoformat(),
+            utterances=len(samples),
+            seconds=round(sum(s.seconds for s in samples), 1),
+            steps=report.steps,
+            loss=round(report.last_loss, 4),
+        )
+    if not hasattr(model, "get_encoder"):  # ESPnet's: cannot be told apart by voice
+        return profile
+    return replace(profile, embedding=embed(model, processor, [s.load() for s in samples]))
+
+
+def _windows(model: Any, options: TrainingOptions) -> TrainingOptions:
+    """Options whose clips are heard as they will be, and as the model can learn from few of them.
+
+    Experts that were pretrained on short windows go on with those. The original weights have never
+    seen one, which takes more than a few clips to learn: they hear `saml_margin` seconds more.
+    """
+    margin = margin_of(model)
+    if margin is not None and not getattr(model, "saml_short_windows", False):
+        return replace(options, margins=(margin,))
+    model.saml_short_windows = True
+    return options
+
+
+@contextmanager
+def _offsets_alone(model: Any) -> Iterator[None]:
+    """Experts and routers are frozen; each router has an offset, from zero, that learns."""
+    parameters = expert_parameters(model).values()
+    routers = routers_of(model).values()
+    if not routers:
+        raise SAMLError("gates: the layers have no router of their own; learn experts instead")
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for router in routers:
+            count = router.weight.shape[0]
+            router.offset = torch.zeros(count, device=router.weight.device, requires_grad=True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,184 @@
+"""Clips with their text -> the batches of training, each a pure function of its number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.models.interface import Family
+
+if TYPE_CHECKING:
+    from saml_models.training.options import TrainingOptions
+
+__all__ = ["IGNORED", "Batch", "BatchMaker", "Sample", "Shapes", "plan_batches"]
+
+IGNORED = -100  # cross_entropy's own mark for positions without a target
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training clip: a function that loads it (float32, 16 kHz), its length and its text.
+
+    `language` is that of the prompt: see `Family.prompt_language`.
+    """
+
+    load: Callable[[], np.ndarray]
+    seconds: float
+    text: str
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What sizes of a batch are rounded up to, so that few shapes occur: frames and tokens.
+
+    With `dense` the logits of all positions are wanted, and those without a target are ignored.
+    """
+
+    frames: int = 1
+    tokens: int = 1
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step is made of; B clips, T frames, L tokens.
+
+    Attributes:
+        features: of the model's family, augmented.
+        mask: [B, frames] bool, True where there is audio.
+        inputs: token ids int64 [B, L].
+        targets: token ids int64 [B, L], `IGNORED` where there is none.
+        kept: int64 [n], the positions in [B * L] whose logits are wanted.
+        words: where each clip's targets begin and end in its row, the end of the text left out.
+    """
+
+    features: Tensor
+    mask: Tensor
+    inputs: Tensor
+    targets: Tensor
+    kept: Tensor
+    words: tuple[tuple[int, int], ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in order."""
+        return self.features, self.mask, self.inputs, self.targets, self.kept
+
+    def holding(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch in other tensors, given in the same order."""
+        features, mask, inputs, targets, kept = tensors
+        return Batch(features, mask, inputs, targets, kept, self.words)
+
+    def pinned(self) -> Batch:
+        """In memory that a CUDA device copies from while the processor goes on."""
+        return self.holding([t.pin_memory() for t in self.tensors()])
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; from pinned memory without waiting for the copies."""
+        return self.holding([t.to(device, non_blocking=True) for t in self.tensors()])
+
+
+def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[list[int]]:
+    """Batches of clips of like length for all epochs, a pure function of its arguments.
+
+    Args:
+        seconds: of each clip.
+        options: say how many epochs, and how large a batch is.
+    """
+    rng = random.Random(options.seed)
+    batches: list[list[int]] = []
+    for _ in range(options.epochs):
+        order = sorted(range(len(seconds)), key=lambda i: seconds[i] + rng.random())
+        epoch: list[list[int]] = []
+        current: list[int] = []
+        for i in order:
+            padded = max(seconds[j] for j in [*current, i]) + 1.0
+            full = padded * (len(current) + 1) > options.batch_seconds
+            if current and (full or len(current) >= options.max_batch):
+                epoch.append(current)
+                current = []
+            current.append(i)
+        if current:
+            epoch.append(current)
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches
+
+
+class BatchMaker:
+    """Audio and text of a batch -> tensors; step i always makes the same ones."""
+
+    def __init__(
+        self,
+        family: Family,
+        processor: Any,
+        samples: Sequence[Sample],
+        options: TrainingOptions,
+        shapes: Shapes | None = None,
+    ) -> None:
+        self.family, self.processor = family, processor
+        self.samples, self.options, self.shapes = samples, options, shapes or Shapes()
+        self.texts = [family.token_ids(processor, s.text, s.language) for s in samples]
+
+    def __call__(self, step: int, index: list[int]) -> Batch:
+        """The batch of these clips at this step, on the CPU."""
+        o, family, shapes = self.options, self.family, self.shapes
+        rng = random.Random(f"{o.seed}/{step}")
+        clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
+        margin = rng.choice(o.margins)
+        features, mask = family.collate(self.processor, clips, margin, shapes.frames)
+        _spec_augment(family.bands(features), [family.frames(c) for c in clips], rng, o)
+        texts = [self.texts[i] for i in index]
+        longest = max(len(ids) for ids, _ in texts) - 1
+        longest += -longest % shapes.tokens
+        inputs = torch.full((len(index), longest), texts[0][0][-1])
+        targets = torch.full((len(index), longest), IGNORED)
+        for row, (ids, prompt) in enumerate(texts):
+            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
+        flat = targets.flatten()
+        kept = torch.arange(len(flat)) if shapes.dense else (flat != IGNORED).nonzero().flatten()
+        words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
+        return Batch(features, mask, inputs, targets, kept, words)
+
+    def _prepared(self, i: int, speed: float) -> Tensor:
+        return self.family.prepare(self.processor, _at_speed(self.samples[i].load(), speed))
+
+
+def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
+    if speed == 1.0:
+        return clip
+    return soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
+
+
+def _spec_augment(
+    bands: Tensor, frames: list[int], rng: random.Random, options: TrainingOptions
+) -> None:
+    """Mask bands of mel bins and stretches of time by each clip's mean, in place.
+
+    Args:
+        bands: [B, mel bins, T].
+        frames: of each clip that hold audio.
+        rng: draws the masks.
+        options: says how many, and how wide.
+    """
+    bins = bands.shape[1]
+    for row, length in enumerate(frames):
+        clip = bands[row, :, :length]
+        mean, heard = clip.mean(), clip.shape[1]
+        for _ in range(options.freq_masks):
+            width = rng.randint(0, options.freq_width)
+            start = rng.randint(0, bins - width)
+            clip[start : start + width] = mean
+        for _ in range(options.time_masks):
+            width = rng.randint(0, int(min(100, heard * options.time_share)))
+            start = rng.randint(0, heard - width)
+            clip[:, start : start + width] = mean

@@ -1,0 +1,78 @@
+"""Stage 1: experts and routers learn from many speakers, the base stays frozen."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from saml_kernels.errors import SAMLError
+from saml_models.compress.layers import config_of
+from saml_models.data.corpora import Utterance, by_speaker
+from saml_models.models.interface import MARGIN, model_name
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.calibration import input_moments, start_experts
+from saml_models.training.loop import fit
+from saml_models.training.options import TrainingOptions
+from saml_models.training.samples import training_samples
+
+__all__ = ["PRETRAINING", "pretrain"]
+
+# What made the experts that ship with the package; see README, "Pretrained experts".
+PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=1)
+
+
+def pretrain(
+    model: Any,
+    processor: Any,
+    utterances: Sequence[Utterance],
+    options: TrainingOptions | None = None,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    original: Any | None = None,
+) -> SpeakerProfile:
+    """Train the experts of `model` in place on utterances of many speakers.
+
+    Unless `SAMLConfig.expert_init` asks for LoRA's start, they start where, on some of this speech,
+    they undo most of what rounding the weights did to the layers' outputs.
+
+    Args:
+        model: treated by `apply_saml`.
+        processor: of that model.
+        utterances: each with text; what is longer than 30 s is left out.
+        options: `PRETRAINING` unless given.
+        checkpoint: a file to resume from if the run is killed.
+        on_step: called with (steps done, steps in all, loss).
+        original: the same model at full precision, for the start; None starts from the experts
+            that `model` has.
+
+    Returns:
+        The experts as a profile, to start adaptations from.
+
+    Raises:
+        SAMLError: nothing to learn from, or bad audio.
+    """
+    if not utterances:
+        raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
+    # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
+    model.saml_margin = MARGIN
+    samples = training_samples(model, processor, utterances, keep_audio=False, skip_long=True)
+    model.saml_short_windows = True  # type: ignore[assignment]
+    options = options or PRETRAINING
+    if original is not None and config_of(model).expert_init != "lora":
+        start_experts(model, original, input_moments(original, processor, samples, options))
+    report = fit(model, processor, samples, options, checkpoint, on_step)
+    return SpeakerProfile.of(
+        model,
+        speaker="pretrained",
+        model=model_name(model),
+        method="SAML pretraining",
+        date=datetime.date.today().isoformat(),
+        speakers=len(by_speaker(utterances)),
+        utterances=len(samples),
+        seconds=round(sum(s.seconds for s in samples), 1),
+        steps=report.steps,
+        loss=round(report.last_loss, 4),
+    )

@@ -1,0 +1,228 @@
+"""Speech of any length -> text with times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from saml_kernels.errors import SAMLError
+from saml_models.data.audio import SAMPLE_RATE, check_audio, load_audio
+from saml_models.models.registry import family_of
+from saml_models.runtime.prefetch import ahead
+from saml_models.runtime.quiet import quiet_transformers
+from saml_models.speakers.mixing import speaking
+from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.transcript import Segment, Transcript, Word
+from saml_models.transcription.clips import decode_clips
+
+__all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
+
+Audio = str | os.PathLike[str] | npt.NDArray[np.floating]
+Speaker = SpeakerProfile | str | os.PathLike[str] | None
+
+WINDOW_SAMPLES = 30 * SAMPLE_RATE  # what is decoded at once
+GATHERED = 2  # batches that wait for each other, to be sorted by length
+
+
+TOGETHER = 32  # clips of a list in one batch at most
+
+
+def transcribe(
+    model: Any,
+    processor: Any,
+    audio: Audio | Sequence[Audio],
+    speaker: Speaker | Sequence[Speaker] = None,
+    *,
+    language: str | None = None,
+    task: str = "transcribe",
+    beam_size: int = 1,
+    word_timestamps: bool = False,
+    timestamps: bool | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
+) -> Any:
+    """Transcribe one recording, or a list of them together, each with the words it has alone.
+
+    Args:
+        model: as loaded, or with SAML layers.
+        processor: of that model.
+        audio: a file, or floating-point samples [samples] at 16 kHz; or a list of such.
+        speaker: a profile, or its file, for a model with SAML layers; used for this call. For a
+            list of recordings also a list, with a profile or None for each: one batch has as many
+            speakers as it has rows.
+        language: code ("de") or name ("german"); None detects it, where the model knows several.
+        task: "transcribe", or "translate" into English with a multilingual model.
+        beam_size: 1 is greedy.
+        word_timestamps: also find when each word was said, by the decoder's attention.
+        timestamps: False leaves the times out where a clip fits one window of 30 s; experts are
+            trained so, and hear best so. None asks for times of a single recording, not of a list,
+            whose clips are decoded one by one where there are times to find.
+        on_progress: called with (seconds done, seconds in all), of a list with recordings.
+
+    Returns:
+        A `Transcript`, or for a list of recordings a list of them, in order.
+
+    Raises:
+        SAMLError: audio that cannot be read, a language or task that the model does not know, a
+            profile of another model, or not as many speakers as recordings.
+    """
+    many = isinstance(audio, list | tuple)
+    recordings: Sequence[Any] = audio if many else [audio]  # type: ignore[assignment]
+
+    def show(number: int, done: float, seconds: float) -> None:
+        if on_progress is not None and many:
+            on_progress(number + done / max(seconds, 1e-9), len(recordings))
+        elif on_progress is not None:
+            on_progress(done, seconds)
+
+    found = transcribe_many(
+        model,
+        processor,
+        recordings,
+        speaker,
+        language=language,
+        task=task,
+        beam_size=beam_size,
+        word_timestamps=word_timestamps,
+        timestamps=not many if timestamps is None else timestamps,
+        batch_size=min(TOGETHER, max(1, len(recordings)) * beam_size),
+        on_progress=show,
+    )
+    return list(found) if many else next(found)
+
+
+def transcribe_many(
+    model: Any,
+    processor: Any,
+    recordings: Iterable[Audio],
+    speaker: Speaker | Sequence[Speaker] = None,
+    *,
+    language: str | None = None,
+    task: str = "transcribe",
+    beam_size: int = 1,
+    word_timestamps: bool = False,
+    timestamps: bool = True,
+    batch_size: int = 8,
+    on_progress: Callable[[int, float, float], None] | None = None,
+) -> Iterator[Transcript]:
+    """Transcribe recordings, in their order.
+
+    Those of up to 30 s are decoded together where no times are asked for.
+
+    Args:
+        model, processor, speaker: as in `transcribe`, and so is all that is not named here.
+        recordings: files or samples, read as they are needed, one ahead.
+        batch_size: clips decoded together.
+        on_progress: called with (number of the recording, seconds done, seconds of it).
+
+    Raises:
+        SAMLError: as `transcribe`.
+    """
+    if beam_size < 1:
+        raise SAMLError(f"beam_size: {beam_size}; expected 1 or more")
+    family = family_of(model)
+    known = family.language_code(model, language, task)
+    plain = not timestamps and not word_timestamps and task == "transcribe"
+    waiting: list[tuple[int, npt.NDArray[np.float32], str, SpeakerProfile | None]] = []
+
+    def show(number: int, done: float, seconds: float) -> None:
+        if on_progress:
+            on_progress(number, done, seconds)
+
+    def heard() -> Iterator[Transcript]:
+        """What waits, decoded together: one language at a time."""
+        code = waiting[0][2]
+        texts = decode_clips(
+            model,
+            processor,
+            [clip for _, clip, _, _ in waiting],
+            beam_size=beam_size,
+            language=code,
+            batch_size=batch_size,
+            speakers=[profile for _, _, _, profile in waiting],
+        )
+        for (number, clip, _, profile), text in zip(waiting, texts, strict=True):
+            seconds = len(clip) / SAMPLE_RATE
+            show(number, seconds, seconds)
+            segments = [Segment(0, 0.0, seconds, text)] if text else []
+            yield Transcript(text, code, round(seconds, 3), segments, _hash(profile))
+        waiting.clear()
+
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        stack.enter_context(quiet_transformers())
+        model.eval()
+        pairs = ahead(
+            lambda pair: (_samples(pair[0]), pair[1]), _with_speakers(recordings, speaker)
+        )
+        for number, (clip, profile) in enumerate(pairs):
+            short = plain and len(clip) <= WINDOW_SAMPLES
+            code = known
+            if code is None:
+                with speaking(model, [profile]):
+                    code = family.detect_language(model, processor, clip)
+            if waiting and (
+                not short or waiting[0][2] != code or len(waiting) >= GATHERED * batch_size
+            ):
+                yield from heard()
+            if short:
+                waiting.append((number, clip, code, profile))
+                continue
+            seconds = len(clip) / SAMPLE_RATE
+            with speaking(model, [profile]):
+                text, segments = family.segments(
+                    model,
+                    processor,
+                    clip,
+                    code,
+                    task=task,
+                    beam_size=beam_size,
+                    words=word_timestamps,
+                    on_progress=partial(show, number),
+                )
+            show(number, seconds, seconds)
+            yield Transcript(text, code, round(seconds, 3), segments, _hash(profile))
+        if waiting:
+            yield from heard()
+
+
+def _with_speakers(
+    recordings: Iterable[Audio], speaker: Speaker | Sequence[Speaker]
+) -> Iterator[tuple[Audio, SpeakerProfile | None]]:
+    """Each recording and who is heard in it; a profile's file is read once."""
+    files: dict[str, SpeakerProfile] = {}
+
+    def profile(one: Any) -> SpeakerProfile | None:
+        if one is None or isinstance(one, SpeakerProfile):
+            return one
+        name = os.fspath(one)
+        if name not in files:
+            files[name] = SpeakerProfile.load(name)
+        return files[name]
+
+    if not isinstance(speaker, list | tuple):
+        yield from zip(recordings, repeat(profile(speaker)))
+        return
+    listed = list(recordings)
+    if len(listed) != len(speaker):
+        raise SAMLError(f"speaker: {len(speaker)} for {len(listed)} recordings; give one for each")
+    yield from zip(listed, [profile(one) for one in speaker], strict=True)
+
+
+def _hash(profile: SpeakerProfile | None) -> str | None:
+    return None if profile is None else profile.hash
+
+
+def _samples(recording: Audio) -> npt.NDArray[np.float32]:
+    """float32 at 16 kHz."""
+    if isinstance(recording, np.ndarray):
+        check_audio(recording, "audio")
+        return recording.astype(np.float32, copy=False)
+    return load_audio(recording)
