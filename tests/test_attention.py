@@ -7,7 +7,7 @@ import torch
 from synthetic import small_conformer, small_whisper
 
 from saml_models.models.interface import causal_mask
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.training.attention import attention_as_products
 
 
@@ -17,7 +17,7 @@ def passed(model, precision):
     features, inputs = torch.randn(2, 80, 100), torch.tensor([[1, 7, 9, 12], [1, 3, 5, 4]])
     with attention_as_products(model, precision), torch.autocast("cpu", torch.bfloat16):
         used = model.config._attn_implementation
-        logits = family_of(model).outputs(model, features, None, inputs, torch.arange(8)).logits
+        logits = bind(model, None).outputs(features, None, inputs, torch.arange(8)).logits
     return logits, used
 
 

@@ -11,6 +11,7 @@ from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLLinear
 from saml_models.compress.apply import apply_saml
+from saml_models.models.registry import bind
 from saml_models.training.batches import Sample
 from saml_models.training.calibration import input_moments, start_experts
 from saml_models.training.options import TrainingOptions
@@ -28,7 +29,7 @@ def test_moments_are_those_of_the_inputs(tiny_en: Any) -> None:
     model, seen = small_whisper(vocabulary=51864), []
     layer = model.model.encoder.layers[0].fc1
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    moments = input_moments(model, tiny_en[1], clips(), OPTIONS)
+    moments = input_moments(bind(model, tiny_en[1]), clips(), OPTIONS)
     hook.remove()
     x = torch.cat([part.reshape(-1, 64) for part in seen])
     torch.testing.assert_close(
@@ -41,7 +42,7 @@ def test_moments_are_those_of_the_inputs(tiny_en: Any) -> None:
 
 def test_outputs_start_nearer_to_those_of_the_original(tiny_en: Any) -> None:
     original, samples = small_whisper(vocabulary=51864), clips()
-    moments = input_moments(original, tiny_en[1], samples, OPTIONS)
+    moments = input_moments(bind(original, tiny_en[1]), samples, OPTIONS)
     model = copy.deepcopy(original)
     apply_saml(model, SAMLConfig(num_experts=2, rank=4))
 

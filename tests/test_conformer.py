@@ -23,16 +23,16 @@ from saml_kernels.layers.conv import QuantizedConv2d, SAMLPointwiseConv1d
 from saml_models.cli.main import app
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import load_saml, save_saml
-from saml_models.compress.layers import expert_parameters, quantised_tensors, routing_of
+from saml_models.compress.layers import quantised_tensors
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import load_corpus
 from saml_models.evaluation.protocol import SYSTEMS
 from saml_models.models import token_limits as limits
-from saml_models.models.conformer import family as conformer_family
 from saml_models.models.conformer import joint
+from saml_models.models.conformer import speech_model as conformer_speech
 from saml_models.models.conformer.loading import is_conformer, load_conformer
 from saml_models.models.conformer.model import Conformer
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.training import adapt as adaptation
 from saml_models.training.loop import Sample, fit
 from saml_models.training.options import TrainingOptions
@@ -56,18 +56,18 @@ def clips() -> list[np.ndarray]:
 
 
 def batch(pair: Any, clips: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    family = family_of(pair[0])
-    return family.collate(pair[1], [family.prepare(pair[1], c) for c in clips], None)
+    speech = bind(*pair)
+    return speech.collate([speech.prepare(c) for c in clips], None)
 
 
 @torch.no_grad()
 def outputs(model: Any, features: torch.Tensor, mask: torch.Tensor) -> Any:
     """Both branches, with the encoder's mask where the model has routers."""
-    family = family_of(model)
-    if hasattr(model, "saml_routing"):
-        routing_of(model).mask = family.routing_mask(model, mask)
+    speech = bind(model, None)
+    if hasattr(model, "saml"):
+        model.saml.context.mask = speech.encoder_mask(mask)
     inputs = torch.tensor([[1, 7, 9, 12]] * len(features))
-    found = family.outputs(model, features, mask, inputs, torch.arange(inputs.numel()))
+    found = speech.outputs(features, mask, inputs, torch.arange(inputs.numel()))
     return found.logits.view(len(features), 4, -1), found.ctc, found.ctc_lengths
 
 
@@ -76,7 +76,7 @@ def test_padding_changes_nothing(pair: Any, clips: list[np.ndarray], router: Any
     model = deepcopy(pair[0])
     if router:
         apply_saml(model, SAMLConfig(num_experts=2, rank=2, router=router))
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             nn.init.normal_(parameter, std=0.2)
     logits, ctc, lengths = outputs(model, *batch(pair, clips))
     for row, clip in enumerate(clips):
@@ -106,7 +106,7 @@ def test_the_routers_mask_is_the_encoder_s(factor: int, frames: int) -> None:
     model = Conformer(config).eval()
     mask = torch.arange(100) < torch.tensor([[frames], [100]])
     encoded = model.get_encoder()(torch.randn(2, 100, 64), attention_mask=mask)
-    assert torch.equal(family_of(model).routing_mask(model, mask), encoded.attention_mask.bool())
+    assert torch.equal(bind(model, None).encoder_mask(mask), encoded.attention_mask.bool())
 
 
 def test_nothing_dense_is_left(pair: Any) -> None:
@@ -160,14 +160,14 @@ def test_logits_come_back_bit_for_bit(
 ) -> None:
     model = deepcopy(pair[0])
     apply_saml(model, SAMLConfig(num_experts=2, rank=2, router=router))
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         nn.init.normal_(parameter, std=0.2)
     save_saml(model, pair[1], tmp_path)
     again, processor = load_model(tmp_path)
     features = batch(pair, clips)
     for a, b in zip(outputs(model, *features), outputs(again, *features), strict=True):
         assert torch.equal(a, b)
-    assert decode_clips(again, processor, clips) == decode_clips(model, pair[1], clips)
+    assert decode_clips(bind(again, processor), clips) == decode_clips(bind(model, pair[1]), clips)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_seven_times_smaller_with_everything(
 
 def test_beams_and_the_ctc_branch(pair: Any, clips: list[np.ndarray]) -> None:
     model, processor = pair
-    greedy = decode_clips(model, processor, clips)
-    assert [decode_clips(model, processor, [c])[0] for c in clips] == greedy
-    beams = decode_clips(model, processor, clips, beam_size=3)
-    assert [decode_clips(model, processor, [c], beam_size=3)[0] for c in clips] == beams
+    greedy = decode_clips(bind(model, processor), clips)
+    assert [decode_clips(bind(model, processor), [c])[0] for c in clips] == greedy
+    beams = decode_clips(bind(model, processor), clips, beam_size=3)
+    assert [decode_clips(bind(model, processor), [c], beam_size=3)[0] for c in clips] == beams
     assert not model.training and all(isinstance(t, str) for t in beams)
 
 
@@ -211,7 +211,7 @@ def test_without_a_ctc_head_the_text_is_the_library_s(
     model, processor = deepcopy(pair[0]), pair[1]
     del model.ctc_head
     # A random model rarely ends by itself, which is taken for a loop.
-    monkeypatch.setattr(conformer_family, "is_loop", lambda ids, limit: False)
+    monkeypatch.setattr(conformer_speech, "is_loop", lambda ids, limit: False)
     monkeypatch.setattr(limits, "repeated", lambda ids: 0)
     features, mask = batch(pair, clips[:1])
     for beams in (1, 4):
@@ -220,10 +220,10 @@ def test_without_a_ctc_head_the_text_is_the_library_s(
             attention_mask=mask,
             decoder_input_ids=torch.tensor([[processor.tokenizer.bos_token_id]]),
             num_beams=beams,
-            max_new_tokens=int(family_of(model).routing_mask(model, mask).sum()) + 1,
+            max_new_tokens=int(bind(model, None).encoder_mask(mask).sum()) + 1,
         )
         theirs = processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
-        assert decode_clips(model, processor, clips[:1], beam_size=beams) == [theirs]
+        assert decode_clips(bind(model, processor), clips[:1], beam_size=beams) == [theirs]
 
 
 def test_the_better_of_two_texts_by_both_branches(pair: Any, clips: list[np.ndarray]) -> None:
@@ -273,7 +273,7 @@ def test_long_recordings_are_cut_where_they_are_quiet(pair: Any) -> None:
     seen: list[float] = []
     found = transcribe(*pair, audio, on_progress=lambda done, total: seen.append(done))
     assert found.duration == 70.0 and seen == sorted(seen) and seen[-1] == 70.0
-    cuts = [end for _, end in conformer_family._stretches(audio)]
+    cuts = [end for _, end in conformer_speech._stretches(audio)]
     assert cuts[-1] == len(audio)
     for cut, place in zip(cuts, quiet, strict=False):
         assert place <= cut <= place + 8000
@@ -294,10 +294,10 @@ def test_canary_s_own_prompt_is_asked_for_where_there_is_one(pair: Any) -> None:
         "{{ 'the' if c.source_language == 'en' else 'dog' }}"
         "{% endif %}{% endfor %}{% endfor %}"
     )
-    family: Any = family_of(pair[0])
-    english, german = (family.prompt(processor, code) for code in ("en", "de"))
+    speech: Any = bind(pair[0], processor)
+    english, german = (speech.prompt(code) for code in ("en", "de"))
     assert english == processor.tokenizer("the").input_ids != german
-    ids, prompt = family.token_ids(processor, "fox")
+    ids, prompt = speech.token_ids("fox")
     assert ids[:prompt] == english and ids[-1] == processor.tokenizer.eos_token_id
 
 
@@ -309,7 +309,7 @@ def test_a_folder_comes_back_as_it_was(pair: Any, clips: list[np.ndarray], tmp_p
     features = batch((model, processor), clips)
     for a, b in zip(outputs(pair[0], *features), outputs(model, *features), strict=True):
         assert torch.equal(a, b)
-    assert decode_clips(model, processor, clips) == decode_clips(*pair, clips)
+    assert decode_clips(bind(model, processor), clips) == decode_clips(bind(*pair), clips)
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "no weights", "no head", "whisper", "device"])
@@ -382,7 +382,7 @@ def test_a_plain_one_is_trained_whole_and_resumes(samples: list[Sample], tmp_pat
     options = TrainingOptions(epochs=2, max_batch=1, average=0.5, ctc=0.5, checkpoint_every=1)
     (whole, processor), (again, _) = small_conformer(), small_conformer()
     before = deepcopy(whole.state_dict())
-    assert fit(whole, processor, samples, options).steps == 6 and not whole.training
+    assert fit(bind(whole, processor), samples, options).steps == 6 and not whole.training
     for name, value in whole.state_dict().items():
         if value.is_floating_point() and "running" in name:
             assert not torch.equal(value, before[name]), name
@@ -395,9 +395,9 @@ def test_a_plain_one_is_trained_whole_and_resumes(samples: list[Sample], tmp_pat
             raise Killed
 
     with pytest.raises(Killed):
-        fit(again, processor, samples, options, path, kill)
+        fit(bind(again, processor), samples, options, path, kill)
     resumed, _ = small_conformer()
-    fit(resumed, processor, samples, options, path)
+    fit(bind(resumed, processor), samples, options, path)
     for name, value in whole.state_dict().items():
         if "num_batches" not in name:
             assert torch.equal(resumed.state_dict()[name], value), name
@@ -405,7 +405,7 @@ def test_a_plain_one_is_trained_whole_and_resumes(samples: list[Sample], tmp_pat
 
 def test_the_loss_of_both_branches_falls(samples: list[Sample]) -> None:
     options = TrainingOptions(learning_rate=3e-3, epochs=12, max_batch=1, speeds=(1.0,), ctc=0.5)
-    report = fit(*small_conformer(), samples[:2], options)
+    report = fit(bind(*small_conformer()), samples[:2], options)
     assert report.last_loss < 0.9 * report.first_loss
 
 
@@ -413,7 +413,7 @@ def test_adaptation_leaves_a_frozen_batch_norm_alone(samples: list[Sample]) -> N
     model, processor = small_conformer()
     apply_saml(model, SAMLConfig(num_experts=2, rank=1))
     before = {n: b.clone() for n, b in model.state_dict().items() if "running" in n}
-    fit(model, processor, samples, TrainingOptions(epochs=1, max_batch=2))
+    fit(bind(model, processor), samples, TrainingOptions(epochs=1, max_batch=2))
     assert before and all(torch.equal(model.state_dict()[n], b) for n, b in before.items())
 
 

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 from saml_kernels import SAMLConfig
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import load_saml, save_saml
-from saml_models.compress.layers import (
-    expert_parameters,
-    experts_hash,
-    kept_experts,
-    routed_layers,
-    routing_of,
-    weight_hash,
-)
 from saml_models.data.corpora import load_corpus
-from saml_models.speakers.mixing import speaking
+from saml_models.models.registry import bind
+from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.transcription.clips import decode_clips
@@ -57,7 +50,7 @@ def copied(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
 @torch.no_grad()
 def voiced(model: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         parameter.copy_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -76,16 +69,16 @@ def make(**settings: Any) -> Any:
 @pytest.mark.parametrize("router", ["token", "utterance", "speaker", "shared"])
 def test_the_copy_is_whole_and_stands_on_its_own(router: Any, copied: Any) -> None:
     model = make(router=router, mix="merged" if router == "shared" else "sum")
-    hashes = weight_hash(model), experts_hash(model)  # are remembered
+    hashes = model.saml.weight_hash(), model.saml.experts_hash()  # are remembered
     expected = logits(model)  # the CPU backend has described the layers by now
     twin = copied(model)
     voiced(model, 4)
     assert torch.equal(logits(twin), expected)
-    assert (weight_hash(twin), experts_hash(twin)) == hashes
-    assert experts_hash(model) != hashes[1]
+    assert (twin.saml.weight_hash(), twin.saml.experts_hash()) == hashes
+    assert model.saml.experts_hash() != hashes[1]
     # One routing state for all layers of the copy, and it is not the old one.
-    routing = routing_of(twin)
-    assert routing is not routing_of(model)
+    routing = twin.saml.context
+    assert routing is not model.saml.context
     own = [m.routing for m in twin.modules() if hasattr(m, "routing")]
     assert own and all(r is routing for r in own)
     assert twin.proj_out._tied[0] is twin.model.decoder.embed_tokens
@@ -100,8 +93,8 @@ def test_a_model_that_is_being_trained(router: Any, copied: Any) -> None:
     model = make(router=router, mix=mix, balance=0.1).train()
     model(input_features=MEL, labels=IDS).loss.backward()
     twin = copied(model)
-    for name, parameter in expert_parameters(twin).items():
-        assert torch.equal(parameter, expert_parameters(model)[name]) and parameter.requires_grad
+    for name, parameter in twin.saml.experts().items():
+        assert torch.equal(parameter, model.saml.experts()[name]) and parameter.requires_grad
     twin(input_features=MEL, labels=IDS).loss.backward()
     assert torch.equal(logits(twin.eval()), logits(model.eval()))
 
@@ -119,7 +112,7 @@ def test_voices_and_profiles_go_with_the_copy(copied: Any) -> None:
     model = make()
     profiles = []
     for seed in (5, 6):
-        with kept_experts(model):
+        with model.saml.snapshot():
             profiles.append(SpeakerProfile.of(voiced(model, seed), speaker=str(seed)))
     profiles[0].apply(model)
     one = logits(model)
@@ -127,12 +120,12 @@ def test_voices_and_profiles_go_with_the_copy(copied: Any) -> None:
     profiles[1].apply(twin)
     assert torch.equal(logits(model), one) and not torch.equal(logits(twin), one)
     both = torch.cat((MEL, MEL))
-    with speaking(model, profiles):
+    with mixed_batch(model, profiles):
         expected = logits(model, both)
         twin = copied(model)
         assert torch.equal(logits(twin, both), expected)
     # The copy's voices are its own and stay with it.
-    assert all(layer.voices is None for layer in routed_layers(model).values())
+    assert all(layer.speaker_experts is None for layer in model.saml.layers.values())
     assert torch.equal(logits(twin, both), expected)
     profile = pickle.loads(pickle.dumps(profiles[0]))
     assert profile.hash == profiles[0].hash
@@ -147,7 +140,7 @@ def test_what_was_loaded_says_the_same_words(speech_root: Any, tmp_path: Any, co
         (u.load() for u in load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])),
         key=len,
     )
-    words = decode_clips(model, processor, [clip])
+    words = decode_clips(bind(model, processor), [clip])
     assert all(words) and decode_clips(copied(model), copied(processor), [clip]) == words
 
 
@@ -159,7 +152,7 @@ def _answer(model: nn.Module, mel: Tensor, results: Any) -> None:
 def test_in_another_process() -> None:
     """Spawned: after a fork torch's own OpenMP waits for threads that are not there."""
     model = make()
-    weight_hash(model)
+    model.saml.weight_hash()
     expected = logits(model)
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()

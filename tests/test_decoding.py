@@ -7,6 +7,7 @@ from saml_kernels import SAMLConfig
 from saml_models.compress.checkpoint import save_saml
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.models.whisper.windows import (
     audio_window,
     clip_window,
@@ -34,9 +35,9 @@ def clips(speech_root):
 
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_as_alone(experts, clips, beam_size):
-    alone = [decode_clips(*experts, [c], beam_size=beam_size)[0] for c in clips]
+    alone = [decode_clips(bind(*experts), [c], beam_size=beam_size)[0] for c in clips]
     assert len({window_frames(len(c)) for c in clips}) == 4 and all(alone)
-    assert decode_clips(*experts, clips, beam_size=beam_size) == alone
+    assert decode_clips(bind(*experts), clips, beam_size=beam_size) == alone
 
 
 def test_windows_are_as_long_as_a_model_needs(experts, clips, tmp_path):
@@ -50,8 +51,8 @@ def test_windows_are_as_long_as_a_model_needs(experts, clips, tmp_path):
     save_saml(bare, processor, tmp_path)
     again, _ = load_model(tmp_path)
     assert clip_window(again, samples) == 1400
-    texts = decode_clips(bare, processor, clips[:2])
-    assert texts == decode_clips(again, processor, clips[:2]) and all(texts)
+    texts = decode_clips(bind(bare, processor), clips[:2])
+    assert texts == decode_clips(bind(again, processor), clips[:2]) and all(texts)
 
 
 def test_nothing_beyond_its_own_window_reaches_a_row(experts, clips):

@@ -21,10 +21,9 @@ from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
 from saml_kernels.layers.conv import QuantizedConv2d, SAMLPointwiseConv1d
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
-from saml_models.compress.layers import expert_parameters
 from saml_models.data.corpora import Utterance
 from saml_models.evaluation.protocol import Fold, evaluate
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
@@ -105,7 +104,7 @@ def load(files: tuple[Path, Path]) -> tuple[Any, Any]:
 def with_experts(model: Any) -> Any:
     apply_saml(model, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
     torch.manual_seed(1)
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -194,15 +193,15 @@ def test_nothing_dense_is_left(files: Any) -> None:
 
 def test_training_sees_what_espnet_sees(files: Any) -> None:
     model, processor = load(files)
-    family: Any = family_of(model)
+    speaking = bind(model, processor)
     clips = [speech(1.5, 0), speech(1.0, 1)]
-    features, mask = family.collate(processor, [family.prepare(processor, c) for c in clips], None)
+    features, mask = speaking.collate([speaking.prepare(c) for c in clips], None)
     inputs = torch.tensor([[30, 5, 6], [30, 7, 8]])
-    found = family.outputs(model, features, mask, inputs, torch.arange(inputs.numel()))
+    found = speaking.outputs(features, mask, inputs, torch.arange(inputs.numel()))
     padded = nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
     encoded, lengths = model.encode(padded, torch.tensor([len(c) for c in clips]))
     assert torch.equal(lengths, found.ctc_lengths)
-    assert torch.equal(family.routing_mask(model, mask).sum(1), lengths)
+    assert torch.equal(speaking.encoder_mask(mask).sum(1), lengths)
     said, _ = model.decoder(encoded, lengths, inputs, torch.tensor([3, 3]))
     # The shorter clip's last spectrum differs: alone it is mirrored at its end, here padded.
     heard = model.ctc.log_softmax(encoded)
@@ -211,7 +210,7 @@ def test_training_sees_what_espnet_sees(files: Any) -> None:
         torch.testing.assert_close(logits, said[row], rtol=0, atol=close)
         ctc = found.ctc[row, : lengths[row] - 2], heard[row, : lengths[row] - 2]
         torch.testing.assert_close(*ctc, rtol=0, atol=close)
-    ids, prompt = family.token_ids(processor, "it's")
+    ids, prompt = speaking.token_ids("it's")
     assert [TOKENS[i] for i in ids] == ["<sos/eos>", "I", "T", "'", "S", "<sos/eos>"]
     assert prompt == 1
 
@@ -223,20 +222,20 @@ def test_the_protocol_through_speech2text(files: Any, tmp_path: Path) -> None:
     for i in range(3):
         soundfile.write(tmp_path / f"{i}.wav", speech(1.0, i), 16000)
         said.append(Utterance(f"u{i}", "ann", "NO ONE", tmp_path / f"{i}.wav"))
-    full, (quantised, _), (saml, _) = load(files), load(files), load(files)
-    apply_saml(quantised, SAMLConfig(num_experts=0))
-    with_experts(saml)
+    full, quantised, saml = load(files), load(files), load(files)
+    apply_saml(quantised[0], SAMLConfig(num_experts=0))
+    with_experts(saml[0])
     clips = [u.load() for u in said]
     theirs = [full[1](c)[0][0].strip() for c in clips]
-    assert decode_clips(*full, clips, beam_size=full[1].beam_search.beam_size) == theirs
+    assert decode_clips(bind(*full), clips, beam_size=full[1].beam_search.beam_size) == theirs
     options = TrainingOptions(epochs=2, learning_rate=1e-2, speeds=(1.0,))
-    before = decode_clips(saml, full[1], clips)
-    profile = adapt(saml, full[1], said, options)
-    assert profile.about["steps"] == 2 and decode_clips(saml, full[1], clips) == before
+    before = decode_clips(bind(*saml), clips)
+    profile = adapt(*saml, said, options)
+    assert profile.about["steps"] == 2 and decode_clips(bind(*saml), clips) == before
     result = evaluate(full, quantised, saml, [Fold("ann", said[:2], said[2:])], options)
     other = result.hypotheses.pop("other_speaker")
     assert not other and all(len(texts) == 1 for texts in result.hypotheses.values())
-    assert result.hypotheses["full_precision"] == decode_clips(*full, clips[2:])
+    assert result.hypotheses["full_precision"] == decode_clips(bind(*full), clips[2:])
 
 
 def test_missing_files_are_one_line(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import soundfile
 from saml_kernels import SAMLConfig, SAMLError
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation.figures import plot_speakers
 from saml_models.evaluation.protocol import SYSTEMS, _other, evaluate, make_folds
+from saml_models.models.registry import bind
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
@@ -61,16 +61,15 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
         pytest.skip("no speechocean762")
     speakers = dict(list(by_speaker(load_corpus(manifest)).items())[:2])
     folds = make_folds({name: us[:4] for name, us in speakers.items()}, 3, 2)
-    full = load_whisper("tiny.en")
-    quantised, saml = load_whisper("tiny.en")[0], load_whisper("tiny.en")[0]
-    report = apply_saml(quantised, SAMLConfig(num_experts=0))
-    apply_saml(saml, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
-    before = {n: p.detach().clone() for n, p in expert_parameters(saml).items()}
+    full, quantised, saml = (load_whisper("tiny.en") for _ in range(3))
+    report = apply_saml(quantised[0], SAMLConfig(num_experts=0))
+    apply_saml(saml[0], SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
+    before = {n: p.detach().clone() for n, p in saml[0].saml.experts().items()}
     parts: list[int] = []
     result = evaluate(
         full, quantised, saml, folds, TrainingOptions(epochs=1, speeds=(1.0,)), on_done=parts.append
     )
-    assert all((before[n] == p).all() for n, p in expert_parameters(saml).items())
+    assert all((before[n] == p).all() for n, p in saml[0].saml.experts().items())
     # Three plain systems and two adapted ones decode every clip; every fold adapts once.
     assert sum(parts) == 5 * len(result.ids) + len(folds)
     result.size = {"full_bytes": report.full_bytes, "saml_bytes": 1, "ratio": 1.0}
@@ -91,6 +90,6 @@ def test_what_is_too_long_to_be_learnt_from(tmp_path, tiny_en):
     soundfile.write(tmp_path / "x.wav", np.full(31 * 16000, 0.1, np.float32), 16000)
     long = people(tmp_path, {"a": 1})["a"]
     with pytest.raises(SAMLError, match=r"a-0: 31\.0 s long"):
-        training_samples(*tiny_en, long)
+        training_samples(bind(*tiny_en), long)
     with pytest.raises(SAMLError, match="a-0: over 30 s long, as all others"):
-        training_samples(*tiny_en, long, skip_long=True)
+        training_samples(bind(*tiny_en), long, skip_long=True)

@@ -9,19 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import load_corpus
 from saml_models.models import token_limits as limits
-from saml_models.models.registry import family_of
-from saml_models.models.whisper import family as whisper_family
+from saml_models.models.registry import bind
 from saml_models.models.whisper import greedy as greedy_module
+from saml_models.models.whisper import speech_model as whisper_speech
 from saml_models.models.whisper.greedy import can_decode, greedy
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.models.whisper.wheels import find_model
 from saml_models.models.whisper.windows import audio_mask, log_mel
 from saml_models.runtime.prefetch import ahead
-from saml_models.speakers.mixing import speaking
+from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.samples import training_samples
@@ -41,24 +40,24 @@ def no_loops(monkeypatch):
     """Random models say the same over and over: here they may, up to their limits."""
     monkeypatch.setattr(greedy_module, "repeated", lambda ids: 0)
     monkeypatch.setattr(limits, "repeated", lambda ids: 0)
-    for module in (greedy_module, whisper_family):
+    for module in (greedy_module, whisper_speech):
         monkeypatch.setattr(module, "is_loop", lambda ids, limit: False)
 
 
 def by_generate(monkeypatch, model, processor, clips, language=None):
     with monkeypatch.context() as patch:
-        patch.setattr(whisper_family, "can_decode", lambda model: False)
-        return decode_clips(model, processor, clips, language=language)
+        patch.setattr(whisper_speech, "can_decode", lambda model: False)
+        return decode_clips(bind(model, processor), clips, language=language)
 
 
 def test_pretrained_experts(monkeypatch, clips):
     model = load_adaptable("tiny.en")
-    found = decode_clips(*model, clips)
+    found = decode_clips(bind(*model), clips)
     assert found == by_generate(monkeypatch, *model, clips) and all(found)
 
 
 def test_full_precision(monkeypatch, tiny_en, clips):
-    found = decode_clips(*tiny_en, clips[:2])
+    found = decode_clips(bind(*tiny_en), clips[:2])
     assert found == by_generate(monkeypatch, *tiny_en, clips[:2]) and all(found)
 
 
@@ -70,10 +69,10 @@ def test_routers(monkeypatch, router, clips, no_loops):
     torch.manual_seed(0)
     apply_saml(model, SAMLConfig(router=router, rank=2, mix=mix, expert_init="lora"))
     with torch.no_grad():
-        for name, parameter in expert_parameters(model).items():
+        for name, parameter in model.saml.experts().items():
             parameter.add_(torch.randn_like(parameter) * (1.0 if "router" in name else 0.02))
     assert can_decode(model) == (router != "shared")
-    found = decode_clips(model, processor, clips[:3])
+    found = decode_clips(bind(model, processor), clips[:3])
     assert found == by_generate(monkeypatch, model, processor, clips[:3])
 
 
@@ -82,7 +81,7 @@ def test_multilingual(monkeypatch, language, clips):
     if find_model("base") is None:
         pytest.skip("base is not installed: pip install 'saml-kernels[base]'")
     model = load_model("base")
-    found = decode_clips(*model, clips[:2], language=language)
+    found = decode_clips(bind(*model), clips[:2], language=language)
     assert found == by_generate(monkeypatch, *model, clips[:2], language) and all(found)
 
 
@@ -95,9 +94,9 @@ def test_a_multilingual_model_learns_texts_as_it_decodes_them(monkeypatch, speec
         greedy_module, "_prompt", lambda *args: given.append(make(*args)) or given[-1]
     )
     utterances = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])[:2]
-    samples = training_samples(model, processor, utterances)
+    samples = training_samples(bind(model, processor), utterances)
     assert [s.language for s in samples] == ["en", "en"]
-    ids, prompt = family_of(model).token_ids(processor, samples[0].text, samples[0].language)
+    ids, prompt = bind(model, processor).token_ids(samples[0].text, samples[0].language)
     assert ids[:prompt] == given[0][0].tolist()
     # The first merge is missing from the published tokenizer.json: "Ġ", "the", "Ġ", "two".
     assert processor.tokenizer.tokenize(" the two") == ["Ġthe", "Ġtwo"]
@@ -118,7 +117,7 @@ def test_each_clip_stops_at_its_limit(tiny_en, clips, no_loops):
     [([3000] * 7, [3, 3, 1]), ([150], [1]), ([100, 200, 300], [3]), ([100] * 80 + [3000], [80, 1])],
 )
 def test_memory_bounds_what_is_decoded_together(frames, parts):
-    found = list(whisper_family._parts(frames))
+    found = list(whisper_speech._parts(frames))
     assert [s.stop - s.start for s in found] == parts
     assert [i for s in found for i in range(s.start, s.stop)] == list(range(len(frames)))
 
@@ -214,23 +213,23 @@ def test_a_replayed_step_of_many_speakers(replayed, router):
     model = small_whisper(layers=2)
     apply_saml(model, SAMLConfig(router=router, rank=2, num_experts=2, expert_init="lora"))
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.normal_(0, 0.2)
     own = SpeakerProfile.of(model, speaker="own", model="small")
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.normal_(0, 0.2)
     torch.manual_seed(1)
     windows = [(torch.randn(1, 80, f), torch.ones(1, f // 2) > 0) for f in (100, 200, 300)]
     limits = [30, 7, 19]
     speakers = [own, None, own]
-    with speaking(model, speakers):
+    with mixed_batch(model, speakers):
         found = greedy(model, windows, limits)
     assert replayed == [28] and [len(t) for t in found] == limits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greedy_module, "_replays", lambda device: False)
         for i, speaker in enumerate(speakers):
-            with speaking(model, [speaker]):
+            with mixed_batch(model, [speaker]):
                 assert greedy(model, windows[i : i + 1], limits[i : i + 1]) == [found[i]]
 
 
@@ -286,6 +285,6 @@ def _only_with_end(cls):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_gives_the_same_words(monkeypatch, clips):
     model, processor = load_adaptable("tiny.en", device="cuda")
-    found = decode_clips(model, processor, clips)
+    found = decode_clips(bind(model, processor), clips)
     monkeypatch.setattr(greedy_module, "_replays", lambda device: False)
-    assert decode_clips(model, processor, clips) == found and all(found)
+    assert decode_clips(bind(model, processor), clips) == found and all(found)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
-from saml_kernels.layers.context import Routing
+from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.conv import QuantizedConv1d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
 from saml_kernels.quantization.tensor import FORMATS
@@ -311,7 +311,7 @@ def test_configuration_to_json_and_back() -> None:
 
 
 def test_layers_of_a_model_share_their_routing() -> None:
-    routing = Routing()
+    routing = BatchContext()
     layers = [
         SAMLLinear.from_linear(linear(), SAMLConfig(balance=0.1), routing).train() for _ in range(2)
     ]

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from saml_kernels import SAMLError
 from saml_models.cli.main import app
-from saml_models.compress.layers import config_of, expert_parameters, routed_layers
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.speakers.identify import distance, embed, identify
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
@@ -57,20 +57,20 @@ def whole(experts, utterances):
 
 def test_gates_learn_and_leave_the_experts_alone(experts, utterances, tmp_path):
     model = experts[0]
-    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    before = {n: p.detach().clone() for n, p in model.saml.experts().items()}
     losses = []
     profile = adapt(
         *experts, utterances["1688"][:2], replace(GATES, epochs=2), kind="gates",
         on_step=lambda done, steps, loss: losses.append(loss),
     )  # fmt: skip
-    after = expert_parameters(model)
+    after = model.saml.experts()
     assert all(torch.equal(before[n], after[n]) and after[n].requires_grad for n in before)
     assert profile.kind == "gates" and profile.tensors["gates"].abs().max() > 0.01
     path = tmp_path / "g.safetensors"
     profile.save(path)
     assert path.stat().st_size < 5000  # half of it is the embedding and the header
     with SpeakerProfile.load(path).applied(model):
-        offsets = [layer.router.offset for layer in routed_layers(model).values()]
+        offsets = [layer.router.offset for layer in model.saml.layers.values()]
         assert all(offset is not None for offset in offsets)
     with pytest.raises(SAMLError, match="expected experts or gates"):
         adapt(*experts, utterances["1688"][:1], kind="doors")
@@ -78,12 +78,12 @@ def test_gates_learn_and_leave_the_experts_alone(experts, utterances, tmp_path):
 
 def test_a_true_text_is_surer_than_a_false_one(experts, utterances):
     clip = utterances["1688"][0].load()
-    (heard,) = decode_clips(*experts, [clip])
+    (heard,) = decode_clips(bind(*experts), [clip])
     model = experts[0]
-    right, wrong = (confidence(*experts, clip, t) for t in (heard, "Colourless green ideas."))
+    right, wrong = (confidence(bind(*experts), clip, t) for t in (heard, "Colourless green ideas."))
     assert wrong.log_prob < right.log_prob - 1 < 0
     assert 0 <= right.entropy < wrong.entropy
-    assert model.saml_routing.mask is None
+    assert model.saml.context.mask is None
 
 
 def test_which_labels_are_believed():
@@ -114,34 +114,34 @@ def test_without_transcripts(experts, utterances, monkeypatch):
 
 def test_the_guard_counts_words_that_change_with_the_speed(experts, utterances):
     clips = [u.load() for u in utterances["1688"][:2]]
-    changed, words = unsupervised.disagreement(*experts, clips, None)
+    changed, words = unsupervised.disagreement(bind(*experts), clips, None)
     assert 0 <= changed < 100
-    assert words == sum(len(t.split()) for t in decode_clips(*experts, clips))
-    labels = pseudo_labels(*experts, clips, beam_size=2)
+    assert words == sum(len(t.split()) for t in decode_clips(bind(*experts), clips))
+    labels = pseudo_labels(bind(*experts), clips, beam_size=2)
     assert all(label.text and 0 <= label.agreement <= 1 for label in labels)
 
 
 def test_the_nearest_of_the_enrolled(experts, utterances):
     clips = {s: [u.load() for u in us] for s, us in utterances.items()}
-    found = {s: embed(*experts, c[:4]) for s, c in clips.items()}
+    found = {s: embed(bind(*experts), c[:4]) for s, c in clips.items()}
     profiles = [
         replace(SpeakerProfile.of(experts[0], speaker=s), embedding=e) for s, e in found.items()
     ]
     for speaker, own in clips.items():
-        match = identify(*experts, own[5], profiles)
+        match = identify(bind(*experts), own[5], profiles)
         assert match.nearest == speaker and match.margin > 0 and speaker in str(match)
     assert distance(found["1688"], found["1688"]) == 0
     silence = torch.randn(32000, generator=torch.Generator().manual_seed(0)).numpy() * 0.3
-    nobody = identify(*experts, silence, profiles)
+    nobody = identify(bind(*experts), silence, profiles)
     assert nobody.profile is None and str(nobody).startswith("none of them")
     with pytest.raises(SAMLError, match="no embedding"):
-        identify(*experts, own[5], [replace(profiles[0], embedding=None)])
+        identify(bind(*experts), own[5], [replace(profiles[0], embedding=None)])
 
 
 def test_pruned_profiles_shrink_and_speak(experts, utterances, whole, tmp_path):
     model = experts[0]
     clips = [u.load() for u in utterances["1688"][:2]]
-    usage = measure_usage(*experts, clips, whole)
+    usage = measure_usage(bind(*experts), clips, whole)
     layers = len(usage.layers)
     torch.testing.assert_close(usage.gates.sum(1), torch.ones(layers), rtol=1e-3, atol=1e-3)
     assert (usage.shares > 0).all()
@@ -153,22 +153,22 @@ def test_pruned_profiles_shrink_and_speak(experts, utterances, whole, tmp_path):
     half.save(path)
     again = SpeakerProfile.load(path)
     assert again.kept == half.kept and again.hash == half.hash
-    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    before = {n: p.detach().clone() for n, p in model.saml.experts().items()}
     with again.applied(model):
-        left = sum(len(layer.lora_a) for layer in routed_layers(model).values())
+        left = sum(len(layer.lora_a) for layer in model.saml.layers.values())
         assert left == 2 * layers
-        alone = decode_clips(*experts, clips)
+        alone = decode_clips(bind(*experts), clips)
         with pytest.raises(SAMLError, match="pruned profile"):
             SpeakerProfile.of(model)
-    after = expert_parameters(model)
+    after = model.saml.experts()
     assert all(torch.equal(before[n], after[n]) for n in before)
-    assert decode_clips(*experts, clips, speakers=[again, again]) == alone
+    assert decode_clips(bind(*experts), clips, speakers=[again, again]) == alone
     for wrong, message in ((layers - 1, "expected"), (4 * layers + 1, "expected")):
         with pytest.raises(SAMLError, match=message):
             prune(whole, model, usage, wrong)
     for act in (
         lambda: prune(half, model, usage, layers),
-        lambda: measure_usage(*experts, clips, half),
+        lambda: measure_usage(bind(*experts), clips, half),
     ):
         with pytest.raises(SAMLError, match="whole profile"):
             act()
@@ -213,7 +213,7 @@ def test_the_commands_prune_export_and_import(whole, utterances, tmp_path):
     before, after = whole.experts(model), ProfileStore(store[1]).load("ann").experts(model)
     for name in (n for n in before if n.endswith("lora_b")):
         a = name.replace("lora_b", "lora_a")
-        expected = config_of(model).scaling * before[name] @ before[a]
+        expected = model.saml.config.scaling * before[name] @ before[a]
         torch.testing.assert_close(after[name] @ after[a], expected, rtol=2e-2, atol=1e-3)
 
 
@@ -316,7 +316,7 @@ def test_an_embedding_asks_nothing_behind_the_first_layer(experts, utterances):
     model, processor = experts
     hook = model.model.encoder.layers[1].register_forward_hook(lambda *_: pytest.fail("asked"))
     try:
-        found = embed(model, processor, [utterances["1688"][0].load()])
+        found = embed(bind(model, processor), [utterances["1688"][0].load()])
     finally:
         hook.remove()
     assert found.shape == (2, model.config.d_model) and found.isfinite().all()

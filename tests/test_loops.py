@@ -9,12 +9,11 @@ from synthetic import small_conformer, small_whisper
 
 from saml_kernels import SAMLConfig
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
 from saml_models.data.corpora import load_corpus
 from saml_models.models.loops import Tried, best_of, draws, is_loop, once, repeated
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.models.token_limits import OwnLimits, token_limit
-from saml_models.models.whisper import family as whisper_family
+from saml_models.models.whisper import speech_model as whisper_speech
 from saml_models.models.whisper.greedy import _listen, _say, _Step, greedy
 from saml_models.models.whisper.windows import audio_window
 from saml_models.speakers.pretrained import load_adaptable
@@ -113,7 +112,7 @@ def test_greedy(looping, router, monkeypatch):
     if router is not None:
         apply_saml(model, SAMLConfig(router=router, rank=2, num_experts=2, expert_init="lora"))
         with torch.no_grad():
-            for parameter in expert_parameters(model).values():
+            for parameter in model.saml.experts().values():
                 parameter.normal_(0, 0.1)
     limits = [90, 60, 75]
     with monkeypatch.context() as patch:  # as it was heard
@@ -158,8 +157,8 @@ def test_generate(looping, tiny_en, router):
     with torch.inference_mode():
         for beams in (1, 2):
             one = (beams, model, tiny_en[1], clips, [200, 350], None)
-            found = whisper_family._beams(*one)
-            assert found == whisper_family._beams(*one)
+            found = whisper_speech._beams(*one)
+            assert found == whisper_speech._beams(*one)
             assert not any(map(repeated, found)) and len(found) == len(limits)
 
 
@@ -195,9 +194,9 @@ def test_a_conformer(ctc):
         return found
 
     model.generate = watched
-    found = decode_clips(model, processor, clips)
+    found = decode_clips(bind(model, processor), clips)
     asked = len(heard)
-    assert found == decode_clips(model, processor, clips)
+    assert found == decode_clips(bind(model, processor), clips)
     assert asked == 1 if ctc else asked > 1  # sampled where there is no other text
     ids = [processor.tokenizer(t, add_special_tokens=False).input_ids for t in found]
     assert not any(map(repeated, ids))
@@ -218,10 +217,9 @@ def real(speech_root):
 def test_real_clips(real):
     """By the greedy loop they are said as often as they were said; with beams, with times too."""
     model, clips = real
-    said = decode_clips(*model, clips)
+    said = decode_clips(bind(*model), clips)
     assert said == ["I am in the grass.", "5, 8, 2, 9", "I read a lot of fiction."]
-    family = family_of(model[0])
-    assert all(len(t.split()) < 12 for t in family.hear(*model, clips, 2, "en"))
+    assert all(len(t.split()) < 12 for t in bind(*model).decode(clips, 2, "en"))
 
 
 def test_a_real_recording_with_times(real):

@@ -6,17 +6,10 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.compress.layers import (
-    expert_parameters,
-    kept_experts,
-    routed_layers,
-    routers_of,
-    routing_of,
-    weight_hash,
-)
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.speakers import mixing as voices
-from saml_models.speakers.mixing import speaking
+from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.transcription.clips import decode_clips
@@ -41,8 +34,8 @@ def clips(speech_root):
 def voice(model, seed, short=True):
     """A profile that hears other words than the pretrained experts, but words."""
     torch.manual_seed(seed)
-    with kept_experts(model):
-        for parameter in expert_parameters(model).values():
+    with model.saml.snapshot():
+        for parameter in model.saml.experts().values():
             parameter.mul_(1 + 2 * torch.randn_like(parameter))
         return SpeakerProfile.of(model, speaker=f"voice {seed}", short_windows=short)
 
@@ -50,8 +43,8 @@ def voice(model, seed, short=True):
 @torch.no_grad()
 def gates(model, seed):
     torch.manual_seed(seed)
-    with kept_experts(model):
-        for router in routers_of(model).values():
+    with model.saml.snapshot():
+        for router in model.saml.routers.values():
             router.offset = 3 * torch.randn(len(router.weight))
         return SpeakerProfile.of_gates(model, speaker=f"gates {seed}")
 
@@ -59,7 +52,7 @@ def gates(model, seed):
 def pruned(model, profile):
     """The profile with one expert less in every other layer, and two less in the first."""
     kept, tensors = {}, {}
-    for i, name in enumerate(routed_layers(model)):
+    for i, name in enumerate(model.saml.layers):
         kept[name] = [1, 2] if i == 0 else [0, 2, 3] if i % 2 else [0, 1, 2, 3]
     values = profile.experts(model)
     from saml_models.compress.packing import pack_experts
@@ -82,7 +75,7 @@ def profiles(experts):
 def test_nobody_hears_the_offsets_that_are_in_the_model(experts, profiles):
     model = experts[0]
     with profiles[10].applied(model):
-        expected = {f"{n}.offset": r.offset for n, r in routers_of(model).items()}
+        expected = {f"{n}.offset": r.offset for n, r in model.saml.routers.items()}
         found = {n: v for n, v in voices._values(model, None).items() if n.endswith(".offset")}
     assert expected and found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) for n in expected)
@@ -90,32 +83,32 @@ def test_nobody_hears_the_offsets_that_are_in_the_model(experts, profiles):
 
 def alone(experts, clips, profiles, beam_size=1):
     return [
-        decode_clips(*experts, [c], speakers=[p], beam_size=beam_size)[0]
+        decode_clips(bind(*experts), [c], speakers=[p], beam_size=beam_size)[0]
         for c, p in zip(clips, profiles, strict=True)
     ]
 
 
 def test_sixteen_speakers_have_the_words_each_has_alone(experts, clips, profiles):
-    before = weight_hash(experts[0])
+    before = experts[0].saml.weight_hash()
     expected = alone(experts, clips, profiles)
-    plain = decode_clips(*experts, clips)
+    plain = decode_clips(bind(*experts), clips)
     assert sum(a != b for a, b in zip(expected, plain, strict=True)) > 8  # the voices differ
-    assert decode_clips(*experts, clips, speakers=profiles) == expected
+    assert decode_clips(bind(*experts), clips, speakers=profiles) == expected
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = decode_clips(
         *experts, [clips[i] for i in order], speakers=[profiles[i] for i in order]
     )
     assert shuffled == [expected[i] for i in order]
-    assert weight_hash(experts[0]) == before
-    assert decode_clips(*experts, clips[:3]) == plain[:3]
-    for parameter in expert_parameters(experts[0]).values():  # pruned ones were in their place
+    assert experts[0].saml.weight_hash() == before
+    assert decode_clips(bind(*experts), clips[:3]) == plain[:3]
+    for parameter in experts[0].saml.experts().values():  # pruned ones were in their place
         parameter.requires_grad_(False).requires_grad_(True)
 
 
 def test_two_speakers_and_beams(experts, clips, profiles):
     chosen = [profiles[0], profiles[1], profiles[0], profiles[11]]
     expected = alone(experts, clips[:4], chosen, beam_size=3)
-    found = decode_clips(*experts, clips[:4], speakers=chosen, beam_size=3, batch_size=12)
+    found = decode_clips(bind(*experts), clips[:4], speakers=chosen, beam_size=3, batch_size=12)
     assert found == expected
     assert len(set(expected)) == 4
 
@@ -137,7 +130,7 @@ def test_transcribe_takes_lists(experts, clips, profiles, tmp_path):
         transcribe(*experts, mixed, [None, None])
     with pytest.raises(SAMLError, match="another model"):
         transcribe(*experts, mixed[:2], [profiles[0], replace(profiles[1], weight_hash="0")])
-    assert all(layer.voices is None for layer in routed_layers(experts[0]).values())
+    assert all(layer.speaker_experts is None for layer in experts[0].saml.layers.values())
 
 
 @pytest.mark.slow
@@ -163,14 +156,14 @@ def test_a_model_whose_layers_share_routers_hears_speaker_by_speaker(tiny_en, cl
     apply_saml(model, SAMLConfig.paper())
     speakers = [voice(model, 0), voice(model, 1), None]
     expected = alone((model, tiny_en[1]), clips[:3], speakers)
-    assert decode_clips(model, tiny_en[1], clips[:3], speakers=speakers) == expected
+    assert decode_clips(bind(model, tiny_en[1]), clips[:3], speakers=speakers) == expected
 
 
 def test_an_error_in_the_block_gives_the_layers_back(experts, profiles):
     model = experts[0]
-    with pytest.raises(KeyError), speaking(model, profiles[:2]):
-        assert routing_of(model).speakers is not None
+    with pytest.raises(KeyError), mixed_batch(model, profiles[:2]):
+        assert model.saml.context.speakers is not None
         raise KeyError
-    assert routing_of(model).speakers is None
-    assert all(layer.voices is None for layer in routed_layers(model).values())
-    assert model.saml_short_windows
+    assert model.saml.context.speakers is None
+    assert all(layer.speaker_experts is None for layer in model.saml.layers.values())
+    assert model.saml.short_windows

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig, SAMLLinear
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
 from saml_models.models.whisper.windows import audio_window
 
 FRAMES = 60
@@ -100,7 +99,7 @@ def model() -> Any:
     apply_saml(whisper, SAMLConfig.paper())
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in expert_parameters(whisper).values():
+        for parameter in whisper.saml.experts().values():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return whisper
 
@@ -173,5 +172,5 @@ def test_everything_is_trained(model: Any) -> None:
     with audio_window(model, FRAMES):
         out = model(input_features=features(), decoder_input_ids=torch.tensor([[1, 5, 9]] * 2))
     out.logits.square().mean().backward()
-    for name, parameter in expert_parameters(model).items():
+    for name, parameter in model.saml.experts().items():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name

@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 from saml_kernels import SAMLConfig, SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
@@ -29,7 +28,7 @@ def make(**settings: Any) -> Any:
     apply_saml(model, SAMLConfig(**{"num_experts": 2, "rank": 2, **settings}))
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.copy_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -138,7 +137,7 @@ def test_other_dtypes_and_back(dtype: torch.dtype) -> None:
 
 def test_meta_and_counts() -> None:
     model = make()
-    trainable = sum(p.numel() for p in expert_parameters(model).values())
+    trainable = sum(p.numel() for p in model.saml.experts().values())
     assert model.num_parameters(only_trainable=True) == trainable
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
     assert model.get_memory_footprint() >= sum(b.nbytes for b in model.buffers())
@@ -155,7 +154,7 @@ def test_gradient_checkpointing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(input_features=MEL, labels=IDS).loss.backward()
-        found.append({n: p.grad for n, p in expert_parameters(model).items()})
+        found.append({n: p.grad for n, p in model.saml.experts().items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
 

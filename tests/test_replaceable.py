@@ -15,13 +15,13 @@ from torch.nn.utils import parametrizations, prune
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
 from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
-from saml_models.compress.apply import SurgeryReport, apply_saml
+from saml_models.compress.apply import CompressionReport, apply_saml
 
 # Eight bits: what is left of the difference is rounding, and whatever is wrong stands out.
 EIGHT = SAMLConfig(num_experts=0, format="int8", block_size=32)
 
 
-def treated(model: nn.Module, config: SAMLConfig = EIGHT) -> tuple[nn.Module, SurgeryReport]:
+def treated(model: nn.Module, config: SAMLConfig = EIGHT) -> tuple[nn.Module, CompressionReport]:
     twin = copy.deepcopy(model).eval()
     return twin, apply_saml(twin, config)
 
@@ -250,7 +250,7 @@ def test_a_model_with_nothing_to_replace_is_refused() -> None:
         with pytest.raises(SAMLError, match=message):
             apply_saml(model, EIGHT)
         assert all(p.requires_grad for p in model.parameters())
-        assert not hasattr(model, "saml_config")
+        assert not hasattr(model, "saml")
 
 
 def test_subclasses_keep_their_own_forward() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_kernels.layers.context import Routing
+from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.routers import (
     AttentionPooling,
     SharedRouter,
@@ -27,7 +27,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_token_router_looks_at_each_token_alone() -> None:
-    router = filled(TokenRouter(WIDTH, SAMLConfig(), Routing()))
+    router = filled(TokenRouter(WIDTH, SAMLConfig(), BatchContext()))
     x = torch.randn(2, 5, WIDTH)
     gates = router(x)
     assert gates.shape == (2, 5, 4)
@@ -38,16 +38,16 @@ def test_token_router_looks_at_each_token_alone() -> None:
 def test_routers_start_with_equal_shares() -> None:
     x = torch.randn(2, 5, WIDTH)
     for router in (
-        TokenRouter(WIDTH, SAMLConfig(), Routing()),
-        UtteranceRouter(WIDTH, SAMLConfig(), Routing()),
-        SpeakerRouter(SAMLConfig(), Routing()),
+        TokenRouter(WIDTH, SAMLConfig(), BatchContext()),
+        UtteranceRouter(WIDTH, SAMLConfig(), BatchContext()),
+        SpeakerRouter(SAMLConfig(), BatchContext()),
     ):
         gates = router(x)
         torch.testing.assert_close(gates, torch.full_like(gates, 0.25))
 
 
 def test_utterance_router_is_deaf_to_masked_padding() -> None:
-    routing = Routing()
+    routing = BatchContext()
     router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing))
     x = torch.randn(2, 6, WIDTH)
     routing.mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
@@ -68,22 +68,22 @@ def _without_mask(router: UtteranceRouter, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_mask_follows_beams_and_keeps_off_other_windows() -> None:
-    routing = Routing(mask=torch.tensor([[True, False], [True, True]]))
+    routing = BatchContext(mask=torch.tensor([[True, False], [True, True]]))
     expected = torch.tensor([[1.0, 0]] * 3 + [[1, 1]] * 3).bool()
     assert torch.equal(routing.mask_for(torch.zeros(6, 2, WIDTH)), expected)
     assert routing.mask_for(torch.zeros(2, 3, WIDTH)) is None
     assert routing.mask_for(torch.zeros(3, 2, WIDTH)) is None
-    assert Routing().mask_for(torch.zeros(2, 2, WIDTH)) is None
+    assert BatchContext().mask_for(torch.zeros(2, 2, WIDTH)) is None
 
 
 def test_a_clip_masked_entirely_gives_finite_gates() -> None:
-    routing = Routing(mask=torch.zeros(1, 4, dtype=torch.bool))
+    routing = BatchContext(mask=torch.zeros(1, 4, dtype=torch.bool))
     router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing))
     assert torch.isfinite(router(torch.randn(1, 4, WIDTH))).all()
 
 
 def test_decoder_reads_the_encoded_clip() -> None:
-    routing = Routing(clip=torch.randn(2, WIDTH))
+    routing = BatchContext(clip=torch.randn(2, WIDTH))
     router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing, clip_width=WIDTH))
     gates = router(torch.randn(6, 1, WIDTH))  # three beams a clip
     want = torch.softmax(routing.clip @ router.weight.T, -1).repeat_interleave(3, 0)
@@ -96,27 +96,27 @@ def test_decoder_reads_the_encoded_clip() -> None:
 
 
 def test_speaker_router_does_not_look() -> None:
-    router = filled(SpeakerRouter(SAMLConfig(), Routing()))
+    router = filled(SpeakerRouter(SAMLConfig(), BatchContext()))
     assert torch.equal(router(torch.randn(2, 5, WIDTH)), router(torch.zeros(1, 9, WIDTH)))
 
 
 def test_top_k_keeps_the_largest_and_renormalises() -> None:
     logits = torch.tensor([[2.0, -1.0, 1.0, 0.0]])
-    gates = gates_from_logits(logits, SAMLConfig(top_k=2), Routing(), training=False)
+    gates = gates_from_logits(logits, SAMLConfig(top_k=2), BatchContext(), training=False)
     assert torch.equal(gates > 0, torch.tensor([[True, False, True, False]]))
     torch.testing.assert_close(gates[0, [0, 2]], torch.softmax(logits[0, [0, 2]], -1))
-    whole = gates_from_logits(logits, SAMLConfig(top_k=4), Routing(), training=False)
+    whole = gates_from_logits(logits, SAMLConfig(top_k=4), BatchContext(), training=False)
     torch.testing.assert_close(whole, torch.softmax(logits, -1))
 
 
 def test_temperature_sharpens() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, 0.0])
-    gates = gates_from_logits(logits, SAMLConfig(temperature=0.5), Routing(), training=False)
+    gates = gates_from_logits(logits, SAMLConfig(temperature=0.5), BatchContext(), training=False)
     torch.testing.assert_close(gates, torch.softmax(2 * logits, -1))
 
 
 def test_balance_is_smallest_for_an_even_load() -> None:
-    config, routing = SAMLConfig(balance=0.01), Routing()
+    config, routing = SAMLConfig(balance=0.01), BatchContext()
     even = 20 * torch.eye(4)
     one_sided = even[:1].expand(4, 4)
     gates_from_logits(even, config, routing, training=True)
@@ -132,7 +132,7 @@ def test_balance_is_smallest_for_an_even_load() -> None:
 
 def test_balance_pushes_towards_an_even_load() -> None:
     logits = torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0]], requires_grad=True)
-    routing = Routing()
+    routing = BatchContext()
     gates_from_logits(logits, SAMLConfig(balance=1.0), routing, training=True)
     loss = routing.balance_loss()
     assert loss is not None
@@ -150,7 +150,7 @@ def test_attention_pooling_masks() -> None:
 
 
 def test_shared_router_of_text_ignores_the_audio_mask() -> None:
-    routing = Routing(mask=torch.tensor([[True, False, False]]))
+    routing = BatchContext(mask=torch.tensor([[True, False, False]]))
     x = torch.randn(1, 3, WIDTH)
     text = filled(SharedRouter(WIDTH, SAMLConfig.paper(), routing, text=True))
     audio = filled(SharedRouter(WIDTH, SAMLConfig.paper(), routing))
@@ -161,6 +161,6 @@ def test_shared_router_of_text_ignores_the_audio_mask() -> None:
 
 
 def test_shared_cross_router_needs_the_encoder() -> None:
-    router = SharedRouter(WIDTH, SAMLConfig.paper(), Routing(), cross=True)
+    router = SharedRouter(WIDTH, SAMLConfig.paper(), BatchContext(), cross=True)
     with pytest.raises(SAMLError, match="encoder's output"):
         router(torch.randn(1, 3, WIDTH))

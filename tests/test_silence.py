@@ -11,6 +11,7 @@ from saml_kernels.errors import SAMLWarning
 from saml_models.data.audio import load_audio
 from saml_models.data.corpora import load_corpus
 from saml_models.data.silence import has_speech
+from saml_models.models.registry import bind
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.transcription.clips import decode_clips
 from saml_models.transcription.recordings import transcribe
@@ -87,7 +88,7 @@ def model(request):
 
 def test_both_routes_say_nothing(model, speech):
     clips = [NOTHING[name] for name in ("digital silence", "noise", "hum")]
-    texts = decode_clips(*model, [*clips, speech])
+    texts = decode_clips(bind(*model), [*clips, speech])
     assert texts[:3] == [""] * 3 and texts[3]
     for clip in clips:
         found = transcribe(*model, clip)
@@ -106,16 +107,15 @@ def test_a_conformer_goes_by_energy():
     model, processor = small_conformer()
     torch.manual_seed(0)
     loud = (torch.randn(32000) * torch.linspace(0.001, 1, 32000)).numpy()
-    asked = decode_clips(model, processor, [loud, NOTHING["noise"]])
+    asked = decode_clips(bind(model, processor), [loud, NOTHING["noise"]])
     assert asked[1] == "" and asked[0] == model_text(model, processor, loud)
     assert transcribe(model, processor, NOTHING["digital silence"]).segments == []
 
 
 def model_text(model, processor, clip):
-    from saml_models.models.registry import family_of
 
     with torch.inference_mode():
-        return family_of(model).hear(model, processor, [clip], 1, None)[0]
+        return bind(model, processor).decode([clip], 1, None)[0]
 
 
 @pytest.mark.parametrize("name", ["antiphase.wav", "antiphase.mp3"])
@@ -140,8 +140,8 @@ def test_a_short_clip_has_one_window_by_every_route(speech, monkeypatch):
         lambda module, args: seen.append(args[0].shape[-1])
     )
     clip = speech[: 16000 * 3]
-    decode_clips(network, processor, [clip])
-    decode_clips(network, processor, [clip], beam_size=2)
+    decode_clips(bind(network, processor), [clip])
+    decode_clips(bind(network, processor), [clip], beam_size=2)
     transcribe(network, processor, clip)
     hook.remove()
     assert len(seen) >= 3 and set(seen) == {1300}

@@ -18,13 +18,6 @@ from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import (
-    expert_parameters,
-    experts_hash,
-    kept_experts,
-    routers_of,
-    weight_hash,
-)
 from saml_models.runtime.tensors import read_tensors
 from saml_models.speakers.profile import SpeakerProfile
 
@@ -42,12 +35,12 @@ def make(seed: int = 0, config: SAMLConfig = CONFIG, voice: int | None = None) -
 def speak_as(model: Any, voice: int) -> None:
     torch.manual_seed(voice)
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.copy_(torch.randn_like(parameter) * 0.05)
 
 
 def experts(model: Any) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in expert_parameters(model).values()]
+    return [p.detach().clone() for p in model.saml.experts().values()]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -57,7 +50,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("expert_format", ["int8", "float16"])
 def test_save_and_load(expert_format: Any, tmp_path: Path) -> None:
     model = make(config=replace(CONFIG, expert_format=expert_format), voice=1)
-    model.saml_short_windows = True
+    model.saml.short_windows = True
     profile = SpeakerProfile.of(model, speaker="1688", model="tiny.en", utterances=20)
     profile.save(tmp_path / "a.safetensors")
     again = SpeakerProfile.load(tmp_path / "a.safetensors")
@@ -65,11 +58,11 @@ def test_save_and_load(expert_format: Any, tmp_path: Path) -> None:
     assert again.about == profile.about
     assert again.about["speaker"] == "1688"
     assert again.about["model"] == "tiny.en"
-    assert again.config == model.saml_config.to_dict()
+    assert again.config == model.saml.config.to_dict()
     assert again.nbytes == sum(t.numel() * t.element_size() for t in again.tensors.values())
     other = make(config=replace(CONFIG, expert_format=expert_format))
     again.apply(other)
-    assert other.saml_short_windows is True
+    assert other.saml.short_windows is True
     assert SpeakerProfile.of(other).hash == profile.hash
     torch.testing.assert_close(experts(other), experts(model), rtol=0.01, atol=2e-3)
 
@@ -248,7 +241,7 @@ def test_killed_while_saving_the_old_file_is_whole(tmp_path: Path) -> None:
 def test_gates_are_tiny_and_belong_to_their_experts(tmp_path: Path) -> None:
     model = make(voice=1)
     before = experts(model)
-    routers = list(routers_of(model).values())
+    routers = list(model.saml.routers.values())
     for i, router in enumerate(routers):
         router.offset = torch.tensor([0.25 * i, -0.5])
     profile = SpeakerProfile.of_gates(model, speaker="ann")
@@ -260,7 +253,7 @@ def test_gates_are_tiny_and_belong_to_their_experts(tmp_path: Path) -> None:
     assert again.kind == "gates" and again.hash == profile.hash
 
     other = make(voice=1)
-    ours = list(routers_of(other).values())
+    ours = list(other.saml.routers.values())
     with again.applied(other):
         assert all(torch.equal(a.offset, b.offset) for a, b in zip(ours, routers, strict=True))
         assert same(experts(other), before)
@@ -289,20 +282,20 @@ def test_the_hash_of_the_weights_is_remembered_until_they_change() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saml_models.compress.checkpoint.hashlib.sha256", counted)
-        first = weight_hash(model)
+        first = model.saml.weight_hash()
         asked = len(digests)
-        assert weight_hash(model) == first and len(digests) == asked
+        assert model.saml.weight_hash() == first and len(digests) == asked
         codes = model.model.encoder.layers[0].fc1.weight.codes
         codes[0] ^= 1
-        second = weight_hash(model)
+        second = model.saml.weight_hash()
         assert second != first
         codes[0] ^= 1
-        assert weight_hash(model) == first
+        assert model.saml.weight_hash() == first
         model.model.encoder.layers[0].fc1.weight.codes = codes.clone()
         asked = len(digests)
-        assert weight_hash(model) == first and len(digests) == asked + 1
-    inside = experts_hash(model)
-    with kept_experts(model):
+        assert model.saml.weight_hash() == first and len(digests) == asked + 1
+    inside = model.saml.experts_hash()
+    with model.saml.snapshot():
         speak_as(model, 2)
-        assert experts_hash(model) != inside
-    assert experts_hash(model) == inside
+        assert model.saml.experts_hash() != inside
+    assert model.saml.experts_hash() == inside

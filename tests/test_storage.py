@@ -18,7 +18,6 @@ from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress import checkpoint as storage
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import load_saml, save_saml
-from saml_models.compress.layers import expert_parameters, round_experts
 from saml_models.compress.loading import load_model
 from saml_models.compress.packing import pack_experts, unpack_expert
 
@@ -30,7 +29,7 @@ def trained(model: Any) -> Any:
     """Experts moved off their starting point by something that int8 cannot hold exactly."""
     torch.manual_seed(8)
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -74,19 +73,19 @@ def test_logits_come_back_bit_for_bit(
     config = SAMLConfig(**{**base, **settings}, expert_format=expert_format)
     apply_saml(model, config)
     trained(model)
-    model.saml_short_windows = True
+    model.saml.short_windows = True
     size = save_saml(model, processor, tmp_path / "m")
     expected = logits(model)
     again, words = load_saml(tmp_path / "m")
     assert torch.equal(logits(again), expected)
-    assert again.saml_config == config
-    assert again.saml_short_windows is True
+    assert again.saml.config == config
+    assert again.saml.short_windows is True
     assert not again.training
     assert words.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     files = [tmp_path / "m" / name for name in ("model.safetensors", "saml.json")]
     assert size == sum(f.stat().st_size for f in files)
     trainable = {n for n, p in again.named_parameters() if p.requires_grad}
-    assert trainable == set(expert_parameters(model))
+    assert trainable == set(model.saml.experts())
 
 
 def test_a_newer_file_is_refused(processor: Any, tmp_path: Path) -> None:
@@ -183,11 +182,11 @@ def test_rounding_experts_is_idempotent(expert_format: Any) -> None:
     model = small_whisper()
     apply_saml(model, SAMLConfig(num_experts=2, rank=2, expert_format=expert_format))
     trained(model)
-    before = {n: p.clone() for n, p in expert_parameters(model).items()}
-    round_experts(model)
-    once = {n: p.clone() for n, p in expert_parameters(model).items()}
-    round_experts(model)
-    for name, parameter in expert_parameters(model).items():
+    before = {n: p.clone() for n, p in model.saml.experts().items()}
+    model.saml.round_experts()
+    once = {n: p.clone() for n, p in model.saml.experts().items()}
+    model.saml.round_experts()
+    for name, parameter in model.saml.experts().items():
         assert torch.equal(parameter, once[name])
         error = (once[name] - before[name]).abs().max()
         assert 0 < error <= before[name].abs().max() / 200

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from saml_kernels import SAMLError
 from saml_models.cli.main import app
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import routed_layers
 from saml_models.speakers.choice import choose_speakers, read_map
 from saml_models.speakers.peft import export_experts, import_adapters
 from saml_models.speakers.pretrained import profile_config
@@ -88,7 +87,7 @@ def test_an_adapter_for_each_expert_there_and_back(tmp_path):
     assert [p.name for p in written] == ["expert-0", "expert-1"]
     settings = json.loads((written[1] / "adapter_config.json").read_text())
     assert settings["r"] == 2 and settings["lora_alpha"] == CONFIG.alpha
-    name, layer = next(iter(routed_layers(model).items()))
+    name, layer = next(iter(model.saml.layers.items()))
     tensors = load_file(written[1] / "adapter_model.safetensors")
     torch.testing.assert_close(
         tensors[f"base_model.model.{name}.lora_A.weight"],
@@ -99,9 +98,9 @@ def test_an_adapter_for_each_expert_there_and_back(tmp_path):
     apply_saml(other, profile_config(back))
     back.apply(other)
     # The same experts, with equal shares instead of a learnt router.
-    for ours in routed_layers(model).values():
+    for ours in model.saml.layers.values():
         torch.nn.init.zeros_(ours.router.weight)
-    theirs = routed_layers(other)[name]
+    theirs = other.saml.layers[name]
     x = torch.randn(3, layer.in_features)
     torch.testing.assert_close(theirs(x), layer(x), rtol=2e-3, atol=2e-3)
 
@@ -187,10 +186,10 @@ def test_peft_hears_an_exported_expert(tmp_path):
     (folder,) = export_experts(profile, model, tmp_path)
     dense = small_whisper(0)
     with torch.no_grad():
-        for name, module in list(routed_layers(model).items()):
+        for name, module in list(model.saml.layers.items()):
             dense.get_submodule(name).weight.copy_(module.weight.dequantize())
     theirs = peft.PeftModel.from_pretrained(dense, folder).eval()
-    for name, layer in routed_layers(model).items():
+    for name, layer in model.saml.layers.items():
         x = torch.randn(2, layer.in_features)
         found = theirs.base_model.model.get_submodule(name)(x)
         torch.testing.assert_close(found, layer(x), rtol=1e-3, atol=2e-3)

@@ -14,7 +14,7 @@ from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
 from saml_kernels.layers.conv import QuantizedConv1d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import config_of, expert_parameters, quantised_tensors, routing_of
+from saml_models.compress.layers import compression_of, quantised_tensors
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
@@ -53,8 +53,8 @@ def test_only_experts_and_routers_are_trainable() -> None:
     model = small_whisper()
     report = apply_saml(model, SAMLConfig(num_experts=2, rank=2))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == set(expert_parameters(model))
-    assert sum(p.numel() for p in expert_parameters(model).values()) == report.trainable
+    assert trainable == set(model.saml.experts())
+    assert sum(p.numel() for p in model.saml.experts().values()) == report.trainable
     assert {n.rsplit(".", 1)[-1] for n in trainable} == {"lora_a", "lora_b", "weight"}
 
 
@@ -68,7 +68,7 @@ def test_int8_without_experts_is_close_and_the_head_stays_tied() -> None:
     table = model.model.decoder.embed_tokens.weight.dequantize()
     x = torch.randn(2, 64)
     torch.testing.assert_close(model.proj_out(x), x @ table.T, rtol=1e-4, atol=1e-4)
-    assert not expert_parameters(model)
+    assert not model.saml.experts()
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_loftq_brings_the_model_closer_to_the_original() -> None:
 def test_experts_on_attention_only() -> None:
     model = small_whisper()
     apply_saml(model, SAMLConfig(targets="attention", num_experts=2, rank=2))
-    assert all("_proj." in name for name in expert_parameters(model))
+    assert all("_proj." in name for name in model.saml.experts())
     assert isinstance(model.model.encoder.layers[0].fc1, SAMLLinear)
 
 
@@ -95,14 +95,14 @@ def test_a_deep_copy_stands_on_its_own(router: Any) -> None:
     mix = "merged" if router == "shared" else "sum"
     model = small_whisper()
     apply_saml(model, SAMLConfig(router=router, mix=mix, num_experts=2, rank=2))
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         parameter.add_(torch.randn_like(parameter) * 0.1)
     twin = copy.deepcopy(model)
-    assert twin.saml_routing is not model.saml_routing
+    assert twin.saml.context is not model.saml.context
     assert twin.proj_out._tied[0] is twin.model.decoder.embed_tokens
     expected = model(input_features=MEL, decoder_input_ids=IDS).logits
     model(input_features=MEL.flip(-1), decoder_input_ids=IDS)
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         parameter.zero_()
     assert torch.equal(twin(input_features=MEL, decoder_input_ids=IDS).logits, expected)
 
@@ -111,14 +111,14 @@ def test_a_deep_copy_stands_on_its_own(router: Any) -> None:
 def test_utterance_router_hears_the_clip_in_every_decoder_layer() -> None:
     model = small_whisper()
     apply_saml(model, SAMLConfig(router="utterance", num_experts=2, rank=2))
-    for parameter in expert_parameters(model).values():
+    for parameter in model.saml.experts().values():
         parameter.add_(torch.randn_like(parameter) * 0.3)
     features = torch.cat((MEL, MEL.flip(-1)))
     together = model(input_features=features, decoder_input_ids=IDS.expand(2, -1)).logits
     alone = model(input_features=features[1:], decoder_input_ids=IDS).logits
     torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
     kept = torch.ones(1, 1500, dtype=torch.bool)
-    routing_of(model).mask = kept
+    model.saml.context.mask = kept
     torch.testing.assert_close(
         model(input_features=features[1:], decoder_input_ids=IDS).logits, alone
     )
@@ -144,7 +144,7 @@ def test_convolutions_of_a_conformer_block() -> None:
     assert [type(m) for m in block] == [SAMLPointwiseConv1d, nn.Conv1d, QuantizedConv1d, SAMLLinear]
     assert block(torch.randn(2, 64, 128)).shape == (2, 64, 64)
     assert report.parameters > report.trainable > 0
-    assert len(expert_parameters(block)) == 6
+    assert len(block.saml.experts()) == 6
     assert len(quantised_tensors(block)) == 3
 
 
@@ -159,9 +159,7 @@ def test_half_precision_model() -> None:
 def test_refusals() -> None:
     model = small_whisper()
     with pytest.raises(SAMLError, match="no SAML layers"):
-        routing_of(model)
-    with pytest.raises(SAMLError, match="no SAML layers"):
-        config_of(model)
+        compression_of(model)
     with pytest.raises(SAMLError, match="encoder and a decoder"):
         apply_saml(nn.Sequential(nn.Linear(64, 64)), SAMLConfig.paper())
     apply_saml(model, SAMLConfig(num_experts=0))

@@ -13,7 +13,7 @@ from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance, load_corpus
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.models.targets import check_target, plain_tokens
 from saml_models.training import adapt as adaptation
 from saml_models.training.adapt import adapt
@@ -46,7 +46,7 @@ def model() -> Any:
 @pytest.mark.parametrize("text", TYPED)
 def test_typed_control_tokens_are_text(tiny_en: Any, text: str) -> None:
     tokenizer = tiny_en[1].tokenizer
-    ids, prompt = family_of(tiny_en[0]).token_ids(tiny_en[1], text)
+    ids, prompt = bind(*tiny_en).token_ids(text)
     assert ids[-1] == tokenizer.eos_token_id
     words = ids[prompt:-1]
     assert all(i < tokenizer.eos_token_id for i in words)
@@ -71,7 +71,7 @@ def test_a_text_longer_than_the_decoder_is_refused(tiny_en: Any) -> None:
     check_target(network, "fits", [0] * 448)
     with pytest.raises(SAMLError, match=r"^long: its text is 449 tokens long, .* takes 448"):
         check_target(network, "long", [0] * 449)
-    ids, _ = family_of(network).token_ids(tiny_en[1], "word " * 500)
+    ids, _ = bind(network, tiny_en[1]).token_ids("word " * 500)
     assert len(ids) == 503 and ids[-1] == tiny_en[1].tokenizer.eos_token_id
 
 
@@ -95,5 +95,5 @@ def test_a_bare_text_is_counted_as_it_is_learnt(
     tokens = plain_tokens(tiny_en[1].tokenizer, " " + text.strip())
     assert len(tokens) > 448
     monkeypatch.setattr(adaptation, "decode_clips", lambda *a, **o: [""])
-    (sample,) = training_samples(model(), tiny_en[1], [replace(utterance, text=text)])
+    (sample,) = training_samples(bind(model(), tiny_en[1]), [replace(utterance, text=text)])
     assert sample.text.lower() == text.lower().strip()

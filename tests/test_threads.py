@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -101,19 +102,21 @@ def test_each_thread_has_its_own_block(monkeypatch):
 def test_clips_are_decoded_so(monkeypatch):
     seen = []
 
-    class Family:
-        def hear(self, model, processor, clips, beam_size, language):
+    class Speech:
+        network = torch.nn.Linear(1, 1)
+        evaluating = staticmethod(nullcontext)
+
+        def decode(self, clips, beam_size, language):
             seen.append(torch.get_num_threads())
             others_take(monkeypatch, 2.0)
             return ["" for _ in clips]
 
-        def no_speech(self, model, processor, clip):
+        def no_speech(self, clip):
             return 0.0
 
-    monkeypatch.setattr(decoding, "family_of", lambda model: Family())
     others_take(monkeypatch, 1.0)
     clips = [np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)] * 2
-    decoding.decode_clips(torch.nn.Linear(1, 1), None, clips, batch_size=1)
+    decoding.decode_clips(Speech(), clips, batch_size=1)
     assert seen == [3, 2] and torch.get_num_threads() == 4
 
 

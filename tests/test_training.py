@@ -16,9 +16,8 @@ from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters, round_experts, routing_of
 from saml_models.data.corpora import Utterance, load_corpus
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.training import batches
 from saml_models.training import loop as training
 from saml_models.training.adapt import adapt
@@ -64,7 +63,7 @@ def make(config: SAMLConfig = CONFIG) -> Any:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    return {n: p.detach().clone() for n, p in model.saml.experts().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -74,7 +73,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_en: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
     model = make()
-    report = fit(model, tiny_en[1], samples, OPTIONS)
+    report = fit(bind(model, tiny_en[1]), samples, OPTIONS)
     assert report.steps == 6
     return weights(model)
 
@@ -95,10 +94,10 @@ def test_the_loss_falls_and_only_experts_change(tiny_en: Any, samples: list[Samp
     for name, value in frozen.items():
         assert torch.equal(model.state_dict()[name], value), name
     assert not model.training
-    assert routing_of(model).mask is None
+    assert model.saml.context.mask is None
     assert model.config.max_source_positions == 1500
     rounded = weights(model)
-    round_experts(model)
+    model.saml.round_experts()
     assert equal(weights(model), rounded)
 
 
@@ -114,17 +113,17 @@ def test_a_killed_run_resumes_to_the_same_weights(
 
     model = make()
     with pytest.raises(Killed):
-        fit(model, tiny_en[1], samples, OPTIONS, path, kill)
+        fit(bind(model, tiny_en[1]), samples, OPTIONS, path, kill)
     assert path.exists()
     assert not model.training
-    assert routing_of(model).mask is None
+    assert model.saml.context.mask is None
     seen = []
     again = make()
-    fit(again, tiny_en[1], samples, OPTIONS, path, lambda done, *_: seen.append(done))
+    fit(bind(again, tiny_en[1]), samples, OPTIONS, path, lambda done, *_: seen.append(done))
     assert seen == list(range(killed_after + 1, 7))
     assert equal(weights(again), uninterrupted)
     assert path.exists()  # until the result is saved
-    losses = fit(model, tiny_en[1], samples, OPTIONS, path, lambda *_: 1 / 0)
+    losses = fit(bind(model, tiny_en[1]), samples, OPTIONS, path, lambda *_: 1 / 0)
     assert losses.last_loss > 0 and equal(weights(model), uninterrupted)
     forget(path)
     assert not path.exists()
@@ -142,8 +141,8 @@ def test_the_same_model_may_resume_too(
     model = make()
     every_second = replace(OPTIONS, checkpoint_every=2)  # step 5 is lost and done again
     with pytest.raises(Killed):
-        fit(model, tiny_en[1], samples, every_second, path, kill)
-    fit(model, tiny_en[1], samples, OPTIONS, path)
+        fit(bind(model, tiny_en[1]), samples, every_second, path, kill)
+    fit(bind(model, tiny_en[1]), samples, OPTIONS, path)
     assert equal(weights(model), uninterrupted)
 
 
@@ -155,7 +154,7 @@ def checkpoint(tiny_en: Any, samples: list[Sample], tmp_path: Path) -> Path:
         raise Killed
 
     with pytest.raises(Killed):
-        fit(make(), tiny_en[1], samples, OPTIONS, path, kill)
+        fit(bind(make(), tiny_en[1]), samples, OPTIONS, path, kill)
     return path
 
 
@@ -171,7 +170,7 @@ def test_a_checkpoint_of_another_run_is_refused(
         (samples, OPTIONS, make(replace(CONFIG, top_k=1))),
     ]:
         with pytest.raises(SAMLError, match="other data or options"):
-            fit(model, tiny_en[1], data, options, checkpoint)
+            fit(bind(model, tiny_en[1]), data, options, checkpoint)
     assert checkpoint.read_bytes() == before
 
 
@@ -180,12 +179,12 @@ def test_a_damaged_checkpoint_is_refused(
 ) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(SAMLError, match="not a whole safetensors file"):
-        fit(make(), tiny_en[1], samples, OPTIONS, checkpoint)
+        fit(bind(make(), tiny_en[1]), samples, OPTIONS, checkpoint)
 
 
 def test_nothing_to_learn_from(tiny_en: Any) -> None:
     with pytest.raises(SAMLError, match="no clips"):
-        fit(make(), tiny_en[1], [], OPTIONS)
+        fit(bind(make(), tiny_en[1]), [], OPTIONS)
     with pytest.raises(SAMLError, match="no utterances"):
         adapt(make(), tiny_en[1], [])
 
@@ -194,7 +193,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_en: Any, samples: list[Sampl
     broken = Sample(lambda: np.full(32000, np.nan, np.float32), 2.0, "Hello.")
     model = make()
     with pytest.raises(SAMLError, match="loss is nan"):
-        fit(model, tiny_en[1], [broken], OPTIONS)
+        fit(bind(model, tiny_en[1]), [broken], OPTIONS)
     assert not model.training
 
 
@@ -221,8 +220,7 @@ def test_schedule_warms_up_and_falls() -> None:
 
 def test_targets_leave_out_the_prompt_and_the_padding(tiny_en: Any, samples: list[Sample]) -> None:
     tokenizer = tiny_en[1].tokenizer
-    family = family_of(tiny_en[0])
-    make_batch = batches.BatchMaker(family, tiny_en[1], samples, OPTIONS)
+    make_batch = batches.BatchMaker(bind(*tiny_en), samples, OPTIONS)
     batch = make_batch(0, [0, 1])
     inputs, targets = batch.inputs, batch.targets
     for row, sample in enumerate(samples):
@@ -244,9 +242,10 @@ def test_experts_that_know_no_short_windows_learn_in_the_models_own(
     monkeypatch: pytest.MonkeyPatch, tiny_en: Any, utterances: list[Utterance]
 ) -> None:
     model, seen = make(), []
-    model.saml_margin = 10.0
+    model.saml.margin = 10.0
     monkeypatch.setattr(
-        "saml_models.training.adapt.fit", lambda *args: seen.append(args[3].margins) or fit(*args)
+        "saml_models.training.adapt.fit",
+        lambda *args: seen.append(args[2].margins) or fit(*args),
     )
     profile = adapt(model, tiny_en[1], utterances, replace(OPTIONS, epochs=1))
     assert profile.about["short_windows"] is False
@@ -261,7 +260,7 @@ def test_adapt_returns_a_profile_and_leaves_the_model_alone(
     options = replace(OPTIONS, epochs=1)
     profile = adapt(model, tiny_en[1], utterances, options)
     assert equal(weights(model), before)
-    assert not getattr(model, "saml_short_windows", False)
+    assert not getattr(model, "saml.short_windows", False)
     assert profile.about["speaker"] == utterances[0].speaker
     assert profile.about["utterances"] == 2
     assert profile.about["short_windows"] is True
@@ -277,5 +276,5 @@ def test_beside_what_a_trainer_left_in_the_process(tiny_en: Any, samples: list[S
     """accelerate's state is one for the process; another precision in it is no reason to fail."""
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True, mixed_precision="no")
-    report = fit(make(), tiny_en[1], samples, replace(OPTIONS, epochs=1))
+    report = fit(bind(make(), tiny_en[1]), samples, replace(OPTIONS, epochs=1))
     assert math.isfinite(report.last_loss)

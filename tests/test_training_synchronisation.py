@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters
-from saml_models.models.registry import family_of
+from saml_models.models.registry import bind
 from saml_models.training import graphs
 from saml_models.training import loop as training
 from saml_models.training.batches import BatchMaker, Sample, Shapes
@@ -94,7 +93,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]:
             for mode in reversed(modes):
                 mode.__exit__(None, None, None)
 
-    fit(*arguments, None, watch)
+    fit(bind(*arguments), None, watch)
     return [found for mode in modes for found in mode.found]
 
 
@@ -136,7 +135,7 @@ def test_no_step_waits_for_a_gpu(captured: bool, tiny_en: Any) -> None:
 
     options = replace(OPTIONS, cuda_graphs=captured)
     try:
-        fit(whisper().to("cuda"), tiny_en[1], samples(), options, None, watch)
+        fit(bind(whisper().to("cuda"), tiny_en[1]), samples(), options, None, watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -172,8 +171,8 @@ def trained(
         patch.setattr(training, "CudaCapture", lambda: capture)
         patch.setattr(training, "why_not_graphed", lambda *_: None)
         model = whisper()
-        fit(model, processor, samples(), replace(OPTIONS, **options))
-    return {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+        fit(bind(model, processor), samples(), replace(OPTIONS, **options))
+    return {n: p.detach().clone() for n, p in model.saml.experts().items()}
 
 
 def test_replayed_passes_learn_what_eager_ones_do(
@@ -206,8 +205,7 @@ def test_captured_passes_read_the_batch_from_where_it_was() -> None:
         return batch.features.sum() + batch.kept.sum()
 
     passes = graphs.GraphedPass(run, torch.device("cpu"), Recorded())
-    kind, processor = family_of(small_conformer()[0]), small_conformer()[1]
-    make = BatchMaker(kind, processor, samples(), OPTIONS, Shapes(100, 16, dense=True))
+    make = BatchMaker(bind(*small_conformer()), samples(), OPTIONS, Shapes(100, 16, dense=True))
     given = [make(i, index) for i, index in enumerate([[0], [1], [0], [0, 1], [1]])]
     for batch in given:
         loss = passes(batch)
@@ -221,13 +219,13 @@ def test_captured_passes_read_the_batch_from_where_it_was() -> None:
 def test_rounded_sizes_change_no_loss(tiny_en: Any) -> None:
     model, processor = whisper(replace(CONFIG, dropout=0.0)), tiny_en[1]
     options = replace(OPTIONS, freq_masks=0, time_masks=0, margins=(1.0,))
-    objective = training.Objective(model, family_of(model), options)
+    objective = training.Objective(bind(model, processor), options)
     plain, rounded = (
-        objective(BatchMaker(family_of(model), processor, samples(), options, s)(0, [0, 1]))
+        objective(BatchMaker(bind(model, processor), samples(), options, s)(0, [0, 1]))
         for s in (None, Shapes(tokens=16, dense=True))
     )
     torch.testing.assert_close(plain, rounded)
-    batch = BatchMaker(family_of(model), processor, samples(), options, training.FEW_SHAPES)(0, [0])
+    batch = BatchMaker(bind(model, processor), samples(), options, training.FEW_SHAPES)(0, [0])
     assert batch.features.shape[-1] % 100 == 0 and batch.inputs.shape[1] % 16 == 0
     assert len(batch.kept) == batch.inputs.numel()
 
@@ -245,7 +243,7 @@ def test_why_a_pass_is_not_captured() -> None:
     model.model.encoder.layerdrop = 0.1
     assert "at random" in str(graphs.why_not_graphed(model, gpu, False, "bf16", 1))
     with pytest.raises(SAMLError, match="cuda_graphs: not possible here, the model is on cpu"):
-        fit(whisper(), None, samples(), replace(OPTIONS, cuda_graphs=True))
+        fit(bind(whisper(), None), samples(), replace(OPTIONS, cuda_graphs=True))
 
 
 @pytest.mark.parametrize("read_every", [1, 10])
@@ -259,15 +257,15 @@ def test_nothing_of_a_loss_that_is_not_finite_is_kept(
 
     def forward(self: Any, batch: Any) -> Tensor:
         if len(steps) == 4:
-            before.update({n: p.detach().clone() for n, p in expert_parameters(model).items()})
+            before.update({n: p.detach().clone() for n, p in model.saml.experts().items()})
         steps.append(len(steps))
         return true(self, batch) * (math.nan if len(steps) == 5 else 1.0)
 
     monkeypatch.setattr(training.Objective, "forward", forward)
     with pytest.raises(SAMLError, match="the loss is nan at step 4"):
-        fit(model, tiny_en[1], samples(), replace(OPTIONS, checkpoint_every=6), path)
+        fit(bind(model, tiny_en[1]), samples(), replace(OPTIONS, checkpoint_every=6), path)
     assert not path.exists() and len(steps) == (5 if read_every == 1 else 6)
-    assert all(torch.equal(before[n], p) for n, p in expert_parameters(model).items())
+    assert all(torch.equal(before[n], p) for n, p in model.saml.experts().items())
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(
@@ -282,5 +280,5 @@ def test_a_gradient_that_is_not_finite_is_an_error(
     monkeypatch.setattr(training.Objective, "forward", forward)
     model = whisper()
     with pytest.raises(SAMLError, match="the loss is nan at step 0"):
-        fit(model, tiny_en[1], samples(), OPTIONS)
-    assert all(p.isfinite().all() for p in expert_parameters(model).values())
+        fit(bind(model, tiny_en[1]), samples(), OPTIONS)
+    assert all(p.isfinite().all() for p in model.saml.experts().values())

@@ -9,8 +9,8 @@ import torch
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import expert_parameters, kept_experts
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.models.whisper.wheels import find_model
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
@@ -55,7 +55,7 @@ def test_more_than_a_window_has_rising_times_and_the_words_that_were_said(tiny_e
 
 def test_without_times_a_clip_is_heard_as_in_evaluation(tiny_en, clip):
     found = transcribe(*tiny_en, clip, timestamps=False)
-    assert found.text == decode_clips(*tiny_en, [clip])[0] != ""
+    assert found.text == decode_clips(bind(*tiny_en), [clip])[0] != ""
     assert [(s.start, s.end, s.text) for s in found.segments] == [
         (0.0, len(clip) / 16000, found.text)
     ]
@@ -81,33 +81,33 @@ def test_word_times_agree_with_faster_whisper(tiny_en, clip):
 
 def test_a_profile_is_applied_recorded_and_taken_back(small_saml, clip, tmp_path):
     model, processor = small_saml
-    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
+    before = {n: p.detach().clone() for n, p in model.saml.experts().items()}
     plain = transcribe(model, processor, clip, timestamps=False)
     assert plain.speaker_hash is None
     # Experts this large make nonsense of the speech: proof that the profile was in use.
     with torch.no_grad():
-        for parameter in expert_parameters(model).values():
+        for parameter in model.saml.experts().values():
             parameter.add_(torch.randn_like(parameter))
     profile = SpeakerProfile.of(model, speaker="loud")
     with torch.no_grad():
-        for name, parameter in expert_parameters(model).items():
+        for name, parameter in model.saml.experts().items():
             parameter.copy_(before[name])
     profile.save(tmp_path / "loud.safetensors")
     found = transcribe(model, processor, clip, tmp_path / "loud.safetensors", timestamps=False)
     assert found.speaker_hash == profile.hash
     assert found.text != plain.text
-    assert all(torch.equal(p, before[n]) for n, p in expert_parameters(model).items())
+    assert all(torch.equal(p, before[n]) for n, p in model.saml.experts().items())
     with pytest.raises(SAMLError, match="another model"):
         transcribe(model, processor, clip, replace(profile, weight_hash="0" * 64))
 
 
 def test_a_model_for_short_windows_still_gives_times_within_the_clip(small_saml, clip):
     model, processor = small_saml
-    model.saml_short_windows = True
+    model.saml.short_windows = True
     try:
         found = transcribe(model, processor, clip)
     finally:
-        model.saml_short_windows = False
+        model.saml.short_windows = False
     assert found.segments and found.segments[-1].end <= found.duration
     assert model.config.max_source_positions == 1500
 
@@ -185,9 +185,9 @@ def test_many_are_heard_as_one_by_one_and_in_order(small_saml, utterances):
 
 def test_a_consumer_that_stops_leaves_the_model_as_it_was(small_saml, utterances):
     model, processor = small_saml
-    before = {n: p.detach().clone() for n, p in expert_parameters(model).items()}
-    with kept_experts(model), torch.no_grad():
-        for parameter in expert_parameters(model).values():
+    before = {n: p.detach().clone() for n, p in model.saml.experts().items()}
+    with model.saml.snapshot(), torch.no_grad():
+        for parameter in model.saml.experts().values():
             parameter.add_(1.0)
         profile = SpeakerProfile.of(model, speaker="loud")
     found = transcribe_many(
@@ -196,5 +196,5 @@ def test_a_consumer_that_stops_leaves_the_model_as_it_was(small_saml, utterances
     )  # fmt: skip
     assert next(found).speaker_hash == profile.hash
     found.close()
-    after = expert_parameters(model)
+    after = model.saml.experts()
     assert all(torch.equal(before[n], after[n]) for n in before)

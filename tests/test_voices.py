@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
-from saml_kernels.layers.context import Routing, Voices
+from saml_kernels.layers.context import BatchContext, SpeakerExperts
 
 K, N, SPEAKERS = 64, 48, 3
 
 
-def speaking(config, seed, routing, clip_width=None):
+def mixed_batch(config, seed, routing, clip_width=None):
     """One layer, the same base each time, with experts and router of speaker `seed`."""
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
@@ -26,7 +26,7 @@ def stacked(layers, offsets=None):
     columns = ([getattr(x, n).detach() for x in layers] for n in ("lora_a", "lora_b"))
     routers = [layer.router.weight.detach() for layer in layers]
     offset = None if offsets is None else torch.stack(offsets)
-    return Voices(*map(torch.stack, columns), torch.stack(routers), offset)
+    return SpeakerExperts(*map(torch.stack, columns), torch.stack(routers), offset)
 
 
 CONFIGS = {
@@ -42,11 +42,11 @@ CONFIGS = {
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_clip_by_its_own_speaker(name, offsets):
-    config, routing = CONFIGS[name], Routing()
-    layers = [speaking(config, s, routing) for s in range(SPEAKERS)]
+    config, routing = CONFIGS[name], BatchContext()
+    layers = [mixed_batch(config, s, routing) for s in range(SPEAKERS)]
     added = [torch.randn(4) for _ in layers] if offsets else None
-    shared = speaking(config, 9, routing)
-    shared.voices = stacked(layers, added)
+    shared = mixed_batch(config, 9, routing)
+    shared.speaker_experts = stacked(layers, added)
     for index in ([2, 0, 0, 1], [1, 1, 1, 1], [0, 1, 2, 0]):
         routing.speakers = torch.tensor(index, dtype=torch.int32)
         for beams in (1, 2):
@@ -60,10 +60,10 @@ def test_each_clip_by_its_own_speaker(name, offsets):
 
 
 def test_one_token_a_row_and_a_decoder_that_reads_the_clip():
-    config, routing = CONFIGS["utterance"], Routing()
-    layers = [speaking(config, s, routing, clip_width=K) for s in range(2)]
-    shared = speaking(config, 9, routing, clip_width=K)
-    shared.voices = stacked(layers)
+    config, routing = CONFIGS["utterance"], BatchContext()
+    layers = [mixed_batch(config, s, routing, clip_width=K) for s in range(2)]
+    shared = mixed_batch(config, 9, routing, clip_width=K)
+    shared.speaker_experts = stacked(layers)
     clips, x = torch.randn(2, K), torch.randn(4, K)
     routing.speakers, routing.clip = torch.tensor([1, 0], dtype=torch.int32), clips
     found = shared(x)
@@ -74,22 +74,22 @@ def test_one_token_a_row_and_a_decoder_that_reads_the_clip():
 
 
 def test_an_expert_that_a_speaker_has_not_is_not_heard():
-    config, routing = CONFIGS["token"], Routing()
-    layer = speaking(config, 0, routing)
-    few = speaking(SAMLConfig(num_experts=2, rank=3), 0, routing)
+    config, routing = CONFIGS["token"], BatchContext()
+    layer = mixed_batch(config, 0, routing)
+    few = mixed_batch(SAMLConfig(num_experts=2, rank=3), 0, routing)
     with torch.no_grad():
         few.lora_a.copy_(layer.lora_a[1:3])
         few.lora_b.copy_(layer.lora_b[1:3])
         few.router.weight.copy_(layer.router.weight[1:3])
-    layer.voices = stacked([layer], [torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])])
+    layer.speaker_experts = stacked([layer], [torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])])
     routing.speakers = torch.zeros(2, dtype=torch.int32)
     x = torch.randn(2, 7, K)
     torch.testing.assert_close(layer(x), few(x), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_must_be_the_beams_of_clips():
-    layer = speaking(CONFIGS["token"], 0, Routing())
-    layer.voices = stacked([layer])
+    layer = mixed_batch(CONFIGS["token"], 0, BatchContext())
+    layer.speaker_experts = stacked([layer])
     with pytest.raises(SAMLError, match="none for 2 rows"):
         layer(torch.randn(2, 3, K))
     layer.routing.speakers = torch.zeros(2, dtype=torch.int32)
@@ -101,7 +101,7 @@ def test_rows_must_be_the_beams_of_clips():
 
 
 def test_an_offset_learns_and_is_no_part_of_the_state():
-    layer = speaking(CONFIGS["token"], 0, Routing()).train()
+    layer = mixed_batch(CONFIGS["token"], 0, BatchContext()).train()
     offset = torch.zeros(4, requires_grad=True)
     before = layer.state_dict().keys()
     layer.router.offset = offset

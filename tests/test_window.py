@@ -15,7 +15,7 @@ from synthetic import small_whisper
 
 from saml_models.data.audio import load_audio
 from saml_models.data.corpora import load_corpus
-from saml_models.models.whisper.family import WhisperFamily
+from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.models.whisper.windows import (
     FULL_WINDOW,
     audio_mask,
@@ -110,7 +110,7 @@ def test_every_clip_of_a_batch_learns_to_end(tiny_en: Any) -> None:
         Sample(partial(noise, seconds), seconds, text)
         for seconds, text in zip((0.4, 9.0, 2.5), texts, strict=True)
     ]
-    make = BatchMaker(WhisperFamily(), processor, samples, TrainingOptions())
+    make = BatchMaker(WhisperSpeechModel(model, processor), samples, TrainingOptions())
     made = make(0, [0, 1, 2])
     for row, text in enumerate(texts):
         learnt = made.targets[row][made.targets[row] != IGNORED].tolist()

@@ -28,10 +28,10 @@ from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
-from saml_models.compress.layers import kept_experts
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
+from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
@@ -93,11 +93,11 @@ class Bench:
         self.report = apply_saml(heard, SAMLConfig(num_experts=0, **base))
         # Targets are in the style that the bare quantised model writes, for every variant alike.
         known: dict[str, str] = json.loads(targets.read_text()) if targets.exists() else {}
-        heard.saml_short_windows = True
+        heard.saml.short_windows = True
 
         def samples(utterances: list[Utterance], keep: bool) -> list[Sample]:
             if not all(u.id in known for u in utterances):
-                made = training_samples(heard, self.processor, utterances, keep_audio=keep)
+                made = training_samples(bind(heard, self.processor), utterances, keep_audio=keep)
                 known.update({u.id: s.text for u, s in zip(utterances, made, strict=True)})
                 write_json(targets, known)
             return [
@@ -126,7 +126,7 @@ class Bench:
         report = apply_saml(model, config)
         with tempfile.TemporaryDirectory() as folder:
             size = save_saml(model, self.processor, folder)
-        model.saml_short_windows = True
+        model.saml.short_windows = True
         started = time.monotonic()
         start = variant.get("experts")
         if start:
@@ -134,9 +134,9 @@ class Bench:
         else:
             if config.expert_init != "lora" and variant.get("calibrated", True):
                 original, _ = load_model(self.name)
-                moments = input_moments(original, self.processor, self.stage_one, first)
+                moments = input_moments(bind(original, self.processor), self.stage_one, first)
                 start_experts(model, original, moments)
-            fit(model, self.processor, self.stage_one, first)
+            fit(bind(model, self.processor), self.stage_one, first)
             SpeakerProfile.of(model, speaker="pretrained").save(profile)
         seconds = {"stage 1": time.monotonic() - started}
         wer: dict[str, dict[str, float]] = {"experts": {}, "adapted": {}}
@@ -144,13 +144,13 @@ class Bench:
             folds, clips = self.sets[name], self.clips[name]
             said = [u.text for f in folds for u in f.test]
             flat = [c for part in clips for c in part]
-            wer["experts"][name] = _wer(said, decode_clips(model, self.processor, flat))
+            wer["experts"][name] = _wer(said, decode_clips(bind(model, self.processor), flat))
             started = time.monotonic()
             heard: list[str] = []
             for samples, part in zip(self.stage_two[name], clips, strict=True):
-                with kept_experts(model):
-                    fit(model, self.processor, samples, second)
-                    heard += decode_clips(model, self.processor, part)
+                with model.saml.snapshot():
+                    fit(bind(model, self.processor), samples, second)
+                    heard += decode_clips(bind(model, self.processor), part)
             wer["adapted"][name] = _wer(said, heard)
             seconds[name] = time.monotonic() - started
             self.console.print(f"  {name}: {wer['experts'][name]} -> {wer['adapted'][name]}")

@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from saml_models.data.corpora import by_speaker, load_corpus
+from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.identify import THRESHOLD, distance, embed
 from saml_models.speakers.pretrained import load_adaptable
@@ -39,11 +40,13 @@ def main(
         ]
     )
     clips = {name: [u.load() for u in said[: 2 * CLIPS]] for name, said in found.items()}
-    enrolled = {name: embed(network, processor, heard[:CLIPS]) for name, heard in clips.items()}
+    enrolled = {
+        name: embed(bind(network, processor), heard[:CLIPS]) for name, heard in clips.items()
+    }
     own, others, right = [], [], []
     for name, heard in clips.items():
         for clip in heard[CLIPS:]:
-            sound = embed(network, processor, [clip])
+            sound = embed(bind(network, processor), [clip])
             distances = {who: distance(sound, known) for who, known in enrolled.items()}
             mine = distances.pop(name)
             own.append(mine)

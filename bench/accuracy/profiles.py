@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from saml_kernels.files import write_json
-from saml_models.compress.layers import expert_parameters, kept_experts
 from saml_models.data.corpora import by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
+from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
@@ -53,7 +53,7 @@ def one_speaker(model: Any, processor: Any, fold: Fold) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def add(kind: str, profile: SpeakerProfile | None, seconds: float) -> None:
-        heard = decode_clips(model, processor, clips, speakers=[profile] * len(clips))
+        heard = decode_clips(bind(model, processor), clips, speakers=[profile] * len(clips))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "p.safetensors"
             (profile or SpeakerProfile.of(model)).save(path)
@@ -75,7 +75,7 @@ def one_speaker(model: Any, processor: Any, fold: Fold) -> dict[str, Any]:
         add(kind, profiles[kind], time.monotonic() - started)
     started = time.monotonic()
     own = [u.load() for u in fold.train]
-    usage = measure_usage(model, processor, own, profiles["adapted"])
+    usage = measure_usage(bind(model, processor), own, profiles["adapted"])
     half = prune(profiles["adapted"], model, usage, usage.shares.numel() // 2)
     add("pruned", half, time.monotonic() - started)
     return found
@@ -88,8 +88,8 @@ def throughput(model: Any, processor: Any, folds: list[Fold]) -> dict[str, Any]:
     speakers = []
     for seed in range(ROWS):
         torch.manual_seed(seed)
-        with kept_experts(model):
-            for parameter in expert_parameters(model).values():
+        with model.saml.snapshot():
+            for parameter in model.saml.experts().values():
                 parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
             speakers.append(SpeakerProfile.of(model, speaker=str(seed)))
     started = time.monotonic()
@@ -101,7 +101,7 @@ def throughput(model: Any, processor: Any, folds: list[Fold]) -> dict[str, Any]:
     for turn in range(REPEATS + 1):  # the first is for warming up
         for name, chosen in (("one", speakers[:1] * ROWS), ("sixteen", speakers)):
             started = time.monotonic()
-            decode_clips(model, processor, clips, speakers=chosen)
+            decode_clips(bind(model, processor), clips, speakers=chosen)
             if turn:
                 times[name].append(time.monotonic() - started)
     middle = {name: statistics.median(values) for name, values in times.items()}

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from saml_kernels import SAMLConfig
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.text.wer import pooled, word_errors
@@ -40,9 +41,9 @@ def main(
     for name in ("margin s", "WER %", "seconds"):
         table.add_column(name, justify="right")
     for margin in map(float, margins.split(",")):
-        network.saml_margin = margin
+        network.saml.margin = margin
         started = time.monotonic()
-        heard = decode_clips(network, processor, audio, language="en")
+        heard = decode_clips(bind(network, processor), audio, language="en")
         seconds = time.monotonic() - started
         wer = float(pooled(word_errors(said, heard)).wer)
         table.add_row(f"{margin:g}", f"{wer:.2f}", f"{seconds:.1f}")

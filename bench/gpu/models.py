@@ -23,7 +23,6 @@ from transformers import WhisperForConditionalGeneration
 
 from bench.models.turns import stopwatch
 from saml_kernels.timing import Train, captured, interleaved, sample
-from saml_models.compress.layers import expert_parameters
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, load_corpus
 from saml_models.models.whisper.greedy import greedy
@@ -159,7 +158,7 @@ def training(place: Place) -> list[dict[str, Any]]:
     sizes, device = place.sizes, place.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model, _ = place.quantised()
-    rank = model.saml_config.rank
+    rank = model.saml.config.rank
     features, _ = place.windows(model, sizes.train)
     labels = torch.randint(0, model.config.vocab_size, (sizes.train, sizes.text), device=device)
     trainers, rows = {}, []
@@ -167,7 +166,7 @@ def training(place: Place) -> list[dict[str, Any]]:
         try:
             if name == "saml":
                 network = model.requires_grad_(False)
-                for parameter in expert_parameters(model).values():
+                for parameter in model.saml.experts().values():
                     parameter.requires_grad_(True)
             else:
                 network = ADAPTERS[name](place.plain(model), dtype, rank)

@@ -20,6 +20,7 @@ from adapters import ADAPTERS, Trainer
 from bench.models.turns import answer, forget_peak, in_turn, record, stopwatch
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.models.registry import bind
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.text.wer import pooled, word_errors
 from saml_models.training.adapt import ADAPTATION, adapt
@@ -35,7 +36,7 @@ def learn_saml(model: str, train: list[Utterance], device: torch.device) -> tupl
     forget_peak(device)
     seconds, profile = stopwatch(lambda: adapt(network, processor, train), device)
     profile.apply(network)
-    network.saml_short_windows = True
+    network.saml.short_windows = True
     return seconds, network, processor
 
 
@@ -43,7 +44,7 @@ def learn(
     name: str, model: str, train: list[Utterance], device: torch.device
 ) -> tuple[float, Any, Any]:
     network, processor = load_model(model, device)
-    samples = training_samples(network, processor, train)
+    samples = training_samples(bind(network, processor), train)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     trainer = Trainer(ADAPTERS[name](network, dtype).train(), device)
 

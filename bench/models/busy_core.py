@@ -28,6 +28,7 @@ import typer
 
 from saml_kernels.files import write_json
 from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.runtime import threads as runtime_threads
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.transcription.clips import decode_clips
@@ -85,7 +86,7 @@ def main(
     audio = [u.load() for u in utterances[:: max(1, len(utterances) // clips)][:clips]]
 
     def run() -> object:
-        return decode_clips(network, processor, audio, batch_size=8)
+        return decode_clips(bind(network, processor), audio, batch_size=8)
 
     run()
     quiet, busy = [], []

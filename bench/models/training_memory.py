@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bench.models.turns import answer, in_turn
+from saml_models.models.registry import bind
 
 STEPS = 6
 
@@ -36,7 +37,7 @@ def one_run(keep: bool) -> float:
     samples = [training.Sample(lambda c=c: c, 7.0, "one two three four five") for c in clips]
     options = training.TrainingOptions(epochs=1, batch_seconds=32.0, max_batch=4)
     times = [time.monotonic()]
-    training.fit(model, processor, samples, options, on_step=lambda *_: times.append(
+    training.fit(bind(model, processor), samples, options, on_step=lambda *_: times.append(
         time.monotonic()
     ))  # fmt: skip
     return statistics.median(np.diff(times)[1:])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["BlockGates", "Routing", "Voices"]
+__all__ = ["BatchContext", "BlockGates", "SpeakerExperts"]
 
 
 @dataclass
@@ -27,7 +27,7 @@ class BlockGates:
 
 
 @dataclass
-class Voices:
+class SpeakerExperts:
     """The experts of S speakers, used by one layer in place of its own; frozen.
 
     Attributes:
@@ -45,14 +45,14 @@ class Voices:
 
 
 @dataclass
-class Routing:
+class BatchContext:
     """What the layers of one model share during a forward pass.
 
     Attributes:
         mask: [B, T] bool, True where an encoder frame holds audio; None means everywhere.
         clip: [B, d], the mean of the encoder's output over the audio, for the decoder's routers.
         balance: load-balancing terms of this pass (scalars), one per routed layer.
-        speakers: [B] int32, which of a layer's `Voices` each clip uses.
+        speakers: [B] int32, which of a layer's `SpeakerExperts` each clip uses.
     """
 
     mask: Tensor | None = None
@@ -71,6 +71,16 @@ class Routing:
             have = "none" if self.speakers is None else len(self.speakers)
             raise SAMLError(f"speakers: {have} for {x.shape[0]} rows; expected one for each clip")
         return self.speakers.repeat_interleave(x.shape[0] // len(self.speakers)).unsqueeze(1)
+
+    @contextmanager
+    def batch(self, mask: Tensor | None) -> Iterator[None]:
+        """Within the block a batch with this mask [B, T] runs; what was there before comes back."""
+        before = self.mask
+        self.mask = mask
+        try:
+            yield
+        finally:
+            self.mask = before
 
     @contextmanager
     def narrowed(self, clips: slice) -> Iterator[None]:

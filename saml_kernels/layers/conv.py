@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_kernels.config import SAMLConfig
-from saml_kernels.layers.context import Routing
+from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.ops.arguments import autocast_dtype
 from saml_kernels.quantization.tensor import quantize
@@ -83,7 +83,7 @@ class SAMLPointwiseConv1d(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv1d, config: SAMLConfig, routing: Routing | None = None
+        cls, conv: nn.Conv1d, config: SAMLConfig, context: BatchContext | None = None
     ) -> SAMLPointwiseConv1d:
         """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group."""
         out_features, in_features, _ = conv.weight.shape
@@ -91,7 +91,7 @@ class SAMLPointwiseConv1d(nn.Module):
         linear.weight = nn.Parameter(conv.weight.detach().squeeze(-1), requires_grad=False)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-        return cls(SAMLLinear.from_linear(linear, config, routing))
+        return cls(SAMLLinear.from_linear(linear, config, context))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, T] -> [B, N, T]."""

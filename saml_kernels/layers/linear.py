@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saml_kernels.backends import grouping, reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.context import BlockGates, Routing, Voices
+from saml_kernels.layers.context import BatchContext, BlockGates, SpeakerExperts
 from saml_kernels.layers.init import balanced, roots
 from saml_kernels.layers.routers import Router, SpeakerRouter, TokenRouter, UtteranceRouter
 from saml_kernels.ops.api import saml_linear, saml_linear_routed
@@ -29,17 +29,17 @@ class SAMLLinear(nn.Module):
         bias: frozen [N] or None.
         lora_a: parameter [E, r, K]; lora_b: parameter [E, N, r].
         router: from x to the gates, or None when the gates come from `block`.
-        voices: many speakers' experts; which of them a clip uses, `routing.speakers` says.
+        speaker_experts: many speakers' experts; which of them a clip uses, `context.speakers` says.
     """
 
-    voices: Voices | None = None
+    speaker_experts: SpeakerExperts | None = None
 
     def __init__(
         self,
         weight: QuantizedTensor,
         bias: Tensor | None,
         config: SAMLConfig,
-        routing: Routing | None = None,
+        context: BatchContext | None = None,
         *,
         clip_width: int | None = None,
         block: BlockGates | None = None,
@@ -50,14 +50,14 @@ class SAMLLinear(nn.Module):
             weight: [N, K].
             bias: [N] or None.
             config: experts and router; `num_experts=0` gives a plain low-bit layer.
-            routing: shared by the layers of a model; None makes one of its own.
+            context: shared by the layers of a model; None makes one of its own.
             clip_width: of a decoder layer, whose utterance router reads the encoder's output of
                 this width instead of x.
             block: shared gates for router="shared".
         """
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.config, self.routing, self.block = config, routing or Routing(), block
+        self.config, self.context, self.block = config, context or BatchContext(), block
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         experts, rank = config.num_experts, config.rank
@@ -68,11 +68,11 @@ class SAMLLinear(nn.Module):
 
     def _make_router(self, clip_width: int | None) -> Router | None:
         if self.config.router == "token":
-            return TokenRouter(self.in_features, self.config, self.routing)
+            return TokenRouter(self.in_features, self.config, self.context)
         if self.config.router == "speaker":
-            return SpeakerRouter(self.config, self.routing)
+            return SpeakerRouter(self.config, self.context)
         if self.config.router == "utterance":
-            return UtteranceRouter(self.in_features, self.config, self.routing, clip_width)
+            return UtteranceRouter(self.in_features, self.config, self.context, clip_width)
         return None
 
     @classmethod
@@ -80,7 +80,7 @@ class SAMLLinear(nn.Module):
         cls,
         linear: nn.Linear,
         config: SAMLConfig,
-        routing: Routing | None = None,
+        context: BatchContext | None = None,
         *,
         clip_width: int | None = None,
         block: BlockGates | None = None,
@@ -92,7 +92,7 @@ class SAMLLinear(nn.Module):
         """
         source = linear.weight.detach()
         weight = quantize(source, config.format, config.block_size, config.double_quant)
-        layer = cls(weight, linear.bias, config, routing, clip_width=clip_width, block=block)
+        layer = cls(weight, linear.bias, config, context, clip_width=clip_width, block=block)
         layer.to(source.device)
         if config.expert_init == "loftq" and config.num_experts:
             layer.start_at_quantisation_error(source)
@@ -147,9 +147,9 @@ class SAMLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        if self.voices is not None:
+        if self.speaker_experts is not None:
             rows = x if x.dim() > 2 else x.unsqueeze(-2)
-            y = self._of_many(rows, self.voices)
+            y = self._of_many(rows, self.speaker_experts)
             return y.view(*x.shape[:-1], self.out_features)
         lora_a, lora_b, bias = self.lora_a, self.lora_b, self.bias
         if lora_a.dtype != x.dtype:
@@ -180,12 +180,14 @@ class SAMLLinear(nn.Module):
         experts = _merged if self.config.mix == "merged" else _summed
         return base + scaling * experts(seen, lora_a.to(x.dtype), lora_b.to(x.dtype), gates)
 
-    def _of_many(self, x: Tensor, voices: Voices) -> Tensor:
+    def _of_many(self, x: Tensor, speaker_experts: SpeakerExperts) -> Tensor:
         """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
-        c, scaling, index = self.config, self.config.scaling, self.routing.speakers_of(x)
-        lora_a, lora_b, bias = (readable(t, x) for t in (voices.lora_a, voices.lora_b, self.bias))
-        router = readable(voices.router, x)
-        if isinstance(self.router, TokenRouter) and voices.offset is None:
+        c, scaling, index = self.config, self.config.scaling, self.context.speakers_of(x)
+        lora_a, lora_b, bias = (
+            readable(t, x) for t in (speaker_experts.lora_a, speaker_experts.lora_b, self.bias)
+        )
+        router = readable(speaker_experts.router, x)
+        if isinstance(self.router, TokenRouter) and speaker_experts.offset is None:
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,
                 speakers=index,
@@ -197,9 +199,9 @@ class SAMLLinear(nn.Module):
         elif self.router is not None:
             logits = router[index]
         else:
-            raise SAMLError("voices: a shared router cannot be another one for each row")
-        if voices.offset is not None:
-            logits = logits + voices.offset[index].to(logits)
+            raise SAMLError("speaker_experts: a shared router cannot be another one for each row")
+        if speaker_experts.offset is not None:
+            logits = logits + speaker_experts.offset[index].to(logits)
         gates = reference.gates_from_logits(logits, c.top_k, c.temperature).to(x.dtype)
         if c.mix == "sum":
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from saml_kernels.backends import reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.context import Routing
+from saml_kernels.layers.context import BatchContext
 
 __all__ = ["Router", "SharedRouter", "SpeakerRouter", "TokenRouter", "UtteranceRouter"]
 
 
 def gates_from_logits(
-    logits: Tensor, config: SAMLConfig, routing: Routing, training: bool
+    logits: Tensor, config: SAMLConfig, context: BatchContext, training: bool
 ) -> Tensor:
     """Softmax in float32, top-k where the config asks for it: [..., E] in the logits' dtype.
 
-    While training, the load-balancing term E * sum_e f_e p_e joins `routing.balance`, with p_e the
+    While training, the load-balancing term E * sum_e f_e p_e joins `context.balance`, with p_e the
     mean probability of expert e and f_e the share of tokens whose largest gate it is.
     """
     if training and config.balance > 0:
@@ -31,7 +31,7 @@ def gates_from_logits(
         flat = probabilities.reshape(-1, probabilities.shape[-1])
         index = torch.arange(flat.shape[-1], device=flat.device)
         chosen = (flat.argmax(-1, keepdim=True) == index).to(flat.dtype).mean(0)
-        routing.balance.append(flat.shape[-1] * (chosen * flat.mean(0)).sum())
+        context.balance.append(flat.shape[-1] * (chosen * flat.mean(0)).sum())
     return reference.gates_from_logits(logits, config.top_k, config.temperature).to(logits.dtype)
 
 
@@ -47,15 +47,15 @@ class Router(nn.Module):
     weight: nn.Parameter
     offset: Tensor | None = None
 
-    def __init__(self, config: SAMLConfig, routing: Routing) -> None:
+    def __init__(self, config: SAMLConfig, context: BatchContext) -> None:
         super().__init__()
-        self.config, self.routing = config, routing
+        self.config, self.context = config, context
 
     def gates(self, logits: Tensor) -> Tensor:
         """[..., E] -> [..., E]."""
         if self.offset is not None:
             logits = logits + self.offset.to(logits)
-        return gates_from_logits(logits, self.config, self.routing, self.training)
+        return gates_from_logits(logits, self.config, self.context, self.training)
 
     def seen(self, x: Tensor) -> Tensor:
         """What the router's linear map is applied to, for x [..., K]."""
@@ -65,8 +65,8 @@ class Router(nn.Module):
 class TokenRouter(Router):
     """Gates of each token from a linear map of it: x [..., K] -> [..., E]."""
 
-    def __init__(self, in_features: int, config: SAMLConfig, routing: Routing) -> None:
-        super().__init__(config, routing)
+    def __init__(self, in_features: int, config: SAMLConfig, context: BatchContext) -> None:
+        super().__init__(config, context)
         # Zero start: every expert begins with the same share, and the gradient breaks the tie.
         self.weight = nn.Parameter(torch.zeros(config.num_experts, in_features))
 
@@ -86,11 +86,11 @@ class UtteranceRouter(Router):
         self,
         in_features: int,
         config: SAMLConfig,
-        routing: Routing,
+        context: BatchContext,
         clip_width: int | None = None,
     ) -> None:
         """A router for x of width `in_features`, or for encoded clips of width `clip_width`."""
-        super().__init__(config, routing)
+        super().__init__(config, context)
         self.from_clip = clip_width is not None
         self.weight = nn.Parameter(torch.zeros(config.num_experts, clip_width or in_features))
 
@@ -104,15 +104,15 @@ class UtteranceRouter(Router):
         """x [B, T, K] -> the clips' vectors [B, 1, K or d]."""
         batched = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         if self.from_clip:
-            return self.routing.for_rows(batched.shape[0]).unsqueeze(1)
-        return self.routing.pooled(batched).unsqueeze(1)
+            return self.context.for_rows(batched.shape[0]).unsqueeze(1)
+        return self.context.pooled(batched).unsqueeze(1)
 
 
 class SpeakerRouter(Router):
     """A fixed learnt vector: the gates of one speaker, whatever is said."""
 
-    def __init__(self, config: SAMLConfig, routing: Routing) -> None:
-        super().__init__(config, routing)
+    def __init__(self, config: SAMLConfig, context: BatchContext) -> None:
+        super().__init__(config, context)
         self.weight = nn.Parameter(torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class SharedRouter(nn.Module):
         self,
         width: int,
         config: SAMLConfig,
-        routing: Routing,
+        context: BatchContext,
         *,
         text: bool = False,
         cross: bool = False,
@@ -165,12 +165,12 @@ class SharedRouter(nn.Module):
         Args:
             width: d.
             config: gives E and the temperature.
-            routing: of the model; its mask leaves padding out.
+            context: of the model; its mask leaves padding out.
             text: x is text, which the audio's mask says nothing about.
             cross: the encoder's output is pooled too.
         """
         super().__init__()
-        self.config, self.routing, self.text = config, routing, text
+        self.config, self.context, self.text = config, context, text
         self.conv = nn.Conv1d(width, width, 3, padding=1)
         self.pool = AttentionPooling(width)
         self.cross_conv = nn.Conv1d(width, width, 3, padding=1) if cross else None
@@ -180,13 +180,13 @@ class SharedRouter(nn.Module):
     def forward(self, x: Tensor, encoded: Tensor | None = None) -> Tensor:
         """x [B, T, d] (and the encoder's output [B, S, d]) -> gates [B, 1, E]."""
         dtype = self.conv.weight.dtype
-        mask = None if self.text else self.routing.mask_for(x)
+        mask = None if self.text else self.context.mask_for(x)
         pooled = self.pool(_over_time(self.conv, x.to(dtype)), mask)
         if self.cross_conv is not None and self.cross_pool is not None:
             if encoded is None:
                 raise SAMLError("shared router: cross attention needs the encoder's output")
             other = _over_time(self.cross_conv, encoded.to(dtype))
-            heard = self.cross_pool(other, self.routing.mask_for(encoded))
+            heard = self.cross_pool(other, self.context.mask_for(encoded))
             pooled = torch.cat((pooled, heard), dim=-1)
         logits = self.linear(pooled).unsqueeze(1)
-        return gates_from_logits(logits, self.config, self.routing, self.training)
+        return gates_from_logits(logits, self.config, self.context, self.training)

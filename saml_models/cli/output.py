@@ -59,9 +59,9 @@ def progress(label: str) -> Iterator[Callable[..., None]]:
 
 def print_result(network: Any, profile: Any, out: Path) -> None:
     """What was trained, and where it is."""
-    from saml_models.compress.layers import expert_parameters
+    from saml_models.compress.layers import compression_of
 
-    learnt = profile.tensors if profile.kind == "gates" else expert_parameters(network)
+    learnt = profile.tensors if profile.kind == "gates" else compression_of(network).experts()
     trainable = sum(p.numel() for p in learnt.values())
     typer.echo(f"trainable parameters: {trainable:,}; the base is frozen")
     typer.echo(f"written: {out} ({out.stat().st_size:,} bytes, hash {profile.hash[:16]})")

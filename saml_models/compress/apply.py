@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLLinear
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.context import BlockGates, Routing
+from saml_kernels.layers.context import BatchContext, BlockGates
 from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
 from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
     POSITION_PROJECTIONS,
-    expert_parameters,
+    Compression,
     quantised_tensors,
 )
 from saml_models.compress.pretrained_methods import adjust_methods
@@ -36,11 +36,11 @@ from saml_models.compress.shared_routers import (
     width_of,
 )
 
-__all__ = ["SurgeryReport", "apply_saml"]
+__all__ = ["CompressionReport", "apply_saml"]
 
 
 @dataclass
-class SurgeryReport:
+class CompressionReport:
     """What `apply_saml` did.
 
     Attributes:
@@ -83,7 +83,7 @@ def _grouped(kept: dict[str, str]) -> str:
     )
 
 
-def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
+def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
@@ -113,25 +113,26 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
         kept = _grouped(in_full_precision(model, (), reasons)) or "no weights"
         raise SAMLError(f"{kind}: has no layer that could be replaced; it has {kept}")
     unique = {storage(p): p for p in model.parameters()}
-    report = SurgeryReport(
+    report = CompressionReport(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
     _round_to_half(model)
     model.requires_grad_(False)
-    routing = Routing()
-    model.saml_config, model.saml_routing = config, routing  # type: ignore[assignment]
+    context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, routing, blocks)
+    made = _replacements(model, places, config, context, blocks)
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
         report.replaced[type(new).__name__] = report.replaced.get(type(new).__name__, 0) + 1
     if config.router == "shared":
-        attach_shared_routers(model, config, routing, blocks)
-    watch_encoder(model, routing)
+        attach_shared_routers(model, config, context, blocks)
+    watch_encoder(model, context)
     adjust_methods(model)
-    experts = expert_parameters(model)
+    saml = Compression(model, config, context)
+    model.saml = saml  # type: ignore[assignment]
+    experts = saml.experts()
     for parameter in experts.values():
         parameter.requires_grad_(True)
     report.kept = in_full_precision(model, experts, reasons)
@@ -163,7 +164,7 @@ def _replacements(
     model: Any,
     places: list[Place],
     config: SAMLConfig,
-    routing: Routing,
+    context: BatchContext,
     blocks: dict[str, BlockGates],
 ) -> dict[nn.Module, nn.Module]:
     """Old layer -> new one; output heads last, as they ask the embedding that they are tied to."""
@@ -181,7 +182,7 @@ def _replacements(
             heads.append(layer)
             continue
         block = blocks.get(place.path.rpartition(".")[0])
-        made[layer] = new = _replacement(place.path, layer, config, routing, block, width)
+        made[layer] = new = _replacement(place.path, layer, config, context, block, width)
         if isinstance(new, SAMLEmbedding):
             tied[tie(layer)] = new
     for layer in heads:
@@ -189,7 +190,7 @@ def _replacements(
         if embedding is not None:
             made[layer] = TiedHead(embedding, layer.bias)
         else:
-            made[layer] = SAMLLinear.from_linear(layer, _without_experts(config), routing)
+            made[layer] = SAMLLinear.from_linear(layer, _without_experts(config), context)
     for layer, new in made.items():
         new.train(layer.training)
     return made
@@ -199,7 +200,7 @@ def _replacement(
     path: str,
     layer: nn.Module,
     config: SAMLConfig,
-    routing: Routing,
+    context: BatchContext,
     block: BlockGates | None,
     width: int | None,
 ) -> nn.Module:
@@ -214,13 +215,13 @@ def _replacement(
             ("encoder_attn.k_proj", "encoder_attn.v_proj")
         )
         clip_width = width if decoder else None
-        return SAMLLinear.from_linear(layer, own, routing, clip_width=clip_width, block=block)
+        return SAMLLinear.from_linear(layer, own, context, clip_width=clip_width, block=block)
     if isinstance(layer, nn.Conv1d):
         bare = layer.padding in ((0,), "same", "valid")
         if layer.kernel_size == (1,) and layer.stride == (1,) and bare:
             wanted = config.targets == "all" and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
-                layer, config if wanted else _without_experts(config), routing
+                layer, config if wanted else _without_experts(config), context
             )
         return QuantizedConv1d(layer, config)
     if isinstance(layer, nn.Conv2d):

@@ -1,9 +1,8 @@
 """A quantised model with experts on disk: one safetensors file and a JSON description.
 
 `model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
-as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What the family can
-compute (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
-configurations. Tokeniser and feature extractor are saved beside them by transformers.
+as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What can be computed
+(Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the configurations. Tokeniser and feature extractor are saved beside them by transformers.
 """
 
 from __future__ import annotations
@@ -24,15 +23,11 @@ from saml_kernels.files import atomic_path
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
-    config_of,
-    expert_parameters,
-    quantised_tensors,
-    round_experts,
-    weight_hash,
+    compression_of,
 )
 from saml_models.compress.packing import pack_experts, unpack_expert
-from saml_models.models.interface import Family
-from saml_models.models.registry import family_named, family_of
+from saml_models.models.interface import SpeechModel
+from saml_models.models.registry import bind, kind_named
 from saml_models.runtime.devices import on_device
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
@@ -55,15 +50,16 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     if not hasattr(model, "config"):
         raise SAMLError(f"{type(model).__name__}: stays in its own files; save a profile instead")
     target = Path(folder)
-    round_experts(model)
-    tensors = _stored_form(model, family_of(model))
+    saml = compression_of(model)
+    saml.round_experts()
+    tensors = _stored_form(model, type(bind(model, processor)))
     description = {
         "saml_version": VERSION,
-        "saml": config_of(model).to_dict(),
-        "short_windows": bool(getattr(model, "saml_short_windows", False)),
+        "saml": saml.config.to_dict(),
+        "short_windows": saml.short_windows,
         "model": model.config.to_diff_dict(),
         "generation": model.generation_config.to_diff_dict(),
-        "weight_hash": weight_hash(model),
+        "weight_hash": saml.weight_hash(),
     }
     write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_path(target / DESCRIPTION) as temporary:
@@ -72,23 +68,24 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     return sum((target / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
 
 
-def _stored_form(model: nn.Module, family: Family) -> dict[str, Tensor]:
-    experts = expert_parameters(model)
-    tensors = pack_experts(experts, config_of(model).expert_format)
-    inside_weight = tuple(f"{name}." for name in quantised_tensors(model))
+def _stored_form(model: nn.Module, kind: type[SpeechModel]) -> dict[str, Tensor]:
+    saml = compression_of(model)
+    experts = saml.experts()
+    tensors = pack_experts(experts, saml.config.expert_format)
+    inside_weight = tuple(f"{name}." for name in saml.weights)
     for name, value in model.state_dict().items():
         if name in experts or value.numel() == 0:
             continue
         if name.startswith(inside_weight) or not value.is_floating_point():
             tensors[name] = value
-        elif not _is_computed(family, name, value):
+        elif not _is_computed(kind, name, value):
             tensors[name] = value.to(torch.float16)
     return tensors
 
 
-def _is_computed(family: Family, name: str, value: Tensor) -> bool:
+def _is_computed(kind: type[SpeechModel], name: str, value: Tensor) -> bool:
     """Whether these are the values that loading will compute."""
-    compute = family.computed(name)
+    compute = kind.computed(name)
     return compute is not None and torch.equal(value.float().cpu(), compute(value.shape))
 
 
@@ -105,13 +102,13 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
         _check_version(description.get("saml_version"), source)
         config = _configuration(description["saml"], source)
-        family = family_named(description["model"]["model_type"])
-        model_config = family.config_class.from_dict(description["model"])
+        kind = kind_named(description["model"]["model_type"])
+        model_config = kind.config_class.from_dict(description["model"])
         generation = GenerationConfig.from_dict(description["generation"])
-        _check_size(family, model_config, config, stored, source)
+        _check_size(kind, model_config, config, stored, source)
         # No memory and no random numbers: every tensor is in the file, but for a few that are made.
         with init_empty_weights(include_buffers=False):
-            model: Any = family.model_class(model_config)
+            model: Any = kind.network_class(model_config)
         model.tie_weights()
     except SAMLError:
         raise
@@ -122,14 +119,15 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
     apply_saml(model, replace(config, expert_init="lora"))
     model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
-    model.saml_config = config
-    model.saml_short_windows = description.get("short_windows") is True
+    saml: Any = model.saml
+    saml.config = config
+    saml.short_windows = description.get("short_windows") is True
     model.generation_config = generation
-    _fill(model, family, stored, source)
-    if weight_hash(model) != description.get("weight_hash"):
+    _fill(model, kind, stored, source)
+    if saml.weight_hash() != description.get("weight_hash"):
         raise SAMLError(f"{source / WEIGHTS}: does not match its description; copy it again")
     try:
-        processor = family.load_processor(source)
+        processor = kind.load_processor(source)
     except Exception as error:  # transformers and tokenizers raise a dozen kinds
         raise SAMLError(f"{source}: the tokeniser's files are damaged; copy them again") from error
     return on_device(model, device), processor
@@ -155,17 +153,17 @@ def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:
 
 
 def _check_size(
-    family: Family, config: Any, saml: SAMLConfig, stored: dict[str, Tensor], source: Path
+    kind: type[SpeechModel], config: Any, saml: SAMLConfig, stored: dict[str, Tensor], source: Path
 ) -> None:
     """A description that asks for more than the file holds is refused before memory is taken."""
     held = sum(t.numel() for t in stored.values())
-    layers, positions = family.extent(config)
+    layers, positions = kind.extent(config)
     fits = layers <= len(stored) and positions <= 2**16
     if fits:
         with torch.device("meta"):
-            skeleton = family.model_class(config)
+            skeleton = kind.network_class(config)
         parameters = skeleton.named_parameters()
-        asked = sum(p.numel() for n, p in parameters if family.computed(n) is None)
+        asked = sum(p.numel() for n, p in parameters if kind.computed(n) is None)
         widths = sum(
             m.in_features + m.out_features
             for n, m in skeleton.named_modules()
@@ -181,8 +179,10 @@ def _check_size(
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, family: Family, stored: dict[str, Tensor], source: Path) -> None:
-    experts = expert_parameters(model)
+def _fill(
+    model: nn.Module, kind: type[SpeechModel], stored: dict[str, Tensor], source: Path
+) -> None:
+    experts = compression_of(model).experts()
     try:
         for name, parameter in experts.items():
             parameter.copy_(unpack_expert(stored, name, parameter.shape))
@@ -190,7 +190,7 @@ def _fill(model: nn.Module, family: Family, stored: dict[str, Tensor], source: P
         raise SAMLError(f"{source / WEIGHTS}: {error}") from error
     state = {n: v for n, v in model.state_dict().items() if v.numel() and n not in experts}
     for name, value in state.items():
-        compute = family.computed(name)
+        compute = kind.computed(name)
         if name in stored:
             found = stored[name]
         elif compute is not None:

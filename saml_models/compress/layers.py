@@ -1,4 +1,4 @@
-"""What a compressed model consists of: its experts, routers and low-bit tensors, by name."""
+"""`Compression`: what a compressed model consists of. It is found once and held at `model.saml`."""
 
 from __future__ import annotations
 
@@ -13,71 +13,138 @@ from torch import Tensor, nn
 
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.context import Routing
+from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.layers.routers import Router
 from saml_kernels.quantization.tensor import QuantizedTensor
 from saml_models.compress.packing import pack_experts, tensors_hash, unpack_expert
 
-__all__ = [
-    "can_mix",
-    "check_whole",
-    "config_of",
-    "expert_parameters",
-    "experts_hash",
-    "kept_experts",
-    "put",
-    "round_experts",
-    "routed_layers",
-    "routers_of",
-    "routing_of",
-    "weight_hash",
-]
+__all__ = ["Compression", "compression_of", "quantised_tensors", "weight_hash"]
+
+# Whisper's, Canary's and ESPnet's names; a block has four of them.
+ATTENTION_PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
+    *("linear_q", "linear_k", "linear_v", "linear_out"),
+)
+
+# These project positions, of which no voice has its own: low bits, but no experts.
+POSITION_PROJECTIONS = ("relative_k_proj", "linear_pos")
 
 
-@torch.no_grad()
-def round_experts(model: nn.Module) -> None:
-    """Round experts and routers in place to what the disk holds, so that saving loses nothing."""
-    parameters = expert_parameters(model)
-    stored = pack_experts(parameters, config_of(model).expert_format)
-    for name, parameter in parameters.items():
-        parameter.copy_(unpack_expert(stored, name, parameter.shape))
+class Compression:
+    """What `apply_saml` made of a model, by the names of its modules.
 
+    It holds modules, never their tensors, which training, pruning and `.to` replace. A copy of the
+    model has a copy of it, of the copy's modules.
 
-def weight_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the frozen low-bit weights: the identity of a base model.
-
-    Computed once and again after a weight has changed or moved.
+    Attributes:
+        config: as `apply_saml` was given it.
+        context: of the batch that runs now; all layers of the model share it.
+        layers: the layers that have a router of their own, in the model's order.
+        routers: their routers, by the layers' names.
+        weights: the frozen low-bit weights.
+        short_windows: whether the experts know windows that end soon after a clip does.
+        margin: seconds of silence after a clip for a model whose experts do not; None is Whisper's
+            whole window.
     """
-    weights = sorted(quantised_tensors(model).items())
-    parts = [part for _, tensor in weights for part in (tensor.codes, tensor.absmax)]
 
-    def compute() -> str:
-        digest = hashlib.sha256()
-        for name, tensor in weights:
-            digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())
-            for part in (tensor.codes, tensor.absmax):
-                digest.update(part.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+    def __init__(self, model: nn.Module, config: SAMLConfig, context: BatchContext) -> None:
+        """Look through a model whose layers have been replaced."""
+        self.config, self.context = config, context
+        self.layers: dict[str, SAMLLinear] = {}
+        self.routers: dict[str, Router] = {}
+        self.weights: dict[str, QuantizedTensor] = quantised_tensors(model)
+        for name, module in model.named_modules():
+            if isinstance(module, SAMLLinear) and module.router is not None:
+                self.layers[name], self.routers[name] = module, module.router
+        modules = dict(model.named_modules())
+        self._experts: list[tuple[str, nn.Module, str]] = []
+        for name, _ in model.named_parameters():
+            place, _, own = name.rpartition(".")
+            of_router = ".router." in f".{name}" or name.startswith("saml_routers.")
+            if of_router or own in ("lora_a", "lora_b"):
+                self._experts.append((name, modules[place], own))
+        self.short_windows = False
+        self.margin: float | None = None
+        self._hashes: dict[str, _Remembered] = {}
 
-    return _remembered(model, "saml_weight_hash", parts, compute)
+    def experts(self) -> dict[str, nn.Parameter]:
+        """The experts and routers by name: what training changes and a profile holds."""
+        found = {name: getattr(module, own) for name, module, own in self._experts}
+        return {name: parameter for name, parameter in found.items() if parameter.numel()}
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether rows of one batch can have different speakers: not where layers share routers."""
+        return self.config.router != "shared"
+
+    def check_whole(self) -> None:
+        """Refuse a model whose experts are those of a pruned profile.
+
+        Raises:
+            SAMLError: they are.
+        """
+        count = self.config.num_experts
+        if any(len(layer.lora_a) != count for layer in self.layers.values()):
+            raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
+
+    @torch.no_grad()
+    def round_experts(self) -> None:
+        """Round experts and routers in place to what the disk holds: saving then loses nothing."""
+        parameters = self.experts()
+        stored = pack_experts(parameters, self.config.expert_format)
+        for name, parameter in parameters.items():
+            parameter.copy_(unpack_expert(stored, name, parameter.shape))
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Whatever the block does to experts and gates, they are as before when it ends."""
+        before = [(p, p.detach().clone()) for p in self.experts().values()]
+        offsets = [(router, router.offset) for router in self.routers.values()]
+        short = self.short_windows
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in before:
+                    put(parameter, value)
+            for router, offset in offsets:
+                router.offset = offset
+            self.short_windows = short
+
+    def weight_hash(self) -> str:
+        """SHA-256 (hex) of the frozen low-bit weights: the identity of a base model.
+
+        Computed once, and again after a weight has changed or moved.
+        """
+        parts = [part for tensor in self.weights.values() for part in (tensor.codes, tensor.absmax)]
+        return self._remembered("weights", parts, lambda: _hash_of(self.weights))
+
+    def experts_hash(self) -> str:
+        """SHA-256 (hex) of the experts and routers that are in the model now, as stored."""
+        experts = self.experts()
+        return self._remembered(
+            "experts",
+            list(experts.values()),
+            lambda: tensors_hash(pack_experts(experts, self.config.expert_format)),
+        )
+
+    def _remembered(self, name: str, tensors: list[Tensor], compute: Callable[[], str]) -> str:
+        """What `compute` found for these tensors, unless they have changed since."""
+        if any(t.is_inference() for t in tensors):
+            return compute()  # nobody counts what is written to those
+        before = self._hashes.get(name)
+        if before is None or not before.is_of(tensors):
+            before = self._hashes[name] = _Remembered(tensors, compute())
+        return before.found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy computes the hashes of its own tensors."""
+        return {**vars(self), "_hashes": {}}
 
 
-def experts_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the experts and routers that are in `model` now, as they are stored."""
-    experts, config = expert_parameters(model), config_of(model)
-
-    def compute() -> str:
-        return tensors_hash(pack_experts(experts, config.expert_format))
-
-    return _remembered(model, "saml_experts_hash", list(experts.values()), compute)
-
-
-class _Found:
-    """What was found for these very tensors; a copy of the model finds it anew.
-
-    Its references are weak, so that old weights can be freed.
-    """
+class _Remembered:
+    """What was found for these very tensors; references are weak, so old ones can be freed."""
 
     def __init__(self, tensors: list[Tensor], found: str) -> None:
         self.state = [(t.data_ptr(), t._version) for t in tensors]
@@ -91,121 +158,28 @@ class _Found:
             a is t for a, t in zip(alive, tensors, strict=True)
         )
 
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
-
-def _remembered(
-    model: nn.Module, name: str, tensors: list[Tensor], compute: Callable[[], str]
-) -> str:
-    """What `compute` found for these tensors, unless they have changed since."""
-    if any(t.is_inference() for t in tensors):
-        return compute()  # nobody counts what is written to those
-    before = getattr(model, name, None)
-    if isinstance(before, _Found) and before.is_of(tensors):
-        return before.found
-    found = compute()
-    # A plain attribute: no part of the module's state.
-    object.__setattr__(model, name, _Found(tensors, found))
-    return found
-
-
-# Whisper's, Canary's and ESPnet's names; a block has four of them.
-ATTENTION_PROJECTIONS = (
-    *("q_proj", "k_proj", "v_proj", "out_proj", "o_proj"),
-    *("linear_q", "linear_k", "linear_v", "linear_out"),
-)
-
-# These project positions, of which no voice has its own: low bits, but no experts.
-POSITION_PROJECTIONS = ("relative_k_proj", "linear_pos")
-
-
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The experts and routers by name: what training changes and a profile holds."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        layer = name.rsplit(".", 1)[-1]
-        of_router = ".router." in f".{name}" or name.startswith("saml_routers.")
-        if (of_router or layer in ("lora_a", "lora_b")) and parameter.numel():
-            found[name] = parameter
-    return found
-
-
-def routed_layers(model: nn.Module) -> dict[str, SAMLLinear]:
-    """The layers that have a router of their own, by name, in the model's order."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SAMLLinear) and module.router is not None
-    }
-
-
-def routers_of(model: nn.Module) -> dict[str, Router]:
-    """The routers of `routed_layers`, by the layers' names."""
-    found = {name: layer.router for name, layer in routed_layers(model).items()}
-    return {name: router for name, router in found.items() if router is not None}
-
-
-def config_of(model: nn.Module) -> SAMLConfig:
-    """The configuration that `apply_saml` was given.
+def compression_of(model: nn.Module) -> Compression:
+    """`model.saml`.
 
     Raises:
         SAMLError: the model has no SAML layers.
     """
-    config = getattr(model, "saml_config", None)
-    if not isinstance(config, SAMLConfig):
+    found = getattr(model, "saml", None)
+    if not isinstance(found, Compression):
         raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
-    return config
+    return found
 
 
-def routing_of(model: nn.Module) -> Routing:
-    """The routing state that the model's layers share.
-
-    Raises:
-        SAMLError: the model has no SAML layers.
-    """
-    routing = getattr(model, "saml_routing", None)
-    if not isinstance(routing, Routing):
-        raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
-    return routing
+def weight_hash(model: nn.Module) -> str:
+    """`Compression.weight_hash`; of a model in full precision, the hash of nothing."""
+    found = getattr(model, "saml", None)
+    return found.weight_hash() if isinstance(found, Compression) else _hash_of({})
 
 
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
     """The frozen low-bit weights by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedTensor)}
-
-
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model that speaks with a pruned profile.
-
-    Raises:
-        SAMLError: it does.
-    """
-    count = config_of(model).num_experts
-    if any(len(layer.lora_a) != count for layer in routed_layers(model).values()):
-        raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
-
-
-@contextmanager
-def kept_experts(model: nn.Module) -> Iterator[None]:
-    """Whatever the block does to experts and gates, they are as before when it ends."""
-    before = [(p, p.detach().clone()) for p in expert_parameters(model).values()]
-    offsets = [(router, router.offset) for router in routers_of(model).values()]
-    short = getattr(model, "saml_short_windows", False)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in before:
-                put(parameter, value)
-        for router, offset in offsets:
-            router.offset = offset
-        model.saml_short_windows = short  # type: ignore[assignment]
-
-
-def can_mix(model: nn.Module) -> bool:
-    """Whether rows of one batch can have different speakers: not where layers share routers."""
-    return hasattr(model, "saml_config") and config_of(model).router != "shared"
 
 
 def put(parameter: nn.Parameter, value: Tensor) -> None:
@@ -216,3 +190,12 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
         # A tensor made in inference mode could never be trained again.
         with torch.inference_mode(False):
             parameter.data = value.to(parameter.device, parameter.dtype).clone()
+
+
+def _hash_of(weights: dict[str, QuantizedTensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())
+        for part in (tensor.codes, tensor.absmax):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

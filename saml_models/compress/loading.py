@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from saml_models.compress.checkpoint import DESCRIPTION, load_saml
+from saml_models.compress.layers import compression_of
 from saml_models.models.conformer.loading import is_conformer, load_conformer
-from saml_models.models.interface import MARGIN
+from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.whisper.loading import load_whisper
 
 __all__ = ["load_model"]
@@ -26,14 +27,14 @@ def load_model(
         device: None is the CPU.
 
     Raises:
-        SAMLError: the model cannot be found, is damaged, or is of no known family; or the device
+        SAMLError: the model cannot be found, is damaged, or is of no known kind; or the device
             is not there.
     """
     folder = Path(name_or_path).expanduser()
     if (folder / DESCRIPTION).is_file():
         model, processor = load_saml(folder, device)
         model.config._name_or_path = os.fspath(name_or_path)
-        model.saml_margin = MARGIN
+        compression_of(model).margin = QUANTISED_MARGIN
         return model, processor
     load = load_conformer if is_conformer(name_or_path) else load_whisper
     return load(name_or_path, device)

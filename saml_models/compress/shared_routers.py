@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saml_kernels import SAMLConfig
-from saml_kernels.layers.context import BlockGates, Routing
+from saml_kernels.layers.context import BatchContext, BlockGates
 from saml_kernels.layers.routers import SharedRouter
 from saml_models.compress.layers import ATTENTION_PROJECTIONS
 
@@ -23,15 +23,15 @@ def attention_blocks(model: nn.Module) -> dict[str, BlockGates]:
 
 
 def attach_shared_routers(
-    model: Any, config: SAMLConfig, routing: Routing, blocks: dict[str, BlockGates]
+    model: Any, config: SAMLConfig, context: BatchContext, blocks: dict[str, BlockGates]
 ) -> None:
     """Three routers for the whole model (encoder self, decoder self, cross), run by hooks."""
     width = width_of(model) or 0
     model.saml_routers = nn.ModuleDict(
         {
-            "encoder": SharedRouter(width, config, routing),
-            "decoder": SharedRouter(width, config, routing, text=True),
-            "cross": SharedRouter(width, config, routing, text=True, cross=True),
+            "encoder": SharedRouter(width, config, context),
+            "decoder": SharedRouter(width, config, context, text=True),
+            "cross": SharedRouter(width, config, context, text=True, cross=True),
         }
     ).to(next(model.parameters()).device)
     model.get_decoder().register_forward_pre_hook(
@@ -75,17 +75,17 @@ def _run_shared_router(
     slot.gates = router(hidden, encoded)
 
 
-def watch_encoder(model: Any, routing: Routing) -> None:
+def watch_encoder(model: Any, context: BatchContext) -> None:
     """After the encoder has run, its pooled output is what the decoder's routers see."""
     if not hasattr(model, "get_encoder"):
         return
 
-    model.get_encoder().register_forward_hook(partial(_keep_clip, routing))
+    model.get_encoder().register_forward_hook(partial(_keep_clip, context))
 
 
-def _keep_clip(routing: Routing, module: nn.Module, args: Any, output: Any) -> None:
+def _keep_clip(context: BatchContext, module: nn.Module, args: Any, output: Any) -> None:
     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    routing.clip = routing.pooled(hidden)
+    context.clip = context.pooled(hidden)
 
 
 def width_of(model: nn.Module) -> int | None:

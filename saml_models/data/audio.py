@@ -30,6 +30,10 @@ __all__ = [
 SAMPLE_RATE = 16_000
 """Samples a second of everything that `load_audio` returns: the rate Whisper was trained on."""
 
+MAX_SECONDS = 30
+MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
+"""What is decoded at once, and the longest clip to learn from: Whisper's window."""
+
 _BY_LIBSNDFILE = (
     ".flac", ".wav", ".mp3", ".ogg", ".sph", ".opus", ".oga", ".aiff", ".aif", ".aifc", ".au",
     ".snd", ".caf", ".w64", ".rf64", ".wave", ".mp2", ".mpga",
@@ -148,6 +152,13 @@ def load_audio(
             "of two, or give a single channel", SAMLWarning, stacklevel=2,
         )  # fmt: skip
     return _resampled(blocks, str(path))
+
+
+def at_speed(clip: npt.NDArray[np.float32], speed: float) -> npt.NDArray[np.float32]:
+    """A clip [samples] played `speed` times as fast: float32 [samples / speed]."""
+    if speed == 1.0:
+        return clip
+    return soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
 
 
 def check_audio(array: npt.NDArray[np.floating], name: str) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
-from saml_models.data.audio import SAMPLE_RATE, load_audio
+from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 
 __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 
 # Panayotov et al., mini LibriSpeech, https://www.openslr.org/31/ (CC BY 4.0).
 MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
-MAX_SECONDS = 30.0
 PROMPTS = 80
 ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
 

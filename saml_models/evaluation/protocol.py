@@ -13,6 +13,7 @@ import numpy as np
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.corpora import Utterance
+from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import (
     WordErrors,
@@ -152,8 +153,8 @@ def make_folds(
 
 def evaluate(
     full: tuple[Any, Any],
-    quantised: Any,
-    saml: Any,
+    quantised: tuple[Any, Any],
+    saml: tuple[Any, Any],
     folds: Sequence[Fold],
     options: TrainingOptions | None = None,
     *,
@@ -165,8 +166,8 @@ def evaluate(
 
     Args:
         full: the full-precision model and its processor.
-        quantised: the same, quantised, without experts.
-        saml: the same with pretrained experts; every fold adapts from these.
+        quantised: a pair too: the same model quantised, without experts.
+        saml: likewise, with pretrained experts; every fold adapts from these.
         folds: from `make_folds`; what is longer than 30 s is not learnt from. "other speaker"
             takes the profile of the next speaker's fold; with one speaker it is not run.
         options: of the adaptation; the defaults unless given.
@@ -176,7 +177,6 @@ def evaluate(
     """
     stage = on_stage or (lambda name, parts: None)
     done = on_done or (lambda parts: None)
-    model, processor = full
     tests = [u for fold in folds for u in fold.test]
     clips = [u.load() for u in tests]
     result = Evaluation(
@@ -191,18 +191,18 @@ def evaluate(
         result.errors[system] = word_errors(result.references, hypotheses)
         result.seconds[system] = time.monotonic() - started
 
-    plain = {"full_precision": model, "quantised": quantised, "experts": saml}
+    plain = {"full_precision": full, "quantised": quantised, "experts": saml}
     for system, candidate in plain.items():
         stage(SYSTEMS[system], len(clips))
         started = time.monotonic()
-        texts = decode_clips(candidate, processor, clips, beam_size=beam_size, on_done=done)
+        texts = decode_clips(bind(*candidate), clips, beam_size=beam_size, on_done=done)
         record(system, texts, started)
 
     stage("adapting", len(folds))
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
     for fold in folds:
-        profiles.append(adapt(saml, processor, fold.train, options, skip_long=True))
+        profiles.append(adapt(*saml, fold.train, options, skip_long=True))
         done(1)
     result.seconds["adapting"] = time.monotonic() - started
     chosen_by = {"adapted": list(range(len(folds)))}
@@ -215,8 +215,8 @@ def evaluate(
         for i, fold in enumerate(folds):
             part = clips[at : at + len(fold.test)]
             at += len(part)
-            with profiles[chosen[i]].applied(saml):
-                texts += decode_clips(saml, processor, part, beam_size=beam_size, on_done=done)
+            with profiles[chosen[i]].applied(saml[0]):
+                texts += decode_clips(bind(*saml), part, beam_size=beam_size, on_done=done)
         record(system, texts, started)
     return result
 
@@ -232,9 +232,8 @@ def with_word_errors(
         utterances: with text, that it has not learnt from, each at most 30 s long.
     """
     clips, said = [u.load() for u in utterances], [u.text for u in utterances]
-    heard = [
-        decode_clips(model, processor, clips, speakers=[p] * len(clips)) for p in (None, profile)
-    ]
+    speech = bind(model, processor)
+    heard = [decode_clips(speech, clips, speakers=[p] * len(clips)) for p in (None, profile)]
     before, after = (round(float(pooled(word_errors(said, texts)).wer), 2) for texts in heard)
     noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
     return replace(profile, about=profile.about | noted)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
-from saml_models.models.conformer.family import ConformerFamily
+from saml_models.models.conformer.speech_model import ConformerSpeechModel
 from saml_models.models.interface import Clip, Outputs
 
-__all__ = ["EspnetFamily", "load_espnet", "with_speech2text"]
+__all__ = ["EspnetSpeechModel", "load_espnet", "with_speech2text"]
 
 # Frames that ESPnet's subsampling keeps of a mask, by its class: (frames dropped, step) in turn.
 _SUBSAMPLING = {
@@ -76,32 +76,38 @@ def with_speech2text(speech2text: Any) -> tuple[Any, Any]:
             f"{type(model).__name__}: expected ESPnet's hybrid CTC/attention model with a frontend "
             "and an encoder alone"
         )
-    model.saml_family = EspnetFamily.model_type
-    # Each model of an evaluation decodes through its own; a plain attribute, no module.
-    model.saml_speech2text = speech2text
     return model.eval(), speech2text
 
 
-class EspnetFamily(ConformerFamily):
-    """See `Family`. The processor is a `Speech2Text`; models are kept as ESPnet's own files."""
+class EspnetSpeechModel(ConformerSpeechModel):
+    """The processor is a `Speech2Text`; networks are kept as ESPnet's own files."""
 
     model_type = "espnet"
 
+    def __init__(self, network: Any, processor: Any) -> None:
+        """Raise SAMLError where the `Speech2Text` decodes with another network."""
+        super().__init__(network, processor)
+        if processor.asr_model is not network:
+            raise SAMLError("Speech2Text: decodes with another model; give each model its own")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.network.parameters()).dtype
+
     @torch.no_grad()
-    def prepare(self, processor: Any, clip: Clip) -> Tensor:
+    def prepare(self, clip: Clip) -> Tensor:
         """The frontend's features, normalised as the model does: [frames, mel bins]."""
-        model = processor.asr_model
-        speech = torch.from_numpy(clip)[None].to(processor.device)
+        model = self.network
+        speech = torch.from_numpy(clip)[None].to(self.processor.device)
         features, lengths = model._extract_feats(speech, torch.tensor([speech.shape[1]]))
         if model.normalize is not None:
             features, lengths = model.normalize(features, lengths)
         return features[0, : int(lengths)].cpu()
 
-    def token_ids(
-        self, processor: Any, text: str, language: str | None = None
-    ) -> tuple[list[int], int]:
+    def token_ids(self, text: str, language: str | None = None) -> tuple[list[int], int]:
         """Start, text in the token list's case, end."""
-        model = processor.asr_model
+        model, processor = self.network, self.processor
         letters = "".join(model.token_list[:-1])
         letters = letters.replace("<blank>", "").replace("<unk>", "").replace("<space>", "")
         if letters == letters.upper():
@@ -111,10 +117,9 @@ class EspnetFamily(ConformerFamily):
         ids = processor.converter.tokens2ids(processor.tokenizer.text2tokens(text))
         return [model.sos, *ids, model.eos], 1
 
-    def outputs(
-        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
-    ) -> Outputs:
-        """Both branches."""
+    def outputs(self, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor) -> Outputs:
+        """The decoder's logits and the CTC branch's log-probabilities."""
+        model = self.network
         encoded, lengths, _ = model.encoder(features, mask.sum(1))
         encoded = encoded[0] if isinstance(encoded, tuple) else encoded
         wanted = torch.zeros_like(inputs).flatten().index_fill(0, kept, 1).view_as(inputs)
@@ -122,22 +127,19 @@ class EspnetFamily(ConformerFamily):
         ctc = model.ctc.log_softmax(encoded).float()
         return Outputs(logits.flatten(0, 1)[kept].float(), ctc, lengths, model.blank_id)
 
-    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+    def encoder_mask(self, mask: Tensor) -> Tensor:
         """Subsampled as the encoder does it, where that is one of ESPnet's usual ways."""
-        for dropped, step in _SUBSAMPLING.get(type(model.encoder.embed).__name__, ()):
+        for dropped, step in _SUBSAMPLING.get(type(self.network.encoder.embed).__name__, ()):
             mask = mask[:, :-dropped:step]
         return mask
 
-    def hear(
-        self,
-        model: Any,
-        processor: Any,
-        clips: Sequence[Clip],
-        beam_size: int,
-        language: str | None,
-    ) -> list[str]:
-        """ESPnet's joint beam search, clip by clip."""
-        speech2text = model.saml_speech2text
+    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
+        """ESPnet's joint beam search, clip by clip; its beam sizes are the user's own after it."""
+        speech2text = self.processor
         search = speech2text.beam_search
+        before = search.beam_size, search.pre_beam_size
         search.beam_size, search.pre_beam_size = beam_size, int(1.5 * beam_size)
-        return [(speech2text(clip)[0][0] or "").strip() for clip in clips]
+        try:
+            return [(speech2text(clip)[0][0] or "").strip() for clip in clips]
+        finally:
+            search.beam_size, search.pre_beam_size = before

@@ -1,26 +1,36 @@
-"""Kinds of models: what features, tokens, decoding and files ask of one.
+"""`SpeechModel`: what features, tokens, decoding and files ask of a recogniser.
 
-Whisper and the Conformer differ in what `Family` lists and in nothing else: surgery, training,
+Whisper and the Conformer differ in what it lists and in nothing else: compression, training,
 adaptation, evaluation and the command line are the same code for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from saml_kernels.layers.context import BatchContext
 from saml_models.text.transcript import Segment
 
-__all__ = ["Family", "Outputs", "additive_mask", "causal_mask", "margin_of", "model_name"]
+__all__ = ["Outputs", "SpeechModel", "additive_mask", "causal_mask", "context_of", "margin_of"]
 
 Clip = npt.NDArray[np.float32]  # [samples] at 16 kHz
+
+SHORT_WINDOW_MARGIN = (
+    1.0  # seconds of silence after a clip, where experts have learnt short windows
+)
+# The same of a quantised Whisper whose experts have not: base makes no more errors so than in
+# 30 s (`python -m bench windows`).
+QUANTISED_MARGIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,88 +47,131 @@ class Outputs:
     blank: int = 0
 
 
-class Family(Protocol):
-    """One kind of model. `model_type` is transformers' name for it, and the disk's."""
+class SpeechModel(ABC):
+    """A network with its processor: made by `registry.bind`, once for each public call.
 
-    model_type: str
-    model_class: Any
-    config_class: Any
+    Attributes:
+        network: plain, or with SAML layers; ESPnet's too.
+        processor: features and tokens of that network.
+        model_type: transformers' name for the kind of network, and the disk's.
+        network_class, config_class: of that kind; what files are read into.
+    """
 
-    def prepare(self, processor: Any, clip: Clip) -> Tensor:
+    model_type: ClassVar[str]
+    network_class: ClassVar[Any]
+    config_class: ClassVar[Any]
+
+    def __init__(self, network: Any, processor: Any) -> None:
+        self.network, self.processor = network, processor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's parameters are."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's parameters, and so of its features."""
+        return self.network.dtype
+
+    @property
+    def context(self) -> BatchContext:
+        """What the network's layers share while a batch runs; see `context_of`."""
+        return context_of(self.network)
+
+    @property
+    def margin(self) -> float | None:
+        """Seconds of silence after a clip that the network is given; see `margin_of`."""
+        return margin_of(self.network)
+
+    @property
+    def name(self) -> str:
+        """What the network was loaded by; empty where nobody knows."""
+        return str(getattr(getattr(self.network, "config", None), "_name_or_path", ""))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the network is in evaluation mode, whatever happens there."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train(was_training)
+
+    @abstractmethod
+    def prepare(self, clip: Clip) -> Tensor:
         """What can be made of one clip alone, before it joins a batch."""
 
+    @abstractmethod
     def frames(self, prepared: Tensor) -> int:
         """Spectrogram frames that hold a prepared clip's audio."""
 
+    @abstractmethod
     def collate(
-        self, processor: Any, prepared: Sequence[Tensor], margin: float | None, step: int = 1
+        self, prepared: Sequence[Tensor], margin: float | None, step: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Features of a batch and a bool mask [B, frames], True where there is audio.
 
         Args:
-            processor: of the model.
             prepared: by `prepare`.
             margin: seconds of silence after the longest clip, for models that hear padding; None
                 is the model's whole window.
             step: spectrogram frames are a multiple of it, as far as the model takes so many.
         """
 
-    def bands(self, features: Tensor) -> Tensor:
+    @abstractmethod
+    def mel(self, features: Tensor) -> Tensor:
         """A view of features as [B, mel bins, frames]."""
 
-    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
+    @abstractmethod
+    def prompt_language(self, clips: Sequence[Clip]) -> str | None:
         """The code that the prompt of these clips' texts names: one for all; None names none."""
 
-    def token_ids(
-        self, processor: Any, text: str, language: str | None = None
-    ) -> tuple[list[int], int]:
+    @abstractmethod
+    def token_ids(self, text: str, language: str | None = None) -> tuple[list[int], int]:
         """The decoder's whole sequence for a text, and how many tokens of it are the prompt.
 
         `language` is what `prompt_language` gave.
         """
 
-    def outputs(
-        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
-    ) -> Outputs:
+    @abstractmethod
+    def outputs(self, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor) -> Outputs:
         """A training pass.
 
         Args:
-            model: plain, or with SAML layers.
             features, mask: as from `collate`.
             inputs: token ids [B, L].
             kept: int64 [n], the positions in [B * L] whose logits are wanted, in order.
         """
 
-    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+    @abstractmethod
+    def encoder_mask(self, mask: Tensor) -> Tensor:
         """The mask of `collate` at the encoder's frame rate: [B, T'] bool."""
 
-    def hear(
-        self,
-        model: Any,
-        processor: Any,
-        clips: Sequence[Clip],
-        beam_size: int,
-        language: str | None,
-    ) -> list[str]:
+    @abstractmethod
+    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
         """The text of clips that fit the model's window, decoded together."""
 
-    def no_speech(self, model: Any, processor: Any, clip: Clip) -> float | None:
+    @abstractmethod
+    def no_speech(self, clip: Clip) -> float | None:
         """The probability that there is no speech in a clip of up to 30 s; None: it cannot say."""
 
-    def language_code(self, model: Any, language: str | None, task: str) -> str | None:
-        """The code of a language that `model` knows; None has to be detected.
+    @abstractmethod
+    def language_code(self, language: str | None, task: str) -> str | None:
+        """The code of a language that the network knows; None has to be detected.
 
         Raises:
-            SAMLError: the model does not know the language or the task.
+            SAMLError: the network does not know the language or the task.
         """
 
-    def detect_language(self, model: Any, processor: Any, clip: Clip) -> str:
+    @abstractmethod
+    def detect_language(self, clip: Clip) -> str:
         """The code of the language a clip is in."""
 
+    @abstractmethod
     def segments(
         self,
-        model: Any,
-        processor: Any,
         clip: Clip,
         language: str,
         *,
@@ -129,14 +182,26 @@ class Family(Protocol):
     ) -> tuple[str, list[Segment]]:
         """Text and segments of a recording of any length."""
 
-    def computed(self, name: str) -> Callable[[torch.Size], Tensor] | None:
+    @classmethod
+    @abstractmethod
+    def computed(cls, name: str) -> Callable[[torch.Size], Tensor] | None:
         """What gives a parameter's values by its shape, so that no file holds it; else None."""
 
-    def extent(self, config: Any) -> tuple[int, int]:
+    @classmethod
+    @abstractmethod
+    def extent(cls, config: Any) -> tuple[int, int]:
         """Number of layers, and the largest table made without a file's bytes, that config asks."""
 
-    def load_processor(self, folder: Path) -> Any:
-        """The processor that was saved beside a model."""
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, folder: Path) -> Any:
+        """The processor that was saved beside a network."""
+
+
+def context_of(network: nn.Module) -> BatchContext:
+    """What the layers of a network share while a batch runs; a plain one's is read by nobody."""
+    saml: Any = getattr(network, "saml", None)
+    return BatchContext() if saml is None else saml.context
 
 
 def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,25 +220,12 @@ def causal_mask(inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return additive_mask(seen, dtype).expand(rows, 1, -1, -1)
 
 
-MARGIN = 1.0  # seconds of silence after a clip in a short window
+def margin_of(network: nn.Module) -> float | None:
+    """Seconds of silence after a clip that a network is given by itself; None: its whole window.
 
-
-def margin_of(model: nn.Module) -> float | None:
-    """Seconds of silence after a clip that a model hears by itself; None is its whole window.
-
-    One where its experts learnt that; else `saml_margin` (loading.py sets it on quantised models).
+    Short where its experts learnt that, else what `Compression.margin` says.
     """
-    if getattr(model, "saml_short_windows", False):
-        return MARGIN
-    margin = getattr(model, "saml_margin", None)
-    return None if margin is None else float(margin)
-
-
-# Seconds of silence after a clip, for a quantised Whisper without experts that know short windows:
-# base makes no more errors so than in 30 s (bench/windows.py).
-MARGIN = 10.0
-
-
-def model_name(model: Any) -> str:
-    """What a model was loaded by; empty where nobody knows."""
-    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    saml: Any = getattr(network, "saml", None)
+    if saml is None:
+        return None
+    return SHORT_WINDOW_MARGIN if saml.short_windows else saml.margin

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from saml_kernels.errors import SAMLError
-from saml_models.models.interface import Family
+from saml_models.models.interface import SpeechModel
 
-__all__ = ["family_named", "family_of"]
+__all__ = ["bind", "kind_named"]
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of a model, by its configuration.
+def bind(network: Any, processor: Any) -> SpeechModel:
+    """A network and its processor as one, by what its configuration says it is.
 
     Raises:
-        SAMLError: it is of no family known here.
+        SAMLError: it is of no kind known here.
     """
-    own = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return family_named(getattr(model, "saml_family", own))
+    config: Any = getattr(network, "config", None)
+    if config is None and hasattr(processor, "asr_model"):  # ESPnet's `Speech2Text`
+        return kind_named("espnet")(network, processor)
+    return kind_named(getattr(config, "model_type", type(network).__name__))(network, processor)
 
 
-def family_named(model_type: Any) -> Family:
-    """The family of transformers' `model_type`.
+def kind_named(model_type: Any) -> type[SpeechModel]:
+    """The kind of transformers' `model_type`, or "espnet".
 
     Raises:
         SAMLError: it is none of those known here.
     """
     # The implementations import transformers' models, which nothing else here has to wait for.
     if model_type == "whisper":
-        from saml_models.models.whisper.family import WhisperFamily
+        from saml_models.models.whisper.speech_model import WhisperSpeechModel
 
-        return WhisperFamily()
+        return WhisperSpeechModel
     if model_type == "canary":
-        from saml_models.models.conformer.family import ConformerFamily
+        from saml_models.models.conformer.speech_model import ConformerSpeechModel
 
-        return ConformerFamily()
+        return ConformerSpeechModel
     if model_type == "espnet":
-        from saml_models.models.espnet import EspnetFamily
+        from saml_models.models.espnet import EspnetSpeechModel
 
-        return EspnetFamily()
+        return EspnetSpeechModel
     raise SAMLError(f"model type {model_type!r}: expected whisper or canary")

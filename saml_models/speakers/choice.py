@@ -12,6 +12,7 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import load_audio
+from saml_models.models.registry import bind
 from saml_models.speakers.identify import identify
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import AUTO, ProfileStore
@@ -46,7 +47,7 @@ class Choice:
                 raise SAMLError("--speaker auto: nobody is enrolled for this model")
         for file, speaker in zip(files, self.wanted, strict=True):
             if isinstance(speaker, str):
-                match = identify(model, processor, load_audio(file), self.enrolled)
+                match = identify(bind(model, processor), load_audio(file), self.enrolled)
                 _say(f"{file}: {match}")
                 speaker = match.profile
             found.append(speaker)

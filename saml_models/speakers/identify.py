@@ -13,22 +13,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.linear import SAMLLinear
-from saml_models.data.audio import SAMPLE_RATE
-from saml_models.models.registry import family_of
+from saml_models.data.audio import MAX_SAMPLES
+from saml_models.models.interface import SHORT_WINDOW_MARGIN, Clip, SpeechModel
 from saml_models.speakers.profile import SpeakerProfile
 
 __all__ = ["THRESHOLD", "Match", "distance", "embed", "identify"]
 
-Clip = npt.NDArray[np.float32]
-MARGIN = 1.0  # seconds of silence after a clip
-LONGEST = 30 * SAMPLE_RATE
 # `python bench/identification.py`, 26 development speakers with five clips of each enrolled: the
 # nearest is the right one for 96 % of the clips; here 9 % are turned away, and a stranger, who has
 # 25 chances, is taken for somebody in 32 %. Fewer enrolled are fewer chances.
@@ -60,12 +55,11 @@ class Match:
         return f"{self.nearest} ({said})"
 
 
-def identify(model: Any, processor: Any, clip: Clip, profiles: Sequence[SpeakerProfile]) -> Match:
+def identify(speech: SpeechModel, clip: Clip, profiles: Sequence[SpeakerProfile]) -> Match:
     """The enrolled speaker whose embedding is nearest to that of a clip's first 30 s.
 
     Args:
-        model: with SAML layers, that the profiles fit.
-        processor: of that model.
+        speech: with SAML layers, that the profiles fit.
         clip: float32 [samples] at 16 kHz.
         profiles: at least one, each with an embedding.
 
@@ -74,7 +68,7 @@ def identify(model: Any, processor: Any, clip: Clip, profiles: Sequence[SpeakerP
     """
     if not profiles:
         raise SAMLError("speaker auto: nobody is enrolled")
-    heard = embed(model, processor, [clip])
+    heard = embed(speech, [clip])
     distances = []
     for profile in profiles:
         if profile.embedding is None:
@@ -103,12 +97,11 @@ class _Heard(Exception):
 
 
 @torch.inference_mode()
-def embed(model: Any, processor: Any, clips: Sequence[Clip]) -> Tensor:
+def embed(speech: SpeechModel, clips: Sequence[Clip]) -> Tensor:
     """How a speaker sounds: float16 [2, d].
 
     Args:
-        model: with SAML layers or plain.
-        processor: of that model.
+        speech: with SAML layers or plain.
         clips: of one speaker, float32 [samples] at 16 kHz; of a longer one, the first 30 s.
 
     Raises:
@@ -116,32 +109,29 @@ def embed(model: Any, processor: Any, clips: Sequence[Clip]) -> Tensor:
     """
     if not clips:
         raise SAMLError("embedding: no clips; give at least one")
-    family = family_of(model)
     states: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         states.append(output[0] if isinstance(output, tuple) else output)
         raise _Heard  # nothing behind the first layer is asked
 
-    hook = model.get_encoder().layers[0].register_forward_hook(keep)
+    hook = speech.network.get_encoder().layers[0].register_forward_hook(keep)
     found = []
-    was_training = model.training
-    model.eval()
+    device = speech.device
     try:
-        with _bare(model):
+        with speech.evaluating(), _bare(speech.network):
             for clip in clips:
                 states.clear()
-                prepared = family.prepare(processor, clip[:LONGEST])
-                features, mask = family.collate(processor, [prepared], MARGIN)
-                features = features.to(model.device, model.dtype)
-                start = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+                prepared = speech.prepare(clip[:MAX_SAMPLES])
+                features, mask = speech.collate([prepared], SHORT_WINDOW_MARGIN)
+                features, mask = features.to(device, speech.dtype), mask.to(device)
+                start = torch.zeros(1, 1, dtype=torch.int64, device=device)
                 with suppress(_Heard):
-                    family.outputs(model, features, mask.to(model.device), start, start[0])
-                audio = family.routing_mask(model, mask.to(model.device))[0]
+                    speech.outputs(features, mask, start, start[0])
+                audio = speech.encoder_mask(mask)[0]
                 heard = states[0][0, audio[: states[0].shape[1]]].float()
                 found.append(torch.stack((heard.mean(0), heard.std(0, correction=0))))
     finally:
-        model.train(was_training)
         hook.remove()
     return torch.stack(found).mean(0).to(torch.float16).cpu()
 

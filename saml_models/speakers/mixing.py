@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saml_kernels.layers.context import Voices
+from saml_kernels.layers.context import SpeakerExperts
 from saml_kernels.layers.linear import SAMLLinear
-from saml_models.compress.layers import (
-    expert_parameters,
-    routed_layers,
-    routers_of,
-    routing_of,
-)
+from saml_models.compress.layers import compression_of
 from saml_models.speakers.profile import SpeakerProfile
 
-__all__ = ["hears_short_windows", "speaking"]
+__all__ = ["hears_short_windows", "mixed_batch"]
 
 Speaker = SpeakerProfile | None  # None is the model as it is
 
@@ -27,12 +22,12 @@ Speaker = SpeakerProfile | None  # None is the model as it is
 def hears_short_windows(model: nn.Module, speaker: Speaker) -> bool:
     """Whether the speaker's experts were trained on short windows."""
     if speaker is None:
-        return bool(getattr(model, "saml_short_windows", False))
+        return bool(getattr(getattr(model, "saml", None), "short_windows", False))
     return bool(speaker.about.get("short_windows"))
 
 
 @contextmanager
-def speaking(model: nn.Module, speakers: Sequence[Speaker]) -> Iterator[None]:
+def mixed_batch(model: nn.Module, speakers: Sequence[Speaker]) -> Iterator[None]:
     """Within the block, clip i of a batch is heard with `speakers[i]`; then all is as before.
 
     Beams of a clip follow it. The base weights are not touched: what is loaded are the distinct
@@ -41,7 +36,7 @@ def speaking(model: nn.Module, speakers: Sequence[Speaker]) -> Iterator[None]:
     Args:
         model: with SAML layers, unless all speakers are None.
         speakers: one for each clip; all alike in `hears_short_windows`, and all the same one where
-            the model is none that `can_mix`.
+            the layers share routers (`Compression.can_mix`).
 
     Raises:
         SAMLError: a profile of another model, or one that is damaged.
@@ -54,37 +49,38 @@ def speaking(model: nn.Module, speakers: Sequence[Speaker]) -> Iterator[None]:
     for speaker in distinct:
         if speaker is not None:
             speaker.check(model)
-    layers, routing = routed_layers(model), routing_of(model)
-    short = getattr(model, "saml_short_windows", False)
+    saml = compression_of(model)
+    layers, context, short = saml.layers, saml.context, saml.short_windows
     places = [next(i for i, s in enumerate(distinct) if s is speaker) for speaker in speakers]
     values = [_values(model, speaker) for speaker in distinct]
     try:
         for name, layer in layers.items():
-            layer.voices = _stack(name, layer, values)
-        routing.speakers = torch.tensor(
+            layer.speaker_experts = _stack(name, layer, values)
+        context.speakers = torch.tensor(
             places, dtype=torch.int32, device=next(iter(layers.values())).lora_a.device
         )
-        model.saml_short_windows = hears_short_windows(model, distinct[0])  # type: ignore
+        saml.short_windows = hears_short_windows(model, distinct[0])
         yield
     finally:
         for layer in layers.values():
-            layer.voices = None
-        routing.speakers = None
-        model.saml_short_windows = short  # type: ignore[assignment]
+            layer.speaker_experts = None
+        context.speakers = None
+        saml.short_windows = short
 
 
 def _values(model: nn.Module, speaker: Speaker) -> dict[str, Tensor]:
     """Experts, routers and, as `<layer>.offset`, offsets by name."""
     if speaker is not None and speaker.kind == "experts":
         return speaker.experts(model)
-    found: dict[str, Tensor] = {n: p.detach() for n, p in expert_parameters(model).items()}
+    saml = compression_of(model)
+    found: dict[str, Tensor] = {n: p.detach() for n, p in saml.experts().items()}
     if speaker is not None:
         return found | {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
-    own = ((name, router.offset) for name, router in routers_of(model).items())
+    own = ((name, router.offset) for name, router in saml.routers.items())
     return found | {f"{name}.offset": t.detach() for name, t in own if t is not None}
 
 
-def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) -> Voices:
+def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) -> SpeakerExperts:
     """One layer's part of all speakers, padded to the most experts that one of them has."""
     like = layer.lora_a
     a, b, router = (
@@ -103,7 +99,7 @@ def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) ->
     stacked_b = torch.stack([_padded(t, most) for t in b])
     if like.device.type == "cpu":  # as grouped rows read it
         stacked_b = stacked_b.transpose(1, 2).contiguous().transpose(1, 2)
-    return Voices(
+    return SpeakerExperts(
         torch.stack([_padded(t, most) for t in a]),
         stacked_b,
         torch.stack([_padded(t, most) for t in router]),

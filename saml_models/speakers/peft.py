@@ -23,7 +23,7 @@ from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 from saml_kernels.layers.conv import SAMLPointwiseConv1d
-from saml_models.compress.layers import config_of, routed_layers, weight_hash
+from saml_models.compress.layers import compression_of, weight_hash
 from saml_models.compress.packing import pack_experts
 from saml_models.models.whisper.loading import OPENAI_NAMES
 from saml_models.runtime.tensors import read_tensors, write_tensors
@@ -68,8 +68,8 @@ def export_experts(
     if profile.kind != "experts":
         raise SAMLError(f"{profile.name}: holds gates alone; expected experts to export")
     profile.check(model)
-    values, config = profile.experts(model), config_of(model)
-    layers, convolutions = routed_layers(model), _convolutions(model)
+    values, config = profile.experts(model), compression_of(model).config
+    layers, convolutions = compression_of(model).layers, _convolutions(model)
     if not layers:
         raise SAMLError(f"{profile.name}: its gates belong to one clip at a time; cannot export")
     written = []
@@ -138,7 +138,7 @@ def import_adapters(
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     adapters = [_read(Path(folder), name) for folder in folders]
     rank = max(a.shape[0] for adapter in adapters for a, _ in adapter.values())
-    layers, convolutions = routed_layers(model), _convolutions(model)
+    layers, convolutions = compression_of(model).layers, _convolutions(model)
     names = {convolutions.get(path, path): path for path in layers}
     for folder, adapter in zip(folders, adapters, strict=True):
         for module, (a, b) in adapter.items():
@@ -161,7 +161,7 @@ def import_adapters(
                 a[e, : len(own_a)], b[e, :, : len(own_a)] = own_a, own_b
         experts[f"{path}.lora_a"], experts[f"{path}.lora_b"] = a, b
         experts[f"{path}.router.weight"] = torch.zeros(len(adapters), layer.in_features)
-    ours = config_of(model)
+    ours = compression_of(model).config
     config = SAMLConfig(
         num_experts=len(adapters),
         rank=rank,

@@ -13,9 +13,10 @@ import torch
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models.compress.apply import SurgeryReport, apply_saml
+from saml_models.compress.apply import CompressionReport, apply_saml
+from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
-from saml_models.models.interface import MARGIN
+from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.speakers.profile import SpeakerProfile
 
 __all__ = [
@@ -51,7 +52,7 @@ def load_adaptable(
     """
     model, processor = load_model(name_or_path, device)
     name = os.fspath(name_or_path)
-    if hasattr(model, "saml_config"):
+    if hasattr(model, "saml"):
         if experts is not None:
             _apply(pretrained_experts(name, experts), model, experts)
     else:
@@ -105,7 +106,7 @@ def make_adaptable(
     name: str,
     config: SAMLConfig | None = None,
     experts: str | os.PathLike[str] | None = None,
-) -> SurgeryReport:
+) -> CompressionReport:
     """Give a full-precision model SAML layers and pretrained experts, in place.
 
     Args:
@@ -127,9 +128,9 @@ def make_adaptable(
         wanted = config or profile_config(profile)
         # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
         report = apply_saml(model, replace(wanted, expert_init="lora"))
-        model.saml_config = wanted
+        compression_of(model).config = wanted
         _apply(profile, model, experts or f"experts of {name}")
-    model.saml_margin = MARGIN
+    compression_of(model).margin = QUANTISED_MARGIN
     return report
 
 

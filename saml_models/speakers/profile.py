@@ -1,7 +1,7 @@
 """`SpeakerProfile`: what one speaker's adaptation learnt, in one small safetensors file.
 
 There are two kinds. `experts` holds the speaker's own experts and routers, as
-`storage.pack_experts` stores them; pruned, those that the speaker uses. `gates` holds nothing but
+`packing.pack_experts` stores them; pruned, those that the speaker uses. `gates` holds nothing but
 an offset [E] to each router's logits, a few hundred bytes, beside the experts of the model.
 
 The header names the base model by the hash of its frozen weights, says how and when the profile was
@@ -24,17 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import (
-    check_whole,
-    config_of,
-    expert_parameters,
-    experts_hash,
-    kept_experts,
-    put,
-    routed_layers,
-    routers_of,
-    weight_hash,
-)
+from saml_models.compress.layers import compression_of, put
 from saml_models.compress.packing import pack_experts, tensors_hash, unpack_expert
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
@@ -56,8 +46,8 @@ class SpeakerProfile:
     """What one speaker (or, as `pretrained`, many) taught a base model.
 
     Attributes:
-        tensors: of kind "experts" as stored, by the names of `surgery.expert_parameters`; of kind
-            "gates" one, float16 [layers, E], in the order of `surgery.routed_layers`.
+        tensors: of kind "experts" as stored, by the names of `Compression.experts`; of kind
+            "gates" one, float16 [layers, E], in the order of `Compression.layers`.
         weight_hash: SHA-256 of the base model's frozen weights.
         config: `SAMLConfig.to_dict()` of the model it fits.
         about: facts for people: speaker, date, method, utterances, seconds, losses, WER.
@@ -65,7 +55,7 @@ class SpeakerProfile:
         beside: of kind "gates": the hash of the experts whose gates these are.
         kept: of a pruned profile: the experts that are left, by layer; a layer that is not named
             has them all.
-        embedding: float16 [2, d], how the speaker sounds (`identification.embed`), or None.
+        embedding: float16 [2, d], how the speaker sounds (`identify.embed`), or None.
     """
 
     tensors: dict[str, Tensor]
@@ -87,11 +77,11 @@ class SpeakerProfile:
         Raises:
             SAMLError: the model speaks with a pruned profile.
         """
-        check_whole(model)
-        config = config_of(model)
-        tensors = pack_experts(expert_parameters(model), config.expert_format)
-        about.setdefault("short_windows", bool(getattr(model, "saml_short_windows", False)))
-        return cls(tensors, weight_hash(model), config.to_dict(), about)
+        saml = compression_of(model)
+        saml.check_whole()
+        tensors = pack_experts(saml.experts(), saml.config.expert_format)
+        about.setdefault("short_windows", saml.short_windows)
+        return cls(tensors, saml.weight_hash(), saml.config.to_dict(), about)
 
     @classmethod
     def of_gates(cls, model: nn.Module, /, **about: Any) -> SpeakerProfile:
@@ -100,21 +90,23 @@ class SpeakerProfile:
         Raises:
             SAMLError: the layers have no routers of their own.
         """
-        config, routers = config_of(model), routers_of(model)
-        if not routers:
+        saml = compression_of(model)
+        if not saml.routers:
             raise SAMLError("gates: the layers have no router of their own; learn experts instead")
         rows = [
-            torch.zeros(config.num_experts) if offset is None else offset.detach().float().cpu()
-            for offset in (router.offset for router in routers.values())
+            torch.zeros(saml.config.num_experts)
+            if offset is None
+            else offset.detach().float().cpu()
+            for offset in (router.offset for router in saml.routers.values())
         ]
-        about.setdefault("short_windows", bool(getattr(model, "saml_short_windows", False)))
+        about.setdefault("short_windows", saml.short_windows)
         return cls(
             {GATES: torch.stack(rows).to(torch.float16)},
-            weight_hash(model),
-            config.to_dict(),
+            saml.weight_hash(),
+            saml.config.to_dict(),
             about,
             kind="gates",
-            beside=experts_hash(model),
+            beside=saml.experts_hash(),
         )
 
     @property
@@ -204,7 +196,8 @@ class SpeakerProfile:
         Raises:
             SAMLError: other base weights, or other experts.
         """
-        ours = config_of(model)
+        saml = compression_of(model)
+        ours = saml.config
         differing = [
             f"{key}={self.config.get(key)!r} (model: {value!r})"
             for key, value in ours.to_dict().items()
@@ -212,12 +205,12 @@ class SpeakerProfile:
         ]
         if differing:
             raise SAMLError(f"profile: made for another configuration: {', '.join(differing)}")
-        if self.weight_hash != weight_hash(model):
+        if self.weight_hash != saml.weight_hash():
             raise SAMLError(
                 "profile: made for another model (its base weights have another hash); load the "
                 f"model it names: {self.about.get('model', 'unknown')}"
             )
-        if self.kind == "gates" and self.beside != experts_hash(model):
+        if self.kind == "gates" and self.beside != saml.experts_hash():
             raise SAMLError(
                 "profile: its gates belong to other experts than the model's; start from those "
                 "that it was made with"
@@ -233,8 +226,9 @@ class SpeakerProfile:
         """
         if self._unpacked:
             return self._unpacked
-        count, found = config_of(model).num_experts, {}
-        for name, parameter in expert_parameters(model).items():
+        saml = compression_of(model)
+        count, found = saml.config.num_experts, {}
+        for name, parameter in saml.experts().items():
             shape, layer = parameter.shape, _layer(name)
             if layer != name:  # not the routers that layers share
                 kept = self.kept.get(layer, range(count))
@@ -251,9 +245,9 @@ class SpeakerProfile:
         Raises:
             SAMLError: they do not fit the model, or are damaged.
         """
-        layers = routed_layers(model)
-        shape = torch.Size([len(layers), config_of(model).num_experts])
-        return dict(zip(layers, unpack_expert(self.tensors, GATES, shape), strict=True))
+        saml = compression_of(model)
+        shape = torch.Size([len(saml.layers), saml.config.num_experts])
+        return dict(zip(saml.layers, unpack_expert(self.tensors, GATES, shape), strict=True))
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
@@ -263,23 +257,24 @@ class SpeakerProfile:
             SAMLError: the profile was made for another model.
         """
         self.check(model)
+        saml = compression_of(model)
         if self.kind == "gates":
             offsets = self.offsets(model)
-            for name, router in routers_of(model).items():
+            for name, router in saml.routers.items():
                 router.offset = offsets[name].to(router.weight.device)
         else:
             values = self.experts(model)
-            for name, parameter in expert_parameters(model).items():
+            for name, parameter in saml.experts().items():
                 put(parameter, values[name])
-            for router in routers_of(model).values():
+            for router in saml.routers.values():
                 router.offset = None
-        model.saml_short_windows = bool(self.about.get("short_windows"))  # type: ignore[assignment]
+        saml.short_windows = bool(self.about.get("short_windows"))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Within the block `model` speaks with this profile; its own experts come back after."""
         self.check(model)
-        with kept_experts(model):
+        with compression_of(model).snapshot():
             self.apply(model)
             yield
 
@@ -294,7 +289,7 @@ def is_profile(path: Path, hash: str | None = None) -> bool:
 
 
 def _layer(parameter: str) -> str:
-    """The layer that a parameter of `expert_parameters` belongs to."""
+    """The layer that a parameter of `Compression.experts` belongs to."""
     return re.sub(r"\.(lora_[ab]|router\.weight)$", "", parameter)
 
 

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import check_whole, expert_parameters, kept_experts, routers_of
+from saml_models.compress.layers import compression_of
 from saml_models.data.corpora import Utterance
 from saml_models.models.conformer.model import Conformer
-from saml_models.models.interface import margin_of, model_name
+from saml_models.models.interface import SpeechModel
+from saml_models.models.registry import bind
 from saml_models.speakers.identify import embed
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
 
-__all__ = ["ADAPTATION", "GATES", "adapt", "options_for"]
+__all__ = ["ADAPTATION", "GATE_ADAPTATION", "adapt", "options_for"]
 
 # What did best on the development speakers; `saml adapt` and `saml evaluate` use it as it is.
 ADAPTATION = TrainingOptions(
@@ -33,7 +34,7 @@ ADAPTATION = TrainingOptions(
 CONFORMER = replace(ADAPTATION, learning_rate=1e-3, epochs=16)
 
 # A few hundred numbers: they bear large steps, and cannot learn a transcript by heart.
-GATES = replace(ADAPTATION, learning_rate=3e-2)
+GATE_ADAPTATION = replace(ADAPTATION, learning_rate=3e-2)
 
 
 def options_for(kind: str, model: Any = None) -> TrainingOptions:
@@ -45,7 +46,7 @@ def options_for(kind: str, model: Any = None) -> TrainingOptions:
     if kind not in ("experts", "gates"):
         raise SAMLError(f"kind {kind!r}: expected experts or gates")
     if kind == "gates":
-        return GATES
+        return GATE_ADAPTATION
     return CONFORMER if isinstance(model, Conformer) else ADAPTATION
 
 
@@ -88,17 +89,18 @@ def adapt(
             f"adapt: utterances of {len(names)} speakers ({names[0]}, {names[1]}, ...); choose one"
         )
     options = options or options_for(kind, model)
-    check_whole(model)
+    speech, saml = bind(model, processor), compression_of(model)
+    saml.check_whole()
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
-    with kept_experts(model):
-        samples = training_samples(model, processor, utterances, skip_long=skip_long)
-        options = _windows(model, options)
+    with saml.snapshot():
+        samples = training_samples(speech, utterances, skip_long=skip_long)
+        options = _windows(speech, options)
         with nullcontext() if kind == "experts" else _offsets_alone(model):
-            report = fit(model, processor, samples, options, checkpoint, on_step)
+            report = fit(speech, samples, options, checkpoint, on_step)
         profile = make(
             model,
             speaker=speaker or names[0],
-            model=model_name(model),
+            model=speech.name,
             method="SAML adaptation",
             date=datetime.date.today().isoformat(),
             utterances=len(samples),
@@ -108,27 +110,27 @@ def adapt(
         )
     if not hasattr(model, "get_encoder"):  # ESPnet's: cannot be told apart by voice
         return profile
-    return replace(profile, embedding=embed(model, processor, [s.load() for s in samples]))
+    return replace(profile, embedding=embed(speech, [s.load() for s in samples]))
 
 
-def _windows(model: Any, options: TrainingOptions) -> TrainingOptions:
+def _windows(speech: SpeechModel, options: TrainingOptions) -> TrainingOptions:
     """Options whose clips are heard as they will be, and as the model can learn from few of them.
 
     Experts that were pretrained on short windows go on with those. The original weights have never
-    seen one, which takes more than a few clips to learn: they hear `saml_margin` seconds more.
+    seen one, which takes more than a few clips to learn: they get `Compression.margin` seconds.
     """
-    margin = margin_of(model)
-    if margin is not None and not getattr(model, "saml_short_windows", False):
+    saml, margin = compression_of(speech.network), speech.margin
+    if margin is not None and not saml.short_windows:
         return replace(options, margins=(margin,))
-    model.saml_short_windows = True
+    saml.short_windows = True
     return options
 
 
 @contextmanager
 def _offsets_alone(model: Any) -> Iterator[None]:
     """Experts and routers are frozen; each router has an offset, from zero, that learns."""
-    parameters = expert_parameters(model).values()
-    routers = routers_of(model).values()
+    saml = compression_of(model)
+    parameters, routers = saml.experts().values(), saml.routers.values()
     if not routers:
         raise SAMLError("gates: the layers have no router of their own; learn experts instead")
     try:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 
-from saml_models.data.audio import SAMPLE_RATE
-from saml_models.models.interface import Family
+from saml_models.data.audio import at_speed
+from saml_models.models.interface import SpeechModel
 
 if TYPE_CHECKING:
     from saml_models.training.options import TrainingOptions
@@ -27,7 +26,7 @@ IGNORED = -100  # cross_entropy's own mark for positions without a target
 class Sample:
     """One training clip: a function that loads it (float32, 16 kHz), its length and its text.
 
-    `language` is that of the prompt: see `Family.prompt_language`.
+    `language` is that of the prompt: see `SpeechModel.prompt_language`.
     """
 
     load: Callable[[], np.ndarray]
@@ -53,7 +52,7 @@ class Batch:
     """What one training step is made of; B clips, T frames, L tokens.
 
     Attributes:
-        features: of the model's family, augmented.
+        features: as `SpeechModel.collate` makes them, augmented.
         mask: [B, frames] bool, True where there is audio.
         inputs: token ids int64 [B, L].
         targets: token ids int64 [B, L], `IGNORED` where there is none.
@@ -118,24 +117,23 @@ class BatchMaker:
 
     def __init__(
         self,
-        family: Family,
-        processor: Any,
+        speech: SpeechModel,
         samples: Sequence[Sample],
         options: TrainingOptions,
         shapes: Shapes | None = None,
     ) -> None:
-        self.family, self.processor = family, processor
-        self.samples, self.options, self.shapes = samples, options, shapes or Shapes()
-        self.texts = [family.token_ids(processor, s.text, s.language) for s in samples]
+        self.speech, self.samples, self.options = speech, samples, options
+        self.shapes = shapes or Shapes()
+        self.texts = [speech.token_ids(s.text, s.language) for s in samples]
 
     def __call__(self, step: int, index: list[int]) -> Batch:
         """The batch of these clips at this step, on the CPU."""
-        o, family, shapes = self.options, self.family, self.shapes
+        o, speech, shapes = self.options, self.speech, self.shapes
         rng = random.Random(f"{o.seed}/{step}")
         clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
         margin = rng.choice(o.margins)
-        features, mask = family.collate(self.processor, clips, margin, shapes.frames)
-        _spec_augment(family.bands(features), [family.frames(c) for c in clips], rng, o)
+        features, mask = speech.collate(clips, margin, shapes.frames)
+        _spec_augment(speech.mel(features), [speech.frames(c) for c in clips], rng, o)
         texts = [self.texts[i] for i in index]
         longest = max(len(ids) for ids, _ in texts) - 1
         longest += -longest % shapes.tokens
@@ -150,29 +148,23 @@ class BatchMaker:
         return Batch(features, mask, inputs, targets, kept, words)
 
     def _prepared(self, i: int, speed: float) -> Tensor:
-        return self.family.prepare(self.processor, _at_speed(self.samples[i].load(), speed))
-
-
-def _at_speed(clip: np.ndarray, speed: float) -> np.ndarray:
-    if speed == 1.0:
-        return clip
-    return soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
+        return self.speech.prepare(at_speed(self.samples[i].load(), speed))
 
 
 def _spec_augment(
-    bands: Tensor, frames: list[int], rng: random.Random, options: TrainingOptions
+    mel: Tensor, frames: list[int], rng: random.Random, options: TrainingOptions
 ) -> None:
     """Mask bands of mel bins and stretches of time by each clip's mean, in place.
 
     Args:
-        bands: [B, mel bins, T].
+        mel: [B, mel bins, T].
         frames: of each clip that hold audio.
         rng: draws the masks.
         options: says how many, and how wide.
     """
-    bins = bands.shape[1]
+    bins = mel.shape[1]
     for row, length in enumerate(frames):
-        clip = bands[row, :, :length]
+        clip = mel[row, :, :length]
         mean, heard = clip.mean(), clip.shape[1]
         for _ in range(options.freq_masks):
             width = rng.randint(0, options.freq_width)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saml_kernels import SAMLLinear
-from saml_models.models.registry import family_of
+from saml_models.models.interface import SpeechModel
 from saml_models.training.batches import BatchMaker, Sample, plan_batches
 from saml_models.training.options import TrainingOptions
 
@@ -23,16 +23,14 @@ CLIPS = 96
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module,
-    processor: Any,
+    speech: SpeechModel,
     samples: Sequence[Sample],
     options: TrainingOptions,
 ) -> dict[str, Tensor]:
     """E[x x^T] of the inputs x of every linear layer and pointwise convolution.
 
     Args:
-        model: at full precision, of a known family.
-        processor: of that model.
+        speech: at full precision.
         samples: with their text, of which `CLIPS` are heard, as they are.
         options: say how they are batched, and the seed of which are taken.
 
@@ -53,16 +51,15 @@ def input_moments(
 
     hooks = [
         module.register_forward_pre_hook(partial(add, name))
-        for name, module in model.named_modules()
+        for name, module in speech.network.named_modules()
         if isinstance(module, nn.Linear)
         or (isinstance(module, nn.Conv1d) and module.kernel_size == (1,))
     ]
-    family, device = family_of(model), next(model.parameters()).device
-    make = BatchMaker(family, processor, chosen, plain)
+    make = BatchMaker(speech, chosen, plain)
     try:
         for step, batch in enumerate(plan_batches([s.seconds for s in chosen], plain)):
-            there = make(step, batch).to(device)
-            family.outputs(model, there.features, there.mask, there.inputs, there.kept)
+            there = make(step, batch).to(speech.device)
+            speech.outputs(there.features, there.mask, there.inputs, there.kept)
     finally:
         for hook in hooks:
             hook.remove()

@@ -44,8 +44,8 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOp
     settings = REMOVED | asdict(replace(options, checkpoint_every=0))
     if settings["cuda_graphs"] is None:
         del settings["cuda_graphs"]  # as it was before there were any
-    saml, config = getattr(model, "saml_config", None), getattr(model, "config", None)
-    made_for = [weight_hash(model), saml.to_dict() if saml else config.to_dict()]  # type: ignore
+    saml, config = getattr(model, "saml", None), getattr(model, "config", None)
+    made_for = [weight_hash(model), saml.config.to_dict() if saml else config.to_dict()]  # type: ignore
     return json.dumps([settings, clips, made_for], sort_keys=True, default=str)
 
 

@@ -21,8 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from saml_kernels.backends.cpu.backend import keep_dense
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import round_experts
-from saml_models.models.registry import family_of
+from saml_models.models.interface import SpeechModel
 from saml_models.runtime.allocator import keep_freed_memory
 from saml_models.runtime.devices import mixed_precision
 from saml_models.runtime.prefetch import ahead
@@ -57,8 +56,7 @@ def _training_mode(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fit(
-    model: nn.Module,
-    processor: Any,
+    speech: SpeechModel,
     samples: Sequence[Sample],
     options: TrainingOptions,
     checkpoint: Path | None = None,
@@ -69,8 +67,7 @@ def fit(
     Experts and routers are rounded to their stored form in the end.
 
     Args:
-        model: of a known family.
-        processor: of that model.
+        speech: plain or with SAML layers.
         samples: at least one.
         options: see `TrainingOptions`.
         checkpoint: a file to save progress to and resume from. It stays when training ends, so
@@ -84,14 +81,13 @@ def fit(
     """
     if not samples:
         raise SAMLError("training: no clips; give at least one utterance with its text")
-    device = next(model.parameters()).device
+    model, device = speech.network, speech.device
     if device.type == "cpu":
         keep_freed_memory()
     accelerator, precision = _accelerator(device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(options.seed)
-    family = family_of(model)
-    objective = Objective(model, family, options)
+    objective = Objective(speech, options)
     parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
         parameters.values(),
@@ -120,7 +116,7 @@ def fit(
     changing = {**parameters, **moving}
     state = Checkpoint(checkpoint, changing, list(parameters), optimiser, average, run)
     done = state.resume()
-    make = BatchMaker(family, processor, samples, options, FEW_SHAPES if graphed else None)
+    make = BatchMaker(speech, samples, options, FEW_SHAPES if graphed else None)
     losses, stopped = _Losses(done, device), torch.zeros((), device=device)
     started = time.monotonic()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
@@ -156,14 +152,12 @@ def fit(
                     on_step(i + 1, steps, losses.known[-1])
     finally:
         model.eval()
-        routing: Any = getattr(model, "saml_routing", None)
-        if routing is not None:
-            routing.mask = None
     with torch.no_grad():
         for name, value in average.items():
             changing[name].copy_(value)
-    if routing is not None:
-        round_experts(model)
+    saml: Any = getattr(model, "saml", None)
+    if saml is not None:
+        saml.round_experts()
     known = losses.known
     tenth = max(1, len(known) // 10)
     return TrainingReport(

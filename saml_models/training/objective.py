@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saml_models.compress.layers import routers_of
-from saml_models.models.interface import Family, Outputs
+from saml_models.compress.layers import compression_of
+from saml_models.models.interface import Outputs, SpeechModel
 from saml_models.training.batches import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -21,30 +21,26 @@ __all__ = ["Objective", "trained_parameters"]
 class Objective(nn.Module):
     """The loss as one module, so that accelerate can wrap it for several processes."""
 
-    def __init__(self, model: nn.Module, family: Family, options: TrainingOptions) -> None:
-        """Of a model of that family."""
+    def __init__(self, speech: SpeechModel, options: TrainingOptions) -> None:
         super().__init__()
-        self.model, self.family, self.options = model, family, options
-        self.parameters_trained = trained_parameters(model)
+        self.speech, self.options = speech, options
+        self.network = speech.network  # a submodule: what accelerate finds parameters in
+        self.parameters_trained = trained_parameters(speech.network)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of one batch (scalar)."""
-        o, model, family = self.options, self.model, self.family
-        routing: Any = getattr(model, "saml_routing", None)
-        if routing is not None:
-            routing.mask = family.routing_mask(model, batch.mask)
-        found = family.outputs(model, batch.features, batch.mask, batch.inputs, batch.kept)
+        o, speech, context = self.options, self.speech, self.speech.context
+        with context.batch(speech.encoder_mask(batch.mask)):
+            found = speech.outputs(batch.features, batch.mask, batch.inputs, batch.kept)
         targets = batch.targets.flatten()[batch.kept]
         loss = F.cross_entropy(found.logits, targets, ignore_index=IGNORED)
         if found.ctc is not None and o.ctc > 0:
             rows = zip(batch.targets, batch.words, strict=True)
             words = [row[begin:end] for row, (begin, end) in rows]
             loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(found, words)
-        if routing is not None:
-            balance = routing.balance_loss()
-            routing.mask = None
-            if balance is not None:
-                loss = loss + model.saml_config.balance * balance  # type: ignore[union-attr]
+        balance = context.balance_loss()
+        if balance is not None:
+            loss = loss + compression_of(self.network).config.balance * balance
         return loss
 
 
@@ -64,7 +60,8 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()
     }
-    for name, router in routers_of(model).items():
+    saml: Any = getattr(model, "saml", None)
+    for name, router in ({} if saml is None else saml.routers).items():
         if router.offset is not None and router.offset.requires_grad:
             found[f"{name}.offset"] = router.offset
     return found

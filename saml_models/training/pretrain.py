@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import config_of
+from saml_models.compress.layers import compression_of
 from saml_models.data.corpora import Utterance, by_speaker
-from saml_models.models.interface import MARGIN, model_name
+from saml_models.models.interface import QUANTISED_MARGIN
+from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.calibration import input_moments, start_experts
 from saml_models.training.loop import fit
@@ -56,18 +57,19 @@ def pretrain(
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
+    speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
-    model.saml_margin = MARGIN
-    samples = training_samples(model, processor, utterances, keep_audio=False, skip_long=True)
-    model.saml_short_windows = True  # type: ignore[assignment]
+    saml.margin = QUANTISED_MARGIN
+    samples = training_samples(speech, utterances, keep_audio=False, skip_long=True)
+    saml.short_windows = True
     options = options or PRETRAINING
-    if original is not None and config_of(model).expert_init != "lora":
-        start_experts(model, original, input_moments(original, processor, samples, options))
-    report = fit(model, processor, samples, options, checkpoint, on_step)
+    if original is not None and saml.config.expert_init != "lora":
+        start_experts(model, original, input_moments(bind(original, processor), samples, options))
+    report = fit(speech, samples, options, checkpoint, on_step)
     return SpeakerProfile.of(
         model,
         speaker="pretrained",
-        model=model_name(model),
+        model=speech.name,
         method="SAML pretraining",
         date=datetime.date.today().isoformat(),
         speakers=len(by_speaker(utterances)),

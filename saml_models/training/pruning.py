@@ -16,23 +16,24 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.linear import SAMLLinear
-from saml_models.compress.layers import config_of, routed_layers
+from saml_models.compress.layers import compression_of
 from saml_models.compress.packing import pack_experts
 from saml_models.data.corpora import Utterance
-from saml_models.models.interface import Clip
+from saml_models.models.interface import Clip, SpeechModel
+from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
 from saml_models.transcription.clips import decode_clips
 from saml_models.transcription.confidence import confidence
 
-__all__ = ["Point", "Usage", "measure_usage", "prune", "prune_curve"]
+__all__ = ["ExpertUsage", "PruningPoint", "measure_usage", "prune", "prune_curve"]
 
 WORD_ERRORS = ("wer_before", "wer_after", "test_utterances")
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the experts, in the curve
 
 
 @dataclass(frozen=True)
-class Usage:
+class ExpertUsage:
     """What a speaker's clips make of the experts.
 
     Attributes:
@@ -47,7 +48,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Point:
+class PruningPoint:
     """One point of the curve: experts left, bytes of the profile's tensors, WER in per cent."""
 
     experts: int
@@ -57,16 +58,17 @@ class Point:
 
 @torch.inference_mode()
 def measure_usage(
-    model: Any, processor: Any, clips: Sequence[Clip], profile: SpeakerProfile
-) -> Usage:
-    """Gates and shares over what the model hears in a speaker's clips (each at most 30 s).
+    speech: SpeechModel, clips: Sequence[Clip], profile: SpeakerProfile
+) -> ExpertUsage:
+    """Gates and shares over a speaker's clips (each at most 30 s).
 
     Raises:
         SAMLError: no clips, no whole profile of experts, or the layers have no routers of their
             own.
     """
     _check_whole(profile)
-    layers, count = routed_layers(model), config_of(model).num_experts
+    saml = compression_of(speech.network)
+    layers, count = saml.layers, saml.config.num_experts
     if not layers or not clips:
         raise SAMLError("pruning: expected clips, and a model whose layers have their own routers")
     place = {name: i for i, name in enumerate(layers)}
@@ -88,19 +90,19 @@ def measure_usage(
 
         return hook
 
-    with profile.applied(model):
-        texts = decode_clips(model, processor, clips)
+    with profile.applied(speech.network):
+        texts = decode_clips(speech, clips)
         hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
         try:
             for clip, text in zip(clips, texts, strict=True):
-                confidence(model, processor, clip, text)
+                confidence(speech, clip, text)
         finally:
             for hook in hooks:
                 hook.remove()
-    return Usage(list(layers), gates / tokens.clamp(min=1), shares / tokens.clamp(min=1))
+    return ExpertUsage(list(layers), gates / tokens.clamp(min=1), shares / tokens.clamp(min=1))
 
 
-def prune(profile: SpeakerProfile, model: Any, usage: Usage, experts: int) -> SpeakerProfile:
+def prune(profile: SpeakerProfile, model: Any, usage: ExpertUsage, experts: int) -> SpeakerProfile:
     """The profile with its `experts` most used ones, one in each layer at least.
 
     Raises:
@@ -123,7 +125,7 @@ def prune(profile: SpeakerProfile, model: Any, usage: Usage, experts: int) -> Sp
     for name, left in kept.items():
         for part in ("lora_a", "lora_b", "router.weight"):
             values[f"{name}.{part}"] = values[f"{name}.{part}"][left]
-    tensors = pack_experts(values, config_of(model).expert_format)
+    tensors = pack_experts(values, compression_of(model).config.expert_format)
     # The word error rates were the whole profile's.
     about = {k: v for k, v in profile.about.items() if k not in WORD_ERRORS}
     about |= {"experts": experts, "experts_before": layers * count}
@@ -141,7 +143,7 @@ def prune_curve(
     utterances: Sequence[Utterance],
     profile: SpeakerProfile,
     max_loss: float,
-) -> tuple[SpeakerProfile, Usage, list[Point]]:
+) -> tuple[SpeakerProfile, ExpertUsage, list[PruningPoint]]:
     """Prune step by step, and take the smallest profile within `max_loss` of the whole one's WER.
 
     Args:
@@ -153,14 +155,17 @@ def prune_curve(
     """
     _check_whole(profile)
     clips, said = [u.load() for u in utterances], [u.text for u in utterances]
-    usage = measure_usage(model, processor, clips, profile)
+    speech = bind(model, processor)
+    usage = measure_usage(speech, clips, profile)
     layers, most = len(usage.layers), usage.shares.numel()
     best, points = profile, []
     for share in SHARES:
         experts = max(layers, round(share * most))
         smaller = profile if experts == most else prune(profile, model, usage, experts)
-        heard = decode_clips(model, processor, clips, speakers=[smaller] * len(clips))
-        points.append(Point(experts, smaller.nbytes, float(pooled(word_errors(said, heard)).wer)))
+        heard = decode_clips(speech, clips, speakers=[smaller] * len(clips))
+        points.append(
+            PruningPoint(experts, smaller.nbytes, float(pooled(word_errors(said, heard)).wer))
+        )
         if points[-1].wer <= points[0].wer + max_loss:
             best = smaller
     return best, usage, points

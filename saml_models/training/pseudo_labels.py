@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soxr
-
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SAMPLES, at_speed
 from saml_models.data.corpora import Utterance
-from saml_models.models.interface import Clip
-from saml_models.speakers.mixing import speaking
+from saml_models.models.interface import Clip, SpeechModel
+from saml_models.models.registry import bind
+from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
 from saml_models.training.adapt import adapt
@@ -63,20 +61,19 @@ class Label:
 
 
 def pseudo_labels(
-    model: Any,
-    processor: Any,
+    speech: SpeechModel,
     clips: Sequence[Clip],
     profile: SpeakerProfile | None = None,
     beam_size: int = 4,
 ) -> list[Label]:
     """The beam's text for each clip (at most 30 s), heard with `profile`."""
     speakers = [profile] * len(clips)
-    greedy = decode_clips(model, processor, clips, speakers=speakers)
-    beams = decode_clips(model, processor, clips, speakers=speakers, beam_size=beam_size)
+    greedy = decode_clips(speech, clips, speakers=speakers)
+    beams = decode_clips(speech, clips, speakers=speakers, beam_size=beam_size)
     labels = []
-    with speaking(model, [profile]):
+    with mixed_batch(speech.network, [profile]):
         for clip, text, other in zip(clips, beams, greedy, strict=True):
-            sure = confidence(model, processor, clip, text)
+            sure = confidence(speech, clip, text)
             apart = word_errors([text], [other])[0].wer if text else 100.0
             labels.append(Label(text, sure.log_prob, sure.entropy, max(0.0, 1 - apart / 100)))
     return labels
@@ -99,15 +96,15 @@ def believed(labels: Sequence[Label], rule: Filter) -> list[int]:
 
 
 def disagreement(
-    model: Any, processor: Any, clips: Sequence[Clip], profile: SpeakerProfile | None
+    speech: SpeechModel, clips: Sequence[Clip], profile: SpeakerProfile | None
 ) -> tuple[float, int]:
     """Per cent of words that change with the clips' speed, and the words heard at their own."""
     speakers = [profile] * len(clips)
-    own = decode_clips(model, processor, clips, speakers=speakers)
+    own = decode_clips(speech, clips, speakers=speakers)
     changed = []
     for speed in SPEEDS:
-        moved = [_at_speed(clip, speed) for clip in clips]
-        other = decode_clips(model, processor, moved, speakers=speakers)
+        moved = [at_speed(clip, speed)[:MAX_SAMPLES] for clip in clips]
+        other = decode_clips(speech, moved, speakers=speakers)
         changed += word_errors(own, other)
     return float(pooled(changed).wer), sum(len(text.split()) for text in own)
 
@@ -148,13 +145,14 @@ def adapt_unsupervised(
             f"unsupervised: {len(utterances)} clips, {rounds} rounds; expected at least {LEAST} "
             "clips and one round"
         )
+    speech = bind(model, processor)
     held = [u.load() for u in utterances[LEAST - 1 :: LEAST]]
     learnt = [u for i, u in enumerate(utterances) if i % LEAST != LEAST - 1]
     clips = [u.load() for u in learnt]
     profile: SpeakerProfile | None = None
     used = []
     for number in range(1, rounds + 1):
-        labels = pseudo_labels(model, processor, clips, profile)
+        labels = pseudo_labels(speech, clips, profile)
         chosen = believed(labels, rule or Filter())
         if not chosen:
             raise SAMLError("unsupervised: no words were heard in any clip; give clearer speech")
@@ -170,8 +168,8 @@ def adapt_unsupervised(
             on_step=on_step,
         )
     assert profile is not None
-    before, words_before = disagreement(model, processor, held, None)
-    after, words_after = disagreement(model, processor, held, profile)
+    before, words_before = disagreement(speech, held, None)
+    after, words_after = disagreement(speech, held, profile)
     helps = after < before and words_after >= 0.8 * words_before
     notes = {
         "method": "unsupervised SAML adaptation",
@@ -190,8 +188,3 @@ def adapt_unsupervised(
     del about["short_windows"]  # what the unadapted model hears
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     return replace(make(model, **about), embedding=profile.embedding)
-
-
-def _at_speed(clip: Clip, speed: float) -> Clip:
-    moved = soxr.resample(clip, SAMPLE_RATE, round(SAMPLE_RATE / speed)).astype(np.float32)
-    return moved[: 30 * SAMPLE_RATE]

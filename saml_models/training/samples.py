@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance
-from saml_models.models.registry import family_of
+from saml_models.models.interface import SpeechModel
 from saml_models.models.targets import check_target
 from saml_models.text.style import in_model_style, is_bare
-from saml_models.training.loop import Sample
+from saml_models.training.batches import Sample
 from saml_models.transcription.clips import decode_clips
 
 __all__ = ["training_samples"]
 
-MAX_SECONDS = 30.0  # what Whisper hears at once
-
 
 def training_samples(
-    model: Any,
-    processor: Any,
+    speech: SpeechModel,
     utterances: Sequence[Utterance],
     keep_audio: bool = True,
     skip_long: bool = False,
@@ -31,8 +27,7 @@ def training_samples(
     To a multilingual Whisper they are all in one language, the one it hears in most of a few.
 
     Args:
-        model: hears the clips, to find the style.
-        processor: of that model.
+        speech: transcribes the clips, to find the style.
         utterances: to train on.
         keep_audio: hold the audio in memory; else it is read again in every epoch.
         skip_long: leave out what is longer than 30 s instead of refusing it.
@@ -41,10 +36,9 @@ def training_samples(
         SAMLError: an utterance without text, longer than 30 s, whose text is longer than the
             decoder, or whose audio cannot be read.
     """
-    family = family_of(model)
 
     def check(utterance: Utterance, text: str, language: str | None) -> None:
-        check_target(model, utterance.id, family.token_ids(processor, text, language)[0])
+        check_target(speech.network, utterance.id, speech.token_ids(text, language)[0])
 
     for utterance in utterances:  # texts first: they cost no time
         if not utterance.text.strip():
@@ -67,8 +61,8 @@ def training_samples(
         clips.append(clip)
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
-    language = family.prompt_language(model, processor, clips) if clips else None
-    heard = decode_clips(model, processor, clips, language=language)
+    language = speech.prompt_language(clips) if clips else None
+    heard = decode_clips(speech, clips, language=language)
     for utterance, clip, text in zip(kept, clips, heard, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)

@@ -1,6 +1,6 @@
-"""Clips of up to 30 s -> text, in batches of like length, through transformers' `generate`.
+"""Clips of up to 30 s -> text, in batches of like length.
 
-A clip's text does not depend on its company: each has its own window and its own limit of tokens.
+A clip's text does not depend on its batch: each has its own window and its own limit of tokens.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from saml_models.compress.layers import can_mix
 from saml_models.data.silence import has_speech
-from saml_models.models.registry import family_of
+from saml_models.models.interface import SpeechModel
 from saml_models.runtime.threads import look, shared_cores
-from saml_models.speakers.mixing import Speaker, hears_short_windows, speaking
+from saml_models.speakers.mixing import Speaker, hears_short_windows, mixed_batch
 
 __all__ = ["decode_clips"]
 
 
 @torch.inference_mode()
 def decode_clips(
-    model: Any,
-    processor: Any,
+    speech: SpeechModel,
     clips: Sequence[np.ndarray],
     *,
     beam_size: int = 1,
@@ -37,9 +35,8 @@ def decode_clips(
     """Transcribe clips without timestamps, in the order given; "" where there is no speech.
 
     Args:
-        model: as loaded, or with SAML layers. A Whisper whose experts were trained on short
+        speech: as loaded, or with SAML layers. A Whisper whose experts were trained on short
             windows is given short ones; any other hears each clip padded to 30 s.
-        processor: of that model.
         clips: float32 [samples] at 16 kHz, each at most 30 s.
         beam_size: 1 is greedy.
         language: of a multilingual model; None lets it detect.
@@ -50,38 +47,31 @@ def decode_clips(
     Raises:
         SAMLError: a profile of another model.
     """
-    family = family_of(model)
     texts = [""] * len(clips)
     speakers = speakers or [None] * len(clips)
-    was_training = model.training
-    model.eval()
-    with shared_cores(model):
-        for index in _batches(model, clips, speakers, max(1, batch_size // beam_size)):
+    network = speech.network
+    with speech.evaluating(), shared_cores(network):
+        for index in _batches(network, clips, speakers, max(1, batch_size // beam_size)):
             look()
-            heard = [
-                i
-                for i in index
-                if has_speech(clips[i], partial(family.no_speech, model, processor, clips[i]))
-            ]
+            heard = [i for i in index if has_speech(clips[i], partial(speech.no_speech, clips[i]))]
             if heard:
-                with speaking(model, [speakers[i] for i in heard]):
-                    found = family.hear(
-                        model, processor, [clips[i] for i in heard], beam_size, language
-                    )
+                with mixed_batch(network, [speakers[i] for i in heard]):
+                    found = speech.decode([clips[i] for i in heard], beam_size, language)
                 for i, text in zip(heard, found, strict=True):
                     texts[i] = text
             if on_done:
                 on_done(len(index))
-    model.train(was_training)
     return texts
 
 
 def _batches(
-    model: Any, clips: Sequence[np.ndarray], speakers: Sequence[Speaker], size: int
+    network: Any, clips: Sequence[np.ndarray], speakers: Sequence[Speaker], size: int
 ) -> Iterator[list[int]]:
     """Clips of like length, and of one kind of window; of one speaker where that must be."""
-    apart = hears_short_windows if can_mix(model) else lambda _, speaker: id(speaker)
-    kinds = [apart(model, speaker) for speaker in speakers]
+    saml = getattr(network, "saml", None)
+    mixed = saml is not None and saml.can_mix
+    apart = hears_short_windows if mixed else lambda _, speaker: id(speaker)
+    kinds = [apart(network, speaker) for speaker in speakers]
     order = sorted(range(len(clips)), key=lambda i: (kinds[i], len(clips[i])))
     for _, group in groupby(order, key=lambda i: kinds[i]):
         alike = list(group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import SAMPLE_RATE, check_audio, load_audio
-from saml_models.models.registry import family_of
+from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE, check_audio, load_audio
+from saml_models.models.registry import bind
 from saml_models.runtime.prefetch import ahead
 from saml_models.runtime.quiet import quiet_transformers
-from saml_models.speakers.mixing import speaking
+from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.transcript import Segment, Transcript, Word
 from saml_models.transcription.clips import decode_clips
@@ -27,7 +26,6 @@ __all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
 Audio = str | os.PathLike[str] | npt.NDArray[np.floating]
 Speaker = SpeakerProfile | str | os.PathLike[str] | None
 
-WINDOW_SAMPLES = 30 * SAMPLE_RATE  # what is decoded at once
 GATHERED = 2  # batches that wait for each other, to be sorted by length
 
 
@@ -126,8 +124,8 @@ def transcribe_many(
     """
     if beam_size < 1:
         raise SAMLError(f"beam_size: {beam_size}; expected 1 or more")
-    family = family_of(model)
-    known = family.language_code(model, language, task)
+    speech = bind(model, processor)
+    known = speech.language_code(language, task)
     plain = not timestamps and not word_timestamps and task == "transcribe"
     waiting: list[tuple[int, npt.NDArray[np.float32], str, SpeakerProfile | None]] = []
 
@@ -139,8 +137,7 @@ def transcribe_many(
         """What waits, decoded together: one language at a time."""
         code = waiting[0][2]
         texts = decode_clips(
-            model,
-            processor,
+            speech,
             [clip for _, clip, _, _ in waiting],
             beam_size=beam_size,
             language=code,
@@ -154,20 +151,16 @@ def transcribe_many(
             yield Transcript(text, code, round(seconds, 3), segments, _hash(profile))
         waiting.clear()
 
-    was_training = model.training
-    with ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        stack.enter_context(quiet_transformers())
-        model.eval()
+    with speech.evaluating(), quiet_transformers():
         pairs = ahead(
             lambda pair: (_samples(pair[0]), pair[1]), _with_speakers(recordings, speaker)
         )
         for number, (clip, profile) in enumerate(pairs):
-            short = plain and len(clip) <= WINDOW_SAMPLES
+            short = plain and len(clip) <= MAX_SAMPLES
             code = known
             if code is None:
-                with speaking(model, [profile]):
-                    code = family.detect_language(model, processor, clip)
+                with mixed_batch(model, [profile]):
+                    code = speech.detect_language(clip)
             if waiting and (
                 not short or waiting[0][2] != code or len(waiting) >= GATHERED * batch_size
             ):
@@ -176,10 +169,8 @@ def transcribe_many(
                 waiting.append((number, clip, code, profile))
                 continue
             seconds = len(clip) / SAMPLE_RATE
-            with speaking(model, [profile]):
-                text, segments = family.segments(
-                    model,
-                    processor,
+            with mixed_batch(model, [profile]):
+                text, segments = speech.segments(
                     clip,
                     code,
                     task=task,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from saml_kernels.layers.context import Routing
+from saml_models.models.interface import context_of
 from saml_models.models.loops import TEMPERATURES, Tried, best_of, draws, is_loop, once, repeated
 from saml_models.models.whisper.windows import audio_window
 from saml_models.runtime.threads import look
@@ -244,7 +244,7 @@ def _listen(
     model: Any, windows: Iterable[Window], language: str | None, limit: int
 ) -> tuple[Tensor, _Decoder]:
     """Encode every window: the prompt [B, n], and a decoder that knows what was heard."""
-    routing = getattr(model, "saml_routing", None) or Routing()
+    context = context_of(model)
     prompts: list[Tensor] = []
     heard: list[list[tuple[Tensor, Tensor]]] = []  # window by window, layer by layer
     clips: list[Tensor] = []
@@ -252,19 +252,16 @@ def _listen(
     for features, mask in windows:
         look()
         rows = slice(done, done := done + len(features))
-        with audio_window(model, features.shape[-1]), routing.narrowed(rows):
-            routing.mask = mask.to(model.device)
-            try:
+        with audio_window(model, features.shape[-1]), context.narrowed(rows):
+            with context.batch(mask.to(model.device)):
                 found = model.model.encoder(features.to(model.device, model.dtype))
                 encoded = found.last_hidden_state
                 attentions = (layer.encoder_attn for layer in model.model.decoder.layers)
                 heard.append([(a.k_proj(encoded), a.v_proj(encoded)) for a in attentions])
                 prompts.append(_prompt(model, encoded, language))
-            finally:
-                routing.mask = None
-            if routing.clip is not None:
-                clips.append(routing.clip)
-    routing.clip = torch.cat(clips) if clips else None
+            if context.clip is not None:
+                clips.append(context.clip)
+    context.clip = torch.cat(clips) if clips else None
     prompt = torch.cat(prompts)
     return prompt, _Decoder(model, heard, prompt.shape[1] + limit)
 
@@ -302,8 +299,8 @@ class _Decoder:
         decoder = model.model.decoder
         self.embed, self.places = decoder.embed_tokens, decoder.embed_positions.weight
         self.norm, self.head = decoder.layer_norm, model.proj_out
-        self.routing = getattr(model, "saml_routing", None) or Routing()
-        self.clip, self.speakers = self.routing.clip, self.routing.speakers
+        self.context = context_of(model)
+        self.clip, self.speakers = self.context.clip, self.context.speakers
         self.positions = -(-positions // ALIGNED) * ALIGNED
         keys = [window[0][0] for window in heard]
         lengths = torch.tensor([k.shape[1] for k in keys for _ in range(len(k))])
@@ -335,14 +332,14 @@ class _Decoder:
         one, own = copy(self), slice(row, row + 1)
         one.layers = [layer.alone(own, times) for layer in self.layers]
         one.mask = None if self.mask is None else self.mask[own].clone()
-        routing = self.routing
-        one.clip = None if routing.clip is None else routing.clip[own].clone()
-        one.speakers = None if routing.speakers is None else routing.speakers[own].clone()
+        context = self.context
+        one.clip = None if context.clip is None else context.clip[own].clone()
+        one.speakers = None if context.speakers is None else context.speakers[own].clone()
         return one
 
     def take_turn(self) -> None:
         """Routers hear from now on the clip and the speaker of the row that `alone` took."""
-        self.routing.clip, self.routing.speakers = self.clip, self.speakers
+        self.context.clip, self.context.speakers = self.clip, self.speakers
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch alone."""
@@ -350,7 +347,7 @@ class _Decoder:
             layer.keep(rows)
         if self.mask is not None:
             self.mask = self.mask[rows]
-        self.routing.keep(rows)
+        self.context.keep(rows)
 
 
 class _Layer:

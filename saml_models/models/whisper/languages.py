@@ -13,9 +13,10 @@ from transformers import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from saml_kernels.errors import SAMLError
+from saml_models.data.audio import MAX_SAMPLES
+from saml_models.models.interface import context_of
 from saml_models.models.whisper.windows import (
     FULL_WINDOW,
-    WINDOW_SAMPLES,
     audio_mask,
     audio_window,
     clip_window,
@@ -63,7 +64,7 @@ def detect_language(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, clip: npt.NDArray[Any]
 ) -> str:
     """The code of the language that a clip (float32 [samples], 16 kHz) begins in."""
-    features = log_mel(processor, [clip[:WINDOW_SAMPLES]], FULL_WINDOW)
+    features = log_mel(processor, [clip[:MAX_SAMPLES]], FULL_WINDOW)
     token = int(model.detect_language(features.to(model.device, model.dtype))[0])
     return {number: code for code, number in _languages(model).items()}[token]
 
@@ -76,16 +77,9 @@ def no_speech_probability(
     frames = clip_window(model, len(clip))
     features = log_mel(processor, [clip], frames).to(model.device, model.dtype)
     generation: Any = model.generation_config
-    routing = getattr(model, "saml_routing", None)
     start = torch.tensor([[generation.decoder_start_token_id]], device=model.device)
-    before = None if routing is None else routing.mask  # of a recording that is being decoded
-    if routing is not None:
-        routing.mask = audio_mask([len(clip)], frames, model.device)
-    try:
-        with audio_window(model, frames):
-            logits = model(features, decoder_input_ids=start, use_cache=False).logits[0, 0]
-    finally:
-        if routing is not None:
-            routing.mask = before
+    mask = audio_mask([len(clip)], frames, model.device)
+    with context_of(model).batch(mask), audio_window(model, frames):
+        logits = model(features, decoder_input_ids=start, use_cache=False).logits[0, 0]
     # <|nospeech|>, in older vocabularies <|nocaptions|>, lies before <|notimestamps|>.
     return float(logits.float().softmax(-1)[generation.no_timestamps_token_id - 1])

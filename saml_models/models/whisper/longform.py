@@ -19,15 +19,15 @@ from transformers import (
     WhisperProcessor,
 )
 
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE
 from saml_models.data.silence import has_speech
+from saml_models.models.interface import context_of
 from saml_models.models.loops import TEMPERATURES, is_loop, once
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper.languages import is_multilingual, no_speech_probability
 from saml_models.models.whisper.windows import (
     FRAMES_PER_SECOND,
     FULL_WINDOW,
-    WINDOW_SAMPLES,
     audio_mask,
     audio_window,
     clip_window,
@@ -62,14 +62,14 @@ def _fallback(
     """
     at_one: Any = model.generate_with_fallback
     end = model.generation_config.eos_token_id
-    limit = token_limit(min(len(clip), WINDOW_SAMPLES))
+    limit = token_limit(min(len(clip), MAX_SAMPLES))
 
     def of_text(tokens: Tensor) -> list[int]:
         return [t for t in tokens.tolist() if t < end]
 
     def fallback(**given: Any) -> Any:
         first = int(given["seek"][0]) * SAMPLE_RATE // FRAMES_PER_SECOND
-        window = clip[first : first + WINDOW_SAMPLES]
+        window = clip[first : first + MAX_SAMPLES]
         if not has_speech(window, partial(no_speech_probability, model, processor, window)):
             return [None], [None], [True], given["do_condition_on_prev_tokens"], None
         prompt = given["decoder_input_ids"].shape[-1]
@@ -124,12 +124,12 @@ def generate_segments(
     on_progress: Callable[[float, float], None],
 ) -> list[dict[str, Any]]:
     """Segments as transformers gives them; a recording beyond 30 s is decoded window by window."""
-    routing = getattr(model, "saml_routing", None)
+    mask: Tensor | None = None
     options: dict[str, Any] = dict(FALLBACK)
     if is_multilingual(model):
         options |= {"language": language, "task": task}
     frames = FULL_WINDOW
-    if len(clip) > WINDOW_SAMPLES:
+    if len(clip) > MAX_SAMPLES:
         found = processor.feature_extractor(
             clip,
             sampling_rate=SAMPLE_RATE,
@@ -143,8 +143,7 @@ def generate_segments(
     else:
         frames = clip_window(model, len(clip))
         features = log_mel(processor, [clip], frames)
-        if routing is not None:
-            routing.mask = audio_mask([len(clip)], frames, model.device)
+        mask = audio_mask([len(clip)], frames, model.device)
     seconds = len(clip) / SAMPLE_RATE
 
     def monitor(position: Tensor) -> None:  # [1, 2]: frames done and in all
@@ -155,6 +154,7 @@ def generate_segments(
     accelerators = [model.device] if model.device.type == "cuda" else []
     try:
         with (
+            context_of(model).batch(mask),
             shared_cores(model),
             audio_window(model, frames),
             _fallback(model, processor, clip),
@@ -173,8 +173,6 @@ def generate_segments(
     finally:
         # Word times make transformers switch to eager attention for good.
         model.config._attn_implementation = attention
-        if routing is not None:
-            routing.mask = None
     return list(result["segments"][0])
 
 

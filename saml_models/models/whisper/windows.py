@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from saml_models.data.audio import SAMPLE_RATE
-from saml_models.models.interface import MARGIN, margin_of
+from saml_models.models.interface import SHORT_WINDOW_MARGIN, margin_of
 
 __all__ = [
     "FRAMES_PER_SECOND",
@@ -50,7 +50,7 @@ FULL_WINDOW = 3000
 _STEP = 50  # windows are multiples of half a second, so that few shapes occur
 
 
-def window_frames(samples: int, margin: float = MARGIN, step: int = 1) -> int:
+def window_frames(samples: int, margin: float = SHORT_WINDOW_MARGIN, step: int = 1) -> int:
     """Mel frames for a clip of `samples` at 16 kHz plus `margin` seconds, at most 3000.
 
     They are a multiple of half a second's, and of `step`.
@@ -160,6 +160,3 @@ def audio_mask(lengths: list[int], frames: int, device: torch.device | str = "cp
     """[B, frames / 2] bool: True where an encoder frame holds audio. `lengths` in samples."""
     steps = torch.tensor([math.ceil(n / SAMPLE_RATE * FRAMES_PER_SECOND / 2) for n in lengths])
     return (torch.arange(frames // 2) < steps.clamp(min=1).unsqueeze(1)).to(device)
-
-
-WINDOW_SAMPLES = FULL_WINDOW * SAMPLE_RATE // FRAMES_PER_SECOND

@@ -1,4 +1,4 @@
-"""Whisper, as `families.Family` asks: log-mel windows, prompt tokens, greedy and beam decoding."""
+"""Whisper as a `SpeechModel`: log-mel windows, prompt tokens, greedy and beam decoding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from transformers import (
     WhisperProcessor,
 )
 
-from saml_kernels.layers.context import Routing
 from saml_models.data.audio import SAMPLE_RATE
-from saml_models.models.interface import Clip, Outputs, causal_mask
+from saml_models.models.interface import Clip, Outputs, SpeechModel, causal_mask, context_of
 from saml_models.models.loops import is_loop, said_again
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits, token_limit
@@ -45,20 +44,20 @@ from saml_models.models.whisper.windows import (
 from saml_models.runtime.prefetch import ahead
 from saml_models.text.transcript import Segment
 
-__all__ = ["WhisperFamily"]
+__all__ = ["WhisperSpeechModel"]
 
 DETECTED = 5  # clips that say which language a speaker's are in
 TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
 
 
-class WhisperFamily:
-    """See `Family`. Clips of up to 30 s are heard in windows of their own: `clip_window`."""
+class WhisperSpeechModel(SpeechModel):
+    """Clips of up to 30 s are heard in windows of their own: `clip_window`."""
 
     model_type = "whisper"
-    model_class: Any = WhisperForConditionalGeneration
-    config_class: Any = WhisperConfig
+    network_class = WhisperForConditionalGeneration
+    config_class = WhisperConfig
 
-    def prepare(self, processor: WhisperProcessor, clip: Clip) -> Tensor:
+    def prepare(self, clip: Clip) -> Tensor:
         """The samples themselves: log-mel values depend on the window."""
         return torch.from_numpy(clip)
 
@@ -67,36 +66,28 @@ class WhisperFamily:
         return max(1, len(prepared) * FRAMES_PER_SECOND // SAMPLE_RATE)
 
     def collate(
-        self,
-        processor: WhisperProcessor,
-        prepared: Sequence[Tensor],
-        margin: float | None,
-        step: int = 1,
+        self, prepared: Sequence[Tensor], margin: float | None, step: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Log-mel features [B, mel, T] and the mask of encoder frames [B, T / 2]."""
         lengths = [len(clip) for clip in prepared]
         frames = FULL_WINDOW if margin is None else window_frames(max(lengths), margin, step)
-        features = log_mel(processor, [clip.numpy() for clip in prepared], frames)
+        features = log_mel(self.processor, [clip.numpy() for clip in prepared], frames)
         return features, audio_mask(lengths, frames)
 
-    def bands(self, features: Tensor) -> Tensor:
-        """As they are."""
+    def mel(self, features: Tensor) -> Tensor:
+        """The features themselves: they are [B, mel, T]."""
         return features
 
-    def prompt_language(
-        self, model: Any, processor: WhisperProcessor, clips: Sequence[Clip]
-    ) -> str | None:
-        """What most of a few clips are heard to be in; English-only models have no such token."""
-        if not is_multilingual(model):
+    def prompt_language(self, clips: Sequence[Clip]) -> str | None:
+        """The language of most of a few clips; English-only models have no such token."""
+        if not is_multilingual(self.network):
             return None
         few = clips[:: max(1, len(clips) // DETECTED)][:DETECTED]
-        return Counter(detect_language(model, processor, c) for c in few).most_common(1)[0][0]
+        return Counter(map(self.detect_language, few)).most_common(1)[0][0]
 
-    def token_ids(
-        self, processor: WhisperProcessor, text: str, language: str | None = None
-    ) -> tuple[list[int], int]:
+    def token_ids(self, text: str, language: str | None = None) -> tuple[list[int], int]:
         """The prompt that decoding gives the decoder, text and <|endoftext|>."""
-        tokenizer = processor.tokenizer
+        tokenizer = self.processor.tokenizer
         prompt = list(tokenizer.prefix_tokens)
         if language is not None:
             named = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
@@ -104,58 +95,47 @@ class WhisperFamily:
         words = plain_tokens(tokenizer, " " + text.strip())
         return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
 
-    def outputs(
-        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
-    ) -> Outputs:
+    def outputs(self, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor) -> Outputs:
         """Logits at the kept positions only: the head is half of a small model."""
-        with audio_window(model, features.shape[-1]):
-            hidden = model.model(
+        with audio_window(self.network, features.shape[-1]):
+            hidden = self.network.model(
                 input_features=features,
                 decoder_input_ids=inputs,
                 decoder_attention_mask=causal_mask(inputs, features.dtype),
                 use_cache=False,
             ).last_hidden_state
-        return Outputs(model.proj_out(hidden.flatten(0, 1)[kept]).float())
+        return Outputs(self.network.proj_out(hidden.flatten(0, 1)[kept]).float())
 
-    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
-        """The mask is of encoder frames already."""
+    def encoder_mask(self, mask: Tensor) -> Tensor:
+        """The mask itself: it is of encoder frames already."""
         return mask
 
-    def hear(
-        self,
-        model: Any,
-        processor: WhisperProcessor,
-        clips: Sequence[Clip],
-        beam_size: int,
-        language: str | None,
-    ) -> list[str]:
+    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
         """Clips of up to 30 s, without timestamps, each with a window of its own."""
+        model, context = self.network, self.context
         frames = [clip_window(model, len(clip)) for clip in clips]
         decode = _greedy if beam_size == 1 and can_decode(model) else partial(_beams, beam_size)
-        routing = getattr(model, "saml_routing", None) or Routing()
         texts: list[str] = []
         for part in _parts(frames):
-            with routing.narrowed(part):
-                tokens = decode(model, processor, clips[part], frames[part], language)
-            texts += processor.batch_decode(tokens, skip_special_tokens=True)
+            with context.narrowed(part):
+                tokens = decode(model, self.processor, clips[part], frames[part], language)
+            texts += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def no_speech(self, model: Any, processor: WhisperProcessor, clip: Clip) -> float | None:
+    def no_speech(self, clip: Clip) -> float | None:
         """Of <|nospeech|> in the place of the first token."""
-        return no_speech_probability(model, processor, clip)
+        return no_speech_probability(self.network, self.processor, clip)
 
-    def language_code(self, model: Any, language: str | None, task: str) -> str | None:
+    def language_code(self, language: str | None, task: str) -> str | None:
         """Of a code or a name; English-only models know one."""
-        return language_code(model, language, task)
+        return language_code(self.network, language, task)
 
-    def detect_language(self, model: Any, processor: WhisperProcessor, clip: Clip) -> str:
+    def detect_language(self, clip: Clip) -> str:
         """By the model's own first token."""
-        return detect_language(model, processor, clip)
+        return detect_language(self.network, self.processor, clip)
 
     def segments(
         self,
-        model: Any,
-        processor: WhisperProcessor,
         clip: Clip,
         language: str,
         *,
@@ -166,19 +146,22 @@ class WhisperFamily:
     ) -> tuple[str, list[Segment]]:
         """With timestamps, and openai-whisper's fallbacks."""
         found = generate_segments(
-            model, processor, clip, language, task, beam_size, words, on_progress
+            self.network, self.processor, clip, language, task, beam_size, words, on_progress
         )
-        return read_segments(found, processor.tokenizer, len(clip) / SAMPLE_RATE, language)
+        return read_segments(found, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
 
-    def computed(self, name: str) -> Callable[[torch.Size], Tensor] | None:
+    @classmethod
+    def computed(cls, name: str) -> Callable[[torch.Size], Tensor] | None:
         """The encoder's positions are sinusoids."""
         return _sinusoids if name.endswith("encoder.embed_positions.weight") else None
 
-    def extent(self, config: WhisperConfig) -> tuple[int, int]:
+    @classmethod
+    def extent(cls, config: WhisperConfig) -> tuple[int, int]:
         """Layers of both sides, and the encoder's positions."""
         return config.encoder_layers + config.decoder_layers, config.max_source_positions
 
-    def load_processor(self, folder: Path) -> WhisperProcessor:
+    @classmethod
+    def load_processor(cls, folder: Path) -> WhisperProcessor:
         """Feature extractor and tokeniser."""
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
 
@@ -243,13 +226,13 @@ def _beams(
         stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
     )  # fmt: skip
     texts = [[t for t in row if t < end] for row in found.tolist()]
-    routing = getattr(model, "saml_routing", None) or Routing()
+    context = context_of(model)
     for i, limit in enumerate(limits):
         if not is_loop(texts[i], limit):
             continue
         alone = slice(i, i + 1)
         one = (model, processor, clips[alone], frames[alone], language)
-        with routing.narrowed(alone):
+        with context.narrowed(alone):
             if can_decode(model):
                 texts[i] = _greedy(*one)[0]
             else:
@@ -267,16 +250,14 @@ def _generate(
     **options: Any,
 ) -> Any:
     """transformers' `generate`, each clip in a window of its own."""
-    routing = getattr(model, "saml_routing", None)
     if is_multilingual(model):
         options |= {"language": language, "task": "transcribe"}
     longest = max(frames)
     features = log_mel(processor, list(clips), longest).to(model.device, model.dtype)
-    if routing is not None:
-        routing.mask = audio_mask([len(c) for c in clips], longest, model.device)
-    try:
-        with audio_window(model, longest), own_windows(model, features, frames):
-            return model.generate(features, **options)
-    finally:
-        if routing is not None:
-            routing.mask = None
+    mask = audio_mask([len(c) for c in clips], longest, model.device)
+    with (
+        context_of(model).batch(mask),
+        audio_window(model, longest),
+        own_windows(model, features, frames),
+    ):
+        return model.generate(features, **options)

@@ -1,4 +1,4 @@
-"""The Conformer, as `families.Family` asks: normalised log-mel, masks, joint CTC and attention."""
+"""The Conformer as a `SpeechModel`: normalised log-mel, masks, joint CTC and attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import soxr
@@ -17,33 +17,31 @@ from transformers import CanaryConfig, CanaryProcessor, StoppingCriteriaList
 from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.context import Routing
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE
 from saml_models.data.silence import has_speech
 from saml_models.models.conformer.joint import best_of, ctc_greedy
 from saml_models.models.conformer.model import Conformer
-from saml_models.models.interface import Clip, Outputs, additive_mask, causal_mask
+from saml_models.models.interface import Clip, Outputs, SpeechModel, additive_mask, causal_mask
 from saml_models.models.loops import is_loop, once, said_again
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits
 from saml_models.text.transcript import Segment
 
-__all__ = ["ConformerFamily"]
+__all__ = ["ConformerSpeechModel"]
 
-WINDOW = 30 * SAMPLE_RATE  # longer recordings are cut where they are quiet
 QUIET = SAMPLE_RATE // 5
 
 
-class ConformerFamily:
-    """See `Family`. Padding is masked, so a clip's features and text do not depend on its batch."""
+class ConformerSpeechModel(SpeechModel):
+    """Padding is masked, so a clip's features and text do not depend on its batch."""
 
     model_type = "canary"
-    model_class: Any = Conformer
-    config_class: Any = CanaryConfig
+    network_class: ClassVar[Any] = Conformer
+    config_class: ClassVar[Any] = CanaryConfig
 
-    def prepare(self, processor: CanaryProcessor, clip: Clip) -> Tensor:
+    def prepare(self, clip: Clip) -> Tensor:
         """Log-mel [frames, mel bins], normalised over the clip."""
-        extractor = processor.feature_extractor
+        extractor = self.processor.feature_extractor
         rate = extractor.sampling_rate
         if rate != SAMPLE_RATE:
             clip = soxr.resample(clip, SAMPLE_RATE, rate)
@@ -57,7 +55,6 @@ class ConformerFamily:
 
     def collate(
         self,
-        processor: CanaryProcessor,
         prepared: Sequence[Tensor],
         margin: float | None,
         step: int = 1,
@@ -68,34 +65,32 @@ class ConformerFamily:
         lengths = torch.tensor([len(clip) for clip in prepared])
         return features, torch.arange(features.shape[1]) < lengths[:, None]
 
-    def bands(self, features: Tensor) -> Tensor:
-        """Transposed."""
+    def mel(self, features: Tensor) -> Tensor:
+        """The features are [B, T, mel bins]."""
         return features.transpose(1, 2)
 
-    def prompt(self, processor: CanaryProcessor, language: str | None) -> list[int]:
+    def prompt(self, language: str | None) -> list[int]:
         """Canary's own prompt for transcription, or the token that begins every text."""
+        processor = self.processor
         if not processor.chat_template:
             return [processor.tokenizer.bos_token_id]
         silence = np.zeros(SAMPLE_RATE, np.float32)
         ask: Any = processor.apply_transcription_request
         return ask(silence, source_language=language or "en")["decoder_input_ids"][0].tolist()
 
-    def prompt_language(self, model: Any, processor: Any, clips: Sequence[Clip]) -> str | None:
+    def prompt_language(self, clips: Sequence[Clip]) -> str | None:
         """None has to be named: Canary's prompt has its own, ESPnet's model has no prompt."""
         return None
 
-    def token_ids(
-        self, processor: CanaryProcessor, text: str, language: str | None = None
-    ) -> tuple[list[int], int]:
+    def token_ids(self, text: str, language: str | None = None) -> tuple[list[int], int]:
         """Prompt, text and end."""
-        tokenizer, prompt = processor.tokenizer, self.prompt(processor, language)
+        tokenizer, prompt = self.processor.tokenizer, self.prompt(language)
         words = plain_tokens(tokenizer, text.strip())
         return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
 
-    def outputs(
-        self, model: Any, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor
-    ) -> Outputs:
-        """Both branches."""
+    def outputs(self, features: Tensor, mask: Tensor, inputs: Tensor, kept: Tensor) -> Outputs:
+        """The decoder's logits and, where there is a CTC head, its log-probabilities."""
+        model = self.network
         encoded = model.get_encoder()(features, attention_mask=mask)
         audio = encoded.attention_mask[:, None, None].bool().expand(-1, -1, inputs.shape[1], -1)
         hidden = model.get_decoder()(
@@ -111,9 +106,9 @@ class ConformerFamily:
         ctc = model.ctc_head(encoded.last_hidden_state).float().log_softmax(-1)
         return Outputs(logits, ctc, encoded.attention_mask.sum(-1), model.config.pad_token_id)
 
-    def routing_mask(self, model: Any, mask: Tensor) -> Tensor:
+    def encoder_mask(self, mask: Tensor) -> Tensor:
         """Subsampled as the encoder does it."""
-        config = model.config.encoder_config
+        config = self.network.config.encoder_config
         lengths, longest = mask.sum(-1), mask.shape[1]
         kernel, stride = config.subsampling_conv_kernel_size, config.subsampling_conv_stride
         for _ in range(config.subsampling_factor.bit_length() - 1):
@@ -121,26 +116,16 @@ class ConformerFamily:
             lengths, longest = (lengths + odd) // stride + 1, (longest + odd) // stride + 1
         return torch.arange(longest, device=mask.device) < lengths[:, None]
 
-    def hear(
-        self,
-        model: Any,
-        processor: CanaryProcessor,
-        clips: Sequence[Clip],
-        beam_size: int,
-        language: str | None,
-    ) -> list[str]:
+    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
         """The best of the decoder's texts and, where there is a CTC head, of its own.
 
         A CTC head cannot run into a loop: its text, and the loop said once, stand in for it.
         """
-        prepared = [self.prepare(processor, clip) for clip in clips]
-        features, mask = self.collate(processor, prepared, None)
+        model, context = self.network, self.context
+        features, mask = self.collate([self.prepare(clip) for clip in clips], None)
         features, mask = features.to(model.device, model.dtype), mask.to(model.device)
-        routing = getattr(model, "saml_routing", None)
-        if routing is not None:
-            routing.mask = self.routing_mask(model, mask)
-        prompt = self.prompt(processor, language)
-        try:
+        prompt = self.prompt(language)
+        with context.batch(self.encoder_mask(mask)):
             encoded = model.get_encoder()(features, attention_mask=mask)
             frames = encoded.attention_mask.sum(-1)
             limits = (frames + 1).tolist()
@@ -175,19 +160,16 @@ class ConformerFamily:
                             max_new_tokens=limits[i],
                         )
                         loop, end = texts[i * beam_size], model.config.eos_token_id
-                        with (routing or Routing()).narrowed(slice(i, i + 1)):
+                        with context.narrowed(slice(i, i + 1)):
                             chosen[i] = said_again(generate, loop, limits[i], end, model.device)
-        finally:
-            if routing is not None:
-                routing.mask = None
-        found = processor.batch_decode(chosen, skip_special_tokens=True)
+        found = self.processor.batch_decode(chosen, skip_special_tokens=True)
         return [text.strip() for text in found]
 
-    def no_speech(self, model: Any, processor: Any, clip: Clip) -> float | None:
+    def no_speech(self, clip: Clip) -> float | None:
         """It has no token for that."""
         return None
 
-    def language_code(self, model: Any, language: str | None, task: str) -> str:
+    def language_code(self, language: str | None, task: str) -> str:
         """English unless asked otherwise; only Canary's own checkpoints know others."""
         if task != "transcribe":
             raise SAMLError(f"task: {task!r}; a Conformer knows 'transcribe' only")
@@ -196,18 +178,16 @@ class ConformerFamily:
         names = {name.lower(): code for code, name in LANGUAGE_CODE_TO_NAME.items()}
         asked = language.strip().lower()
         code = asked if asked in LANGUAGE_CODE_TO_NAME else names.get(asked)
-        if code is None or (code != "en" and hasattr(model, "ctc_head")):
+        if code is None or (code != "en" and hasattr(self.network, "ctc_head")):
             raise SAMLError(f"language: this model does not know {language!r}; expected en")
         return code
 
-    def detect_language(self, model: Any, processor: CanaryProcessor, clip: Clip) -> str:
+    def detect_language(self, clip: Clip) -> str:
         """Never asked: `language_code` always knows."""
         return "en"
 
     def segments(
         self,
-        model: Any,
-        processor: CanaryProcessor,
         clip: Clip,
         language: str,
         *,
@@ -222,25 +202,28 @@ class ConformerFamily:
         found: list[Segment] = []
         for start, end in _stretches(clip):
             text, part = "", clip[start:end]
-            if has_speech(part, partial(self.no_speech, model, processor, part)):
-                (text,) = self.hear(model, processor, [part], beam_size, language)
+            if has_speech(part, partial(self.no_speech, part)):
+                (text,) = self.decode([part], beam_size, language)
             if text:
                 times = start / SAMPLE_RATE, end / SAMPLE_RATE
                 found.append(Segment(len(found), *times, text))
             on_progress(end / SAMPLE_RATE, len(clip) / SAMPLE_RATE)
         return " ".join(s.text for s in found), found
 
-    def computed(self, name: str) -> None:
+    @classmethod
+    def computed(cls, name: str) -> None:
         """Nothing: positions are no parameters."""
 
-    def extent(self, config: CanaryConfig) -> tuple[int, int]:
+    @classmethod
+    def extent(cls, config: CanaryConfig) -> tuple[int, int]:
         """Layers of both sides, and the decoder's positions."""
         encoder: Any = config.encoder_config
         decoder: Any = config.decoder_config
         layers = encoder.num_hidden_layers + decoder.num_hidden_layers
         return layers, decoder.max_position_embeddings
 
-    def load_processor(self, folder: Path) -> CanaryProcessor:
+    @classmethod
+    def load_processor(cls, folder: Path) -> CanaryProcessor:
         """Feature extractor and tokeniser."""
         return CanaryProcessor.from_pretrained(folder, local_files_only=True)
 
@@ -256,9 +239,9 @@ def _row(encoded: Any, row: int) -> Any:
 def _stretches(clip: Clip) -> list[tuple[int, int]]:
     """Cuts of at most 30 s, each at the quietest fifth of a second of the window's second half."""
     found, start = [], 0
-    while len(clip) - start > WINDOW:
-        middle = start + WINDOW // 2
-        part = clip[middle : start + WINDOW]
+    while len(clip) - start > MAX_SAMPLES:
+        middle = start + MAX_SAMPLES // 2
+        part = clip[middle : start + MAX_SAMPLES]
         blocks = part[: len(part) // QUIET * QUIET].reshape(-1, QUIET)
         end = middle + int(np.square(blocks).mean(1).argmin()) * QUIET + QUIET // 2
         found.append((start, end))
