@@ -110,7 +110,7 @@ def test_every_clip_of_a_batch_learns_to_end(tiny_en: Any) -> None:
         Sample(partial(noise, seconds), seconds, text)
         for seconds, text in zip((0.4, 9.0, 2.5), texts, strict=True)
     ]
-    make = BatchMaker(WhisperSpeechModel(model, processor), samples, TrainingOptions())
+    make = BatchMaker(WhisperSpeechModel(*tiny_en), samples, TrainingOptions())
     made = make(0, [0, 1, 2])
     for row, text in enumerate(texts):
         learnt = made.targets[row][made.targets[row] != IGNORED].tolist()

@@ -68,7 +68,7 @@ def adapt(
     quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_output
-    from saml_models.data.corpora import by_speaker, load_corpus
+    from saml_models.data.corpora import load_corpus, only_speaker
     from saml_models.evaluation.protocol import with_word_errors
     from saml_models.speakers.pretrained import load_adaptable
     from saml_models.speakers.profile import is_profile
@@ -93,17 +93,9 @@ def adapt(
         raise SAMLError("--ray: is for many speakers; give --manifest")
     assert data is not None
     utterances = load_corpus(data, need_text=not unsupervised or test_utterances > 0)
-    voices = by_speaker(utterances)
-    shown = ", ".join(list(voices)[:8])
-    named_by_folder = data.is_dir() and list(voices) == [data.resolve().name]
-    if speaker in voices:
-        utterances = voices[speaker]
-    elif speaker is not None and not named_by_folder:
-        raise SAMLError(f"{data}: no speaker {speaker}; it has {len(voices)} speakers: {shown}")
-    elif len(voices) > 1:
-        raise SAMLError(f"{data}: has {len(voices)} speakers ({shown}); choose one with --speaker")
+    utterances = only_speaker(utterances, speaker, data)
     if out is None:  # who speaks again is learnt anew
-        out = ProfileStore(store).path(speaker or next(iter(voices)))
+        out = ProfileStore(store).path(speaker or utterances[0].speaker)
         overwrite = True
     check_output(out, is_profile, overwrite)
     if test_utterances >= len(utterances):

@@ -104,41 +104,15 @@ def demo(
 def _run(
     name: str, experts: Path | None, plan: Sequence[Any], beam_size: int, device: str
 ) -> dict[str, Any]:
-    """Load the three models, run the protocol with progress bars, count bytes on disk."""
-    import tempfile
-
-    from saml_kernels import SAMLConfig, SAMLError
-    from saml_models.compress.apply import apply_saml
-    from saml_models.compress.checkpoint import save_saml
-    from saml_models.compress.layers import compression_of
-    from saml_models.compress.loading import load_model
-    from saml_models.evaluation.protocol import evaluate as run
+    """The protocol with progress bars."""
+    from saml_models.evaluation.systems import evaluate_systems
     from saml_models.speakers.pretrained import load_adaptable
 
-    full, processor = load_model(name, device)
-    if hasattr(full, "saml"):
-        raise SAMLError(f"{name}: is quantised already; evaluate compares with full precision")
-    quantised = load_model(name, device)
     saml = load_adaptable(name, experts=experts, device=device)
-    compressed = compression_of(saml[0])
-    config = compressed.config
-    base = {k: config.to_dict()[k] for k in ("format", "block_size", "double_quant")}
-    report = apply_saml(quantised[0], SAMLConfig(num_experts=0, **base))
     with _progress() as (stage, done):
-        result = run(
-            (full, processor), quantised, saml, plan, beam_size=beam_size,
-            on_stage=stage, on_done=done,
-        )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        saml_bytes = save_saml(*saml, folder)
-        quantised_bytes = save_saml(*quantised, Path(folder) / "quantised")
-    result.size = {
-        "full_bytes": report.full_bytes,
-        "quantised_bytes": quantised_bytes,
-        "saml_bytes": saml_bytes,
-        "ratio": round(report.full_bytes / saml_bytes, 3),
-    }
-    result.trainable = sum(p.numel() for p in compressed.experts().values())
+        result = evaluate_systems(
+            name, saml, plan, device=device, beam_size=beam_size, on_stage=stage, on_done=done
+        )
     return {"model": name, "beam_size": beam_size, **result.to_dict()}
 
 

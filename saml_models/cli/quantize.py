@@ -21,16 +21,13 @@ def quantize(
 ) -> None:
     """Write a low-bit model with its experts as a folder that --model takes."""
     quiet_libraries()
-    from saml_kernels.files import atomic_folder, check_new_folder
-    from saml_models.compress.checkpoint import save_saml
-    from saml_models.compress.loading import load_model
-    from saml_models.speakers.pretrained import make_adaptable
+    from saml_kernels.files import check_new_folder
+    from saml_models.recogniser import Recogniser
 
     check_new_folder(out)
-    network, processor = load_model(model)
-    report = make_adaptable(network, model, experts=experts)
-    with atomic_folder(out) as temporary:
-        stored = save_saml(network, processor, temporary)
+    recogniser = Recogniser.load(model, compress=False)
+    report = recogniser.quantize(experts)
+    stored = recogniser.save(out)
     typer.echo(report)
     typer.echo(
         f"{out}: {stored / 1e6:.2f} MB on disk with everything, {report.full_bytes / stored:.2f}x "

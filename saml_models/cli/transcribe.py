@@ -62,10 +62,9 @@ def transcribe(
     quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_models.data.audio import load_audio
+    from saml_models.recogniser import Recogniser
     from saml_models.speakers.choice import choose_speakers, read_map
-    from saml_models.speakers.pretrained import load_for_speakers
     from saml_models.text.writers import write_transcript
-    from saml_models.transcription.recordings import transcribe_many
 
     if output_format not in FORMATS:
         raise SAMLError(f"--output_format {output_format}: expected one of {', '.join(FORMATS)}")
@@ -86,10 +85,14 @@ def transcribe(
         for number, file in enumerate(files, start=1):
             load_audio(file)
             show(number, len(files))
-    network, processor = load_for_speakers(
-        model, heard_as.profiles, device_named(device), perhaps=heard_as.enrolled, experts=experts
+    recogniser = Recogniser.for_speakers(
+        model,
+        heard_as.profiles,
+        device_named(device),
+        candidates=heard_as.enrolled,
+        experts=experts,
     )
-    chosen = heard_as.for_files(network, processor, files)
+    chosen = heard_as.for_files(recogniser.model, recogniser.processor, files)
     timed = word_timestamps or (writes and output_format != "txt")
     with progress("transcribing") as show:
 
@@ -99,9 +102,7 @@ def transcribe(
             else:
                 show(number + done / max(seconds, 1e-9), len(files), files[number].name)
 
-        found = transcribe_many(
-            network,
-            processor,
+        found = recogniser.transcribe_each(
             files,
             chosen,
             language=language,

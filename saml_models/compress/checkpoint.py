@@ -1,8 +1,9 @@
 """A quantised model with experts on disk: one safetensors file and a JSON description.
 
 `model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
-as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What can be computed
-(Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the configurations. Tokeniser and feature extractor are saved beside them by transformers.
+as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What can be
+computed (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
+configurations. Tokeniser and feature extractor are saved beside them by transformers.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ import soxr
 from saml_kernels.errors import SAMLError, SAMLWarning
 from saml_models.data.containers import Layout, Stretch, View, layout_of
 from saml_models.data.media import INSTALL, Downmix, Media, has_pyav
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "AUDIO_SUFFIXES",
@@ -55,6 +59,9 @@ _LOWEST_RATE = 1_000
 _OVERSHOOT_SECONDS = 0.5
 # Encoders pad, and headers round: a difference below this is none.
 _TOLERANCE_SECONDS = 0.1
+
+Audio: TypeAlias = "str | os.PathLike[str] | npt.NDArray[np.floating] | Tensor | Sequence[float]"
+"""A file, or samples [samples]: 16 kHz and mono unless a rate is given."""
 
 Block = tuple[int, npt.NDArray[np.float32]]  # samples a second, and samples, mono
 
@@ -152,6 +159,31 @@ def load_audio(
             "of two, or give a single channel", SAMLWarning, stacklevel=2,
         )  # fmt: skip
     return _resampled(blocks, str(path))
+
+
+def samples_of(audio: Audio, rate: int = SAMPLE_RATE) -> Path | npt.NDArray[np.float32]:
+    """Samples as mono speech at 16 kHz: float32 [samples]; a file stays a path, to be read later.
+
+    Args:
+        audio: a file; or floating-point samples [samples], nominally within -1..1, as an array, a
+            tensor or a list.
+        rate: samples a second of what is no file.
+
+    Raises:
+        SAMLError: not one channel of finite floating-point samples, no samples, or a bad rate.
+    """
+    if isinstance(audio, str | os.PathLike):
+        return Path(audio)
+    detach: Any = getattr(audio, "detach", None)  # a tensor, on whatever device
+    array: Any = np.asarray(audio if detach is None else detach().cpu().float().numpy())
+    if isinstance(audio, list | tuple):
+        array = array.astype(np.float32)
+    check_audio(array, "audio")
+    if rate < _LOWEST_RATE:
+        raise SAMLError(f"rate: {rate}; expected samples a second, as in 16000")
+    if rate != SAMPLE_RATE:
+        array = soxr.resample(array, rate, SAMPLE_RATE)
+    return array.astype(np.float32, copy=False)
 
 
 def at_speed(clip: npt.NDArray[np.float32], speed: float) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import AUDIO_SUFFIXES, load_audio, warn_of_others
+from saml_models.data.audio import (
+    AUDIO_SUFFIXES,
+    SAMPLE_RATE,
+    load_audio,
+    samples_of,
+    warn_of_others,
+)
 from saml_models.data.tedlium import parse_stm
 
 __all__ = ["Utterance", "by_speaker", "load_corpus"]
@@ -36,12 +42,16 @@ _SHOWN = 8
 Faults = dict[str, str]  # by speaker, one line
 
 
+SOMEBODY = "me"  # whose clips are that say no name
+
+
 @dataclass(frozen=True)
 class Utterance:
     """A piece of speech and what was said.
 
     `start` and `end` cut it out of a longer recording; `duration` is its length where the corpus
-    says so. All three in seconds.
+    says so. All three in seconds. `samples`, float32 at 16 kHz, stand in for the file where it is
+    in memory already.
     """
 
     id: str
@@ -51,9 +61,12 @@ class Utterance:
     start: float | None = None
     end: float | None = None
     duration: float | None = None
+    samples: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     def load(self) -> npt.NDArray[np.float32]:
-        """Read the speech, float32 [samples], mono 16 kHz; raises as `load_audio` does."""
+        """The speech, float32 [samples], mono 16 kHz; read from a file as `load_audio` does."""
+        if self.samples is not None:
+            return self.samples
         return load_audio(self.audio, self.start, self.end)
 
 
@@ -363,3 +376,61 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise SAMLError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+
+
+def utterances_of(data: Any, rate: int = SAMPLE_RATE, *, need_text: bool = True) -> list[Utterance]:
+    """Speech in any of the forms that people have it in.
+
+    Args:
+        data: a path that `load_corpus` reads, utterances, or pairs of (audio, text), where audio
+            is a file or samples (see `samples_of`).
+        rate: samples a second of audio that is given as samples.
+        need_text: as for `load_corpus`.
+
+    Raises:
+        SAMLError: as `load_corpus` and `samples_of`, or something else than these.
+    """
+    if isinstance(data, str | os.PathLike):
+        return load_corpus(data, need_text=need_text)
+    found: list[Utterance] = []
+    for number, one in enumerate(data):
+        if isinstance(one, Utterance):
+            found.append(one)
+            continue
+        if not (isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[1], str)):
+            raise SAMLError(
+                f"speech {number}: {type(one).__name__}; expected a path, or (audio, text) pairs"
+            )
+        name, given = f"clip{number}", samples_of(one[0], rate)
+        path, samples = (given, None) if isinstance(given, Path) else (Path(name), given)
+        found.append(Utterance(name, SOMEBODY, one[1], path, samples=samples))
+    return found
+
+
+def only_speaker(
+    utterances: Sequence[Utterance], speaker: str | None, source: Any = "speech"
+) -> list[Utterance]:
+    """The utterances of one speaker.
+
+    Args:
+        utterances: of one speaker or several.
+        speaker: one of theirs; or any name where they are all of a folder of clips that is called
+            after the folder, or of nobody in particular; None where there is one alone.
+        source: where they are from, for the message.
+
+    Raises:
+        SAMLError: there is no such speaker, or there are several and none is chosen.
+    """
+    voices = by_speaker(utterances)
+    shown = ", ".join(list(voices)[:8])
+    if speaker in voices:
+        return voices[speaker]
+    path = Path(source) if isinstance(source, str | os.PathLike) else None
+    unnamed = SOMEBODY if path is None or not path.is_dir() else path.resolve().name
+    if speaker is not None and list(voices) != [unnamed]:
+        raise SAMLError(f"{source}: no speaker {speaker}; it has {len(voices)} speakers: {shown}")
+    if len(voices) > 1:
+        raise SAMLError(
+            f"{source}: has {len(voices)} speakers ({shown}); choose one with --speaker"
+        )
+    return list(utterances)

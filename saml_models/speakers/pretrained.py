@@ -65,7 +65,7 @@ def load_for_speakers(
     profiles: Mapping[str, SpeakerProfile],
     device: str | torch.device | None = None,
     *,
-    perhaps: Sequence[SpeakerProfile] = (),
+    candidates: Sequence[SpeakerProfile] = (),
     experts: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """A model that can speak with these profiles, or plain where there are none.
@@ -75,15 +75,15 @@ def load_for_speakers(
         profiles: by name or file; the first one's configuration is the model's, unless the experts
             that ship with the package have it too: those are then loaded, for gates and for clips
             of nobody.
-        perhaps: others, that need not fit; without `profiles` one of these says the configuration,
-            if there is one, one that was made with this model.
+        candidates: others, that need not fit; without `profiles` one of these says the
+            configuration, one that was made with this model if there is one.
         experts: as for `load_adaptable`.
 
     Raises:
         SAMLError: as `load_model` does, or the profiles do not fit the model.
     """
-    named = [p for p in perhaps if p.about.get("model") == os.fspath(name_or_path)]
-    first = next(iter([*profiles.values(), *named, *perhaps]), None)
+    named = [p for p in candidates if p.about.get("model") == os.fspath(name_or_path)]
+    first = next(iter([*profiles.values(), *named, *candidates]), None)
     if first is None and experts is None:
         return load_model(name_or_path, device)
     config = None

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE, check_audio, load_audio
+from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE, Audio, load_audio, samples_of
 from saml_models.models.registry import bind
 from saml_models.runtime.prefetch import ahead
 from saml_models.runtime.quiet import quiet_transformers
@@ -23,7 +24,6 @@ from saml_models.transcription.clips import decode_clips
 
 __all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
 
-Audio = str | os.PathLike[str] | npt.NDArray[np.floating]
 Speaker = SpeakerProfile | str | os.PathLike[str] | None
 
 GATHERED = 2  # batches that wait for each other, to be sorted by length
@@ -50,7 +50,8 @@ def transcribe(
     Args:
         model: as loaded, or with SAML layers.
         processor: of that model.
-        audio: a file, or floating-point samples [samples] at 16 kHz; or a list of such.
+        audio: a file, or floating-point samples [samples] at 16 kHz (array or tensor); or a list of
+            such.
         speaker: a profile, or its file, for a model with SAML layers; used for this call. For a
             list of recordings also a list, with a profile or None for each: one batch has as many
             speakers as it has rows.
@@ -213,7 +214,5 @@ def _hash(profile: SpeakerProfile | None) -> str | None:
 
 def _samples(recording: Audio) -> npt.NDArray[np.float32]:
     """float32 at 16 kHz."""
-    if isinstance(recording, np.ndarray):
-        check_audio(recording, "audio")
-        return recording.astype(np.float32, copy=False)
-    return load_audio(recording)
+    given = samples_of(recording)
+    return load_audio(given) if isinstance(given, Path) else given
