@@ -76,11 +76,11 @@ def test_the_copy_is_whole_and_stands_on_its_own(router: Any, copied: Any) -> No
     assert torch.equal(logits(twin), expected)
     assert (twin.saml.weight_hash(), twin.saml.experts_hash()) == hashes
     assert model.saml.experts_hash() != hashes[1]
-    # One routing state for all layers of the copy, and it is not the old one.
-    routing = twin.saml.context
-    assert routing is not model.saml.context
-    own = [m.routing for m in twin.modules() if hasattr(m, "routing")]
-    assert own and all(r is routing for r in own)
+    # One context state for all layers of the copy, and it is not the old one.
+    context = twin.saml.context
+    assert context is not model.saml.context
+    own = [m.context for m in twin.modules() if hasattr(m, "context")]
+    assert own and all(r is context for r in own)
     assert twin.proj_out._tied[0] is twin.model.decoder.embed_tokens
     with pytest.raises(Exception, match="save_saml"):
         twin.save_pretrained("nowhere")

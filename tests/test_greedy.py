@@ -175,7 +175,7 @@ def replayed(monkeypatch, no_loops):
         counts.append(0)
 
         def replay():
-            with Watched() if step.decoder.routing.speakers is None else nullcontext():
+            with Watched() if step.decoder.context.speakers is None else nullcontext():
                 step()
             assert places_of(step) == there
             counts[-1] += 1

@@ -311,15 +311,15 @@ def test_configuration_to_json_and_back() -> None:
 
 
 def test_layers_of_a_model_share_their_routing() -> None:
-    routing = BatchContext()
+    context = BatchContext()
     layers = [
-        SAMLLinear.from_linear(linear(), SAMLConfig(balance=0.1), routing).train() for _ in range(2)
+        SAMLLinear.from_linear(linear(), SAMLConfig(balance=0.1), context).train() for _ in range(2)
     ]
     for layer in layers:
         layer(torch.randn(2, 5, K))
-    assert len(routing.balance) == 2
-    assert routing.balance_loss() is not None
-    assert routing.balance_loss() is None
+    assert len(context.balance) == 2
+    assert context.balance_loss() is not None
+    assert context.balance_loss() is None
 
 
 def test_experts_can_start_at_the_error_of_the_output() -> None:

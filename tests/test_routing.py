@@ -47,10 +47,10 @@ def test_routers_start_with_equal_shares() -> None:
 
 
 def test_utterance_router_is_deaf_to_masked_padding() -> None:
-    routing = BatchContext()
-    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing))
+    context = BatchContext()
+    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), context))
     x = torch.randn(2, 6, WIDTH)
-    routing.mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    context.mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     gates = router(x)
     changed = x.clone()
     changed[1, 4:] = 100.0
@@ -61,36 +61,36 @@ def test_utterance_router_is_deaf_to_masked_padding() -> None:
 
 
 def _without_mask(router: UtteranceRouter, x: torch.Tensor) -> torch.Tensor:
-    mask, router.routing.mask = router.routing.mask, None
+    mask, router.context.mask = router.context.mask, None
     gates = router(x)
-    router.routing.mask = mask
+    router.context.mask = mask
     return gates
 
 
 def test_the_mask_follows_beams_and_keeps_off_other_windows() -> None:
-    routing = BatchContext(mask=torch.tensor([[True, False], [True, True]]))
+    context = BatchContext(mask=torch.tensor([[True, False], [True, True]]))
     expected = torch.tensor([[1.0, 0]] * 3 + [[1, 1]] * 3).bool()
-    assert torch.equal(routing.mask_for(torch.zeros(6, 2, WIDTH)), expected)
-    assert routing.mask_for(torch.zeros(2, 3, WIDTH)) is None
-    assert routing.mask_for(torch.zeros(3, 2, WIDTH)) is None
+    assert torch.equal(context.mask_for(torch.zeros(6, 2, WIDTH)), expected)
+    assert context.mask_for(torch.zeros(2, 3, WIDTH)) is None
+    assert context.mask_for(torch.zeros(3, 2, WIDTH)) is None
     assert BatchContext().mask_for(torch.zeros(2, 2, WIDTH)) is None
 
 
 def test_a_clip_masked_entirely_gives_finite_gates() -> None:
-    routing = BatchContext(mask=torch.zeros(1, 4, dtype=torch.bool))
-    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing))
+    context = BatchContext(mask=torch.zeros(1, 4, dtype=torch.bool))
+    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), context))
     assert torch.isfinite(router(torch.randn(1, 4, WIDTH))).all()
 
 
 def test_decoder_reads_the_encoded_clip() -> None:
-    routing = BatchContext(clip=torch.randn(2, WIDTH))
-    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), routing, clip_width=WIDTH))
+    context = BatchContext(clip=torch.randn(2, WIDTH))
+    router = filled(UtteranceRouter(WIDTH, SAMLConfig(), context, clip_width=WIDTH))
     gates = router(torch.randn(6, 1, WIDTH))  # three beams a clip
-    want = torch.softmax(routing.clip @ router.weight.T, -1).repeat_interleave(3, 0)
+    want = torch.softmax(context.clip @ router.weight.T, -1).repeat_interleave(3, 0)
     torch.testing.assert_close(gates.squeeze(1), want)
     with pytest.raises(SAMLError, match="5 decoder rows"):
         router(torch.randn(5, 1, WIDTH))
-    routing.clip = None
+    context.clip = None
     with pytest.raises(SAMLError, match="run the encoder"):
         router(torch.randn(2, 1, WIDTH))
 
@@ -116,25 +116,25 @@ def test_temperature_sharpens() -> None:
 
 
 def test_balance_is_smallest_for_an_even_load() -> None:
-    config, routing = SAMLConfig(balance=0.01), BatchContext()
+    config, context = SAMLConfig(balance=0.01), BatchContext()
     even = 20 * torch.eye(4)
     one_sided = even[:1].expand(4, 4)
-    gates_from_logits(even, config, routing, training=True)
-    low = routing.balance_loss()
-    gates_from_logits(one_sided, config, routing, training=True)
-    high = routing.balance_loss()
+    gates_from_logits(even, config, context, training=True)
+    low = context.balance_loss()
+    gates_from_logits(one_sided, config, context, training=True)
+    high = context.balance_loss()
     torch.testing.assert_close(low, torch.tensor(1.0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(high, torch.tensor(4.0), rtol=1e-4, atol=1e-4)
-    gates_from_logits(even, config, routing, training=False)
-    gates_from_logits(even, SAMLConfig(balance=0.0), routing, training=True)
-    assert routing.balance_loss() is None
+    gates_from_logits(even, config, context, training=False)
+    gates_from_logits(even, SAMLConfig(balance=0.0), context, training=True)
+    assert context.balance_loss() is None
 
 
 def test_balance_pushes_towards_an_even_load() -> None:
     logits = torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0]], requires_grad=True)
-    routing = BatchContext()
-    gates_from_logits(logits, SAMLConfig(balance=1.0), routing, training=True)
-    loss = routing.balance_loss()
+    context = BatchContext()
+    gates_from_logits(logits, SAMLConfig(balance=1.0), context, training=True)
+    loss = context.balance_loss()
     assert loss is not None
     loss.backward()
     assert (logits.grad[:, 0] > 0).all()
@@ -150,13 +150,13 @@ def test_attention_pooling_masks() -> None:
 
 
 def test_shared_router_of_text_ignores_the_audio_mask() -> None:
-    routing = BatchContext(mask=torch.tensor([[True, False, False]]))
+    context = BatchContext(mask=torch.tensor([[True, False, False]]))
     x = torch.randn(1, 3, WIDTH)
-    text = filled(SharedRouter(WIDTH, SAMLConfig.paper(), routing, text=True))
-    audio = filled(SharedRouter(WIDTH, SAMLConfig.paper(), routing))
+    text = filled(SharedRouter(WIDTH, SAMLConfig.paper(), context, text=True))
+    audio = filled(SharedRouter(WIDTH, SAMLConfig.paper(), context))
     masked = audio(x)
     assert not torch.allclose(text(x), masked)
-    routing.mask = None
+    context.mask = None
     torch.testing.assert_close(text(x), audio(x))
 
 

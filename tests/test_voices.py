@@ -92,10 +92,10 @@ def test_rows_must_be_the_beams_of_clips():
     layer.speaker_experts = stacked([layer])
     with pytest.raises(SAMLError, match="none for 2 rows"):
         layer(torch.randn(2, 3, K))
-    layer.routing.speakers = torch.zeros(2, dtype=torch.int32)
+    layer.context.speakers = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(SAMLError, match="2 for 3 rows; expected one for each clip"):
         layer(torch.randn(3, 3, K))
-    layer.routing.speakers = torch.ones(3, dtype=torch.int32)
+    layer.context.speakers = torch.ones(3, dtype=torch.int32)
     with pytest.raises(SAMLError, match=r"holds 1; expected 0\.\.0"):
         layer(torch.randn(3, 3, K))
 

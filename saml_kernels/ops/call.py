@@ -50,7 +50,7 @@ def run(
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
         elif backend in (None, "cpu") and speakers is None and not torch.is_grad_enabled():
             given, router = (gates, None) if gating is None else (None, gates)
-            y = cpu.quick(
+            y = cpu.forward_prepared(
                 x, weight, lora_a, lora_b, given, router, bias, scaling, *(gating or ())
             )  # fmt: skip
             if y is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
-from saml_models.transcription.recordings import Transcript
+from saml_models.text.transcript import Transcript
 
 __all__ = ["FORMATS", "render", "write_transcript"]
 

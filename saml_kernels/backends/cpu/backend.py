@@ -27,7 +27,15 @@ from saml_kernels.backends.reference import Gradients, experts_backward, stack_a
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 
-__all__ = ["backward", "forward", "keep_dense", "native_status", "quick", "unsupported"]
+__all__ = [
+    "backward",
+    "forward",
+    "forward_prepared",
+    "keep_dense",
+    "native_status",
+    "unsupported",
+    "why_unavailable",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
@@ -74,7 +82,7 @@ def forward(
     return y.to(x.dtype)
 
 
-def quick(
+def forward_prepared(
     x: Tensor,
     weight: QuantizedTensor,
     lora_a: Tensor | QuantizedTensor,
@@ -153,6 +161,11 @@ def backward(
         None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
     )
     return dx, da, db, dg
+
+
+def why_unavailable() -> str | None:
+    """None: it runs everywhere."""
+    return None
 
 
 def unsupported(x: Tensor, weight: QuantizedTensor) -> str | None:
