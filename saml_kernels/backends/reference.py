@@ -31,6 +31,7 @@ __all__ = [
     "route",
     "saml_linear_reference",
     "unsupported",
+    "why_unavailable",
 ]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
