@@ -15,12 +15,14 @@ import soundfile
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLConfig
+from saml_models import recogniser
 from saml_models.cli.main import app
 from saml_models.compress import apply as surgery
+from saml_models.compress import loading as compress_loading
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
 from saml_models.data.corpora import load_corpus
-from saml_models.speakers import pretrained as loading
+from saml_models.speakers import pretrained
 from saml_models.speakers.profile import SpeakerProfile
 
 
@@ -291,7 +293,7 @@ def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest, monk
     assert "from 1 utterances" in result.stdout
     found, start = SpeakerProfile.load(out), SpeakerProfile.load(experts)
     assert found.weight_hash == start.weight_hash and found.hash != start.hash
-    assert loading.profile_config(found) == small
+    assert pretrained.profile_config(found) == small
 
 
 def test_speakers_show_and_doctor(profile):
@@ -339,8 +341,7 @@ def test_transcripts_are_never_replaced_unasked(tmp_path, monkeypatch, clips):
     own = tmp_path / "clip.wav"
     soundfile.write(own, clips[0].load(), 16000)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load_model", None)  # refused before anything is loaded
-    monkeypatch.setattr(loading, "load_for_speakers", None)
+    monkeypatch.setattr(recogniser, "load_for_speakers", None)  # refused before anything is loaded
     for kind in ("txt", "srt", "vtt", "json", "tsv"):
         text = tmp_path / f"clip.{kind}"
         text.write_text("corrected by hand")
@@ -363,8 +364,12 @@ def test_overwrite_replaces_a_transcript(tmp_path, clips):
 
 
 def test_other_commands_replace_only_what_they_wrote(tmp_path, manifest, profile, monkeypatch):
-    for name in ("load_model", "load_adaptable", "load_for_speakers"):
-        monkeypatch.setattr(loading, name, None)
+    for module, name in (
+        (compress_loading, "load_model"),
+        (pretrained, "load_adaptable"),
+        (pretrained, "load_for_speakers"),
+    ):
+        monkeypatch.setattr(module, name, None)
     diary = tmp_path / "diary"
     diary.write_text("dear diary")
     for command in (

@@ -20,7 +20,7 @@ from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import ProfileStore
 from saml_models.training import pseudo_labels as unsupervised
-from saml_models.training.adapt import GATES, adapt
+from saml_models.training.adapt import GATE_ADAPTATION, adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pruning import SHARES, measure_usage, prune
 from saml_models.training.pseudo_labels import (
@@ -60,7 +60,7 @@ def test_gates_learn_and_leave_the_experts_alone(experts, utterances, tmp_path):
     before = {n: p.detach().clone() for n, p in model.saml.experts().items()}
     losses = []
     profile = adapt(
-        *experts, utterances["1688"][:2], replace(GATES, epochs=2), kind="gates",
+        *experts, utterances["1688"][:2], replace(GATE_ADAPTATION, epochs=2), kind="gates",
         on_step=lambda done, steps, loss: losses.append(loss),
     )  # fmt: skip
     after = model.saml.experts()

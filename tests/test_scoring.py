@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from saml_models.models.whisper import wheels as offline
+from saml_models.text import normalise as normaliser
 from saml_models.text.normalise import english_spelling, normalise
 from saml_models.text.wer import (
     WordErrors,
@@ -38,7 +38,7 @@ def test_whisper_normalisation(text: str, expected: str) -> None:
 def test_spelling_table_is_openai_whispers() -> None:
     # SHA-256 of whisper/normalizers/english.json in openai-whisper 20250625.
     digest = "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
-    assert offline._SPELLING.sha256 == digest  # what `english_spelling` verifies the file by
+    assert normaliser._SPELLING.sha256 == digest  # what `english_spelling` verifies the file by
     assert english_spelling()["colour"] == "color"
 
 

@@ -281,7 +281,7 @@ def test_the_hash_of_the_weights_is_remembered_until_they_change() -> None:
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saml_models.compress.checkpoint.hashlib.sha256", counted)
+        patch.setattr("saml_models.compress.layers.hashlib.sha256", counted)
         first = model.saml.weight_hash()
         asked = len(digests)
         assert model.saml.weight_hash() == first and len(digests) == asked

@@ -15,7 +15,7 @@ from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance, load_corpus
 from saml_models.models.registry import bind
 from saml_models.models.targets import check_target, plain_tokens
-from saml_models.training import adapt as adaptation
+from saml_models.training import samples
 from saml_models.training.adapt import adapt
 from saml_models.training.pretrain import pretrain
 from saml_models.training.samples import training_samples
@@ -82,10 +82,13 @@ def test_training_names_the_clip_before_anything_is_heard(
     def never(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("heard before the texts were checked")
 
-    monkeypatch.setattr(adaptation, "decode_clips", never)
+    monkeypatch.setattr(samples, "decode_clips", never)
     long = replace(utterance, id="clip-7", text="One two three four. " * 120)
     with pytest.raises(SAMLError, match="clip-7: its text is 603 tokens long"):
-        learn(model(), tiny_en[1], [utterance, long])
+        if learn is training_samples:
+            learn(bind(model(), tiny_en[1]), [utterance, long])
+        else:
+            learn(model(), tiny_en[1], [utterance, long])
 
 
 def test_a_bare_text_is_counted_as_it_is_learnt(
@@ -94,6 +97,6 @@ def test_a_bare_text_is_counted_as_it_is_learnt(
     text = "ACKNOWLEDGEMENT THEREFORE " * 60
     tokens = plain_tokens(tiny_en[1].tokenizer, " " + text.strip())
     assert len(tokens) > 448
-    monkeypatch.setattr(adaptation, "decode_clips", lambda *a, **o: [""])
+    monkeypatch.setattr(samples, "decode_clips", lambda *a, **o: [""])
     (sample,) = training_samples(bind(model(), tiny_en[1]), [replace(utterance, text=text)])
     assert sample.text.lower() == text.lower().strip()

@@ -18,9 +18,10 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from saml_kernels.errors import SAMLError
-from saml_models.models.whisper import loading as whisper
-from saml_models.models.whisper import wheels as offline
+from saml_models.models.whisper import wheels as offline_models
 from saml_models.models.whisper.loading import load_whisper
+from saml_models.models.whisper.tokenizer import build_tokenizer
+from saml_models.runtime import wheels
 
 RATE = 16000
 
@@ -70,7 +71,7 @@ def faster_whisper(
 
 def copy_as_folder(name: str, folder: Path) -> Path:
     """An offline model as the CTranslate2 folder that faster-whisper users have."""
-    files = offline.find_model(name)
+    files = offline_models.find_model(name)
     assert files is not None
     folder.mkdir()
     shutil.copy(files.config, folder / "config.json")
@@ -164,7 +165,7 @@ def test_long_form(tiny_en: tuple[Any, Any], clips: list[np.ndarray]) -> None:
 
 @pytest.mark.slow
 def test_base_joins_detects_and_transcribes(clips: list[np.ndarray], tmp_path: Path) -> None:
-    if offline.find_model("base") is None:
+    if offline_models.find_model("base") is None:
         pytest.skip("the wheels of [base] are not installed")
     model, processor = load_whisper("base", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -183,10 +184,10 @@ def test_base_joins_detects_and_transcribes(clips: list[np.ndarray], tmp_path: P
 
 
 def test_a_wheel_with_other_content_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = offline.OFFLINE_MODELS["tiny.en"]
+    model = offline_models.OFFLINE_MODELS["tiny.en"]
     other = dataclasses.replace(model.weights[0], sha256="0" * 64)
     monkeypatch.setitem(
-        offline.OFFLINE_MODELS, "tiny.en", dataclasses.replace(model, weights=(other,))
+        offline_models.OFFLINE_MODELS, "tiny.en", dataclasses.replace(model, weights=(other,))
     )
     with pytest.raises(SAMLError, match=r"model\.bin: has SHA-256 1a5afae.*expected 0000"):
         load_whisper("tiny.en")
@@ -201,7 +202,7 @@ def test_without_wheel_and_hub_the_error_says_what_to_install(
     def unreachable(*args: object, **options: object) -> None:
         raise ConnectionError("no network\nand a second line")
 
-    monkeypatch.setattr(offline, "distribution", missing)
+    monkeypatch.setattr(wheels, "distribution", missing)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     for name, hint in {
@@ -349,7 +350,7 @@ def test_newer_tokenizer_files_list_the_timestamps(
     ]
     content["model"]["merges"] = [merge.split(" ") for merge in content["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    newer = whisper._build_tokenizer(tmp_path / "tokenizer.json", 51864)
+    newer = build_tokenizer(tmp_path / "tokenizer.json", 51864)
     older = tiny_en[1].tokenizer
     assert newer.get_vocab() == older.get_vocab()
     assert newer.all_special_ids == older.all_special_ids
