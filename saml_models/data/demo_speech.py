@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, needs
 from saml_kernels.files import atomic_path
 from saml_models.data.audio import SAMPLE_RATE, load_audio
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
@@ -67,10 +67,8 @@ def mini_librispeech(cache: Path) -> Path:
     target = cache / "LibriSpeech" / "dev-clean-2"
     if target.is_dir():
         return target
-    try:
+    with needs("the download", "demo"):
         import pooch
-    except ImportError as error:
-        raise SAMLError("downloads need pooch: pip install 'saml-kernels[demo]'") from error
     downloader = pooch.HTTPDownloader(progressbar=False, timeout=10)
     try:
         archive = pooch.retrieve(MINI_LIBRISPEECH, None, path=cache, downloader=downloader)
