@@ -13,6 +13,7 @@ from saml_kernels.errors import SAMLError, needs
 from saml_kernels.files import atomic_path
 from saml_models.data.audio import SAMPLE_RATE, load_audio
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.runtime.folders import cache_folder
 
 __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 
@@ -21,11 +22,6 @@ MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
 MAX_SECONDS = 30.0
 PROMPTS = 80
 ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    return Path.home() / ".cache" / "saml-kernels"
 
 
 def demo_speech(path: str | None) -> tuple[list[Utterance], str]:
