@@ -11,28 +11,32 @@ from setuptools.command.build_ext import build_ext
 
 
 class SharedLibrary(build_ext):
-    """Builds `_native.so`: no interpreter's name in the file's, no interpreter's libraries in it."""
+    """Builds `_native.so`, without an interpreter's name in its own or its libraries in it."""
 
     def build_extensions(self):
-        # Python's own link line may name the folders of this machine's Python.
+        """Compile, with a link line that does not name the folders of this machine's Python."""
         if linker := getattr(self.compiler, "linker_so", None):
             self.compiler.linker_so = [a for a in linker if not a.startswith(("-L", "-Wl,-rpath"))]
         super().build_extensions()
 
     def get_ext_filename(self, fullname):
+        """Where ctypes looks for it, whatever the Python."""
         return fullname.replace(".", "/") + ".so"
 
     def get_libraries(self, ext):
+        """No libpython."""
         return ext.libraries
 
     def get_export_symbols(self, ext):
+        """No PyInit function, which Windows would ask for."""
         return []
 
 
 class PlatformWheel(bdist_wheel):
-    """Tagged by platform alone."""
+    """A wheel for every Python 3 of a platform."""
 
     def get_tag(self):
+        """Python, ABI, platform."""
         return "py3", "none", super().get_tag()[2]
 
 
