@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-oldest bench fuzz sanitize lint format clean
+.PHONY: demo test test-oldest bench fuzz sanitize emulate wheel wheel-aarch64 lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
@@ -38,6 +38,23 @@ sanitize: $(VENV)/.test
 # Its NEON form, under an emulator where this is no aarch64; skipped without one.
 emulate:
 	tests/emulate.sh
+
+# dist/: the source archive and a wheel with the native library in it, from a Linux on x86-64.
+# The wheel asks for the glibc whose symbols it uses, and fails here where no compiler built any.
+wheel: $(VENV)/.wheel
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
+# The same for aarch64, cross-built (Debian: gcc-aarch64-linux-gnu), its kernels checked as by
+# `emulate`.
+wheel-aarch64: $(VENV)/.wheel
+	rm -rf build/wheel-aarch64
+	CC=aarch64-linux-gnu-gcc _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	    $(BIN)/python -m build --no-isolation --outdir build/wheel-aarch64
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel-aarch64/*.whl
+	tests/emulate.sh dist/*_aarch64.whl
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -71,5 +88,12 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install --quiet --group lint
 	touch $@
 
+# Needs no torch: the library is plain C.
+$(VENV)/.wheel: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --group wheel
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) build *.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info

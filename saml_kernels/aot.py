@@ -29,7 +29,7 @@ from saml_kernels.backends.triton.configs import pretending
 from saml_kernels.backends.triton.launcher import interpreting, kernel, load_kernels, recording
 from saml_kernels.backends.triton.prebuilt import MANIFEST
 from saml_kernels.backends.triton.signature import ALIGNMENT, Launch, key_of, signature
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, needs
 from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
@@ -122,12 +122,8 @@ def build(
         raise SAMLError("--train: int8 experts have no backward; leave one of the two out")
     if interpreting():
         raise SAMLError("TRITON_INTERPRET is set: nothing is compiled; unset it")
-    try:
+    with needs("aot", "triton"):
         import triton
-    except ImportError as error:
-        raise SAMLError(
-            "aot: triton is not installed; pip install 'saml-kernels[triton]'"
-        ) from error
     out.mkdir(parents=True, exist_ok=True)
     done: dict[str, Built] = {}
     layers = _Layers(

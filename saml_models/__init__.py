@@ -7,7 +7,8 @@
     print(model.transcribe("talk.wav", speaker=me).text)
 
 Everything is imported when it is first asked for (PEP 562): `import saml_models` alone brings
-neither torch nor transformers.
+neither torch nor transformers. What the package needs comes with
+`pip install 'saml-kernels[whisper]'`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
     "transcribe",
 ]
 
-_HOMES = {
+_MODULES = {
     "Recogniser": "recogniser",
     "SpeakerProfile": "speakers.profile",
     "adapt": "training.adapt",
@@ -51,11 +52,15 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """A public name, from the module that holds it (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+    from saml_kernels.errors import needs
+
+    with needs(f"{__name__}.{name}", "whisper"):
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,9 @@
 # The NEON kernels: cross-compiled for aarch64, run under an emulator against plain loops.
 # Needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu qemu-user); on an
 # aarch64 machine neither.
+#   tests/emulate.sh [WHEEL]: the library inside an aarch64 wheel, in place of one built here
 set -euo pipefail
+wheel=${1:+$(realpath "$1")}
 cd "$(dirname "$0")"
 flags=(-O3 -std=gnu11 -ffp-contract=off -Wall -Wextra)
 folder=$(mktemp -d)
@@ -18,5 +20,10 @@ for tool in "$compiler" "${run[0]:-true}"; do
         exit 0
     fi
 done
-"$compiler" "${flags[@]}" native_check.c -o "$folder/check" -lm
-"${run[@]}" "$folder/check"
+"$compiler" "${flags[@]}" native_check.c -o "$folder/check" -lm -ldl
+if [ -n "$wheel" ]; then
+    python3 -m zipfile -e "$wheel" "$folder/wheel"
+    "${run[@]}" "$folder/check" "$folder/wheel/saml_kernels/backends/cpu/_native.so"
+else
+    "${run[@]}" "$folder/check"
+fi

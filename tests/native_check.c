@@ -1,11 +1,18 @@
 /* native.c on its own, against plain loops in double: every format, block, and class of shape.
  *
- * Built for another machine and run under an emulator by tests/emulate.sh; no Python.
+ * Built for another machine and run under an emulator by tests/emulate.sh; no Python. Given the
+ * path of a built library, its functions are checked in place of those compiled in here.
  */
+#include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
 
 #include "../saml_kernels/backends/cpu/native.c"
+
+static __typeof__(saml_select) *select_level = saml_select;
+static __typeof__(saml_abi) *abi = saml_abi;
+static __typeof__(saml_dequantise) *dequantise = saml_dequantise;
+static __typeof__(saml_linear) *linear = saml_linear;
 
 static uint32_t seed = 1;
 static float next(void) { /* in [-1, 1) */
@@ -46,14 +53,14 @@ static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int f
                0.75f, 1.5f};
 
     float *dense = malloc((size_t)size * sizeof *dense), *y = floats(m * rows);
-    saml_dequantise(&w, 0, rows, dense, 0, 1);
+    dequantise(&w, 0, rows, dense, 0, 1);
     int same = 1;
     for (int64_t i = 0; i < size; i++) {
         const float exact = code_at(&w, i) * scale_of(&w, i / block);
         same &= dense[i] == exact;
     }
     expect(same, "dequantised otherwise", m, &l);
-    const int refused = saml_linear(&l, x, gates, experts, y, m, 1);
+    const int refused = linear(&l, x, gates, experts, y, m, 1);
     expect(!refused, "refused", m, &l);
 
     double worst = 0.0, largest = 1e-3, *g = malloc((size_t)(experts + 1) * sizeof *g);
@@ -112,9 +119,23 @@ static int all(void) {
     return done;
 }
 
-int main(void) {
+/* Take the functions of the library at `path`; 0 where it does not have them. */
+static int take(const char *path) {
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL) return printf("%s\n", dlerror()), 0;
+    *(void **)&select_level = dlsym(library, "saml_select");
+    *(void **)&abi = dlsym(library, "saml_abi");
+    *(void **)&dequantise = dlsym(library, "saml_dequantise");
+    *(void **)&linear = dlsym(library, "saml_linear");
+    if (select_level && abi && dequantise && linear && abi() == ABI) return 1;
+    return printf("%s: not a native library of this version\n", path), 0;
+}
+
+int main(int count, char **arguments) {
+    int levels = 0;
+    if (count > 1 && !take(arguments[1])) return 1;
     for (int wanted = HAS_AVX2; wanted <= HAS_NEON; wanted++)
-        if (saml_select(wanted) == wanted)
+        if (select_level(wanted) == wanted && ++levels)
             printf("level %d: %d calls, %d wrong\n", wanted, all(), failures);
-    return failures != 0;
+    return failures != 0 || levels == 0;
 }

@@ -8,12 +8,10 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 cp -r saml_kernels tests pyproject.toml "$copy"
 rm -f "$copy"/saml_kernels/backends/cpu/_native*
-suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 # -O1 keeps the checks; the flags that decide bits are those of setup.py.
 gcc -shared -fPIC -g -O1 -std=gnu11 -ffp-contract=off -fno-omit-frame-pointer \
-    -fsanitize=address,undefined -fno-sanitize-recover=undefined -I"$include" \
-    saml_kernels/backends/cpu/native.c -lm -o "$copy/saml_kernels/backends/cpu/_native$suffix"
+    -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+    saml_kernels/backends/cpu/native.c -lm -o "$copy/saml_kernels/backends/cpu/_native.so"
 gcc -g -O1 -std=gnu11 -ffp-contract=off -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined tests/native_check.c -lm -o "$copy/check"
 "$copy/check"
@@ -23,7 +21,7 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy"
 "$python" - <<'CHECK'
 import saml_kernels
-from saml_kernels.cpu import native_status
+from saml_kernels.backends.cpu.native import native_status
 import os
 assert saml_kernels.__file__.startswith(os.environ["PYTHONPATH"]), saml_kernels.__file__
 print(native_status())

@@ -310,7 +310,7 @@ def test_speakers_show_and_doctor(profile):
 
 def test_help_does_not_wait_for_the_heavy_libraries():
     code = (
-        "import sys, saml_models.cli; "
+        "import sys, saml_models.cli.main; "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.layers import quantised_tensors
+from saml_models.compress.layers import quantised_tensors, routed_layers
 from saml_models.speakers.peft import export_experts, import_adapters
 from saml_models.speakers.pretrained import profile_config
+from saml_models.speakers.profile import SpeakerProfile
 
 peft = pytest.importorskip("peft")
 
@@ -241,3 +242,16 @@ def test_what_is_exported_can_be_imported(tmp_path: Path) -> None:
     profile.apply(model)
     folders = export_experts(profile, model, tmp_path / "out")
     assert (logits(imported(*folders)) - logits(model)).norm() < 1e-3 * logits(model).norm()
+
+
+def test_an_exported_configuration_is_what_peft_would_write(tmp_path: Path) -> None:
+    """Field by field, those that PEFT fills in included."""
+    model = treated(SAMLConfig(num_experts=2, rank=3, alpha=5.0, expert_init="lora"))
+    profile = SpeakerProfile.of(model, speaker="ann", model="tiny.en")
+    (folder, _) = export_experts(profile, model, tmp_path)
+    found = peft.LoraConfig.from_pretrained(folder)
+    wanted = peft.LoraConfig(
+        r=3, lora_alpha=5.0, target_modules=list(routed_layers(model)), inference_mode=True,
+        base_model_name_or_path="tiny.en",
+    )  # fmt: skip
+    assert found.to_dict() == wanted.to_dict()

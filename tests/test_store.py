@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from saml_kernels import SAMLError
 from saml_models.cli.main import app
 from saml_models.compress.apply import apply_saml
+from saml_models.runtime import folders
 from saml_models.speakers.choice import choose_speakers, read_map
 from saml_models.speakers.peft import export_experts, import_adapters
 from saml_models.speakers.pretrained import profile_config
@@ -193,6 +194,38 @@ def test_peft_hears_an_exported_expert(tmp_path):
         x = torch.randn(2, layer.in_features)
         found = theirs.base_model.model.get_submodule(name)(x)
         torch.testing.assert_close(found, layer(x), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "earlier"),
+    [
+        ("cache", "XDG_CACHE_HOME", ".cache/saml-kernels"),
+        ("data", "XDG_DATA_HOME", ".local/share/saml-kernels"),
+    ],
+)
+def test_what_lies_in_earlier_folders_is_found(kind, variable, earlier, tmp_path, monkeypatch):
+    find = getattr(folders, f"{kind}_folder")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    assert find() == tmp_path / earlier  # Linux's own
+    system = tmp_path / "Library"  # of a system with other habits
+    monkeypatch.setattr(folders, "PlatformDirs", lambda *given, **how: Elsewhere(system))
+    assert find() == system
+    (tmp_path / earlier).mkdir(parents=True)
+    assert find() == tmp_path / earlier
+
+
+class Elsewhere:
+    def __init__(self, folder):
+        self.user_cache_path = self.user_data_path = folder
+
+
+def test_the_store_is_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.delenv("SAML_SPEAKERS", raising=False)
+    assert ProfileStore().folder == tmp_path / "saml-kernels" / "speakers"
+    monkeypatch.setenv("SAML_SPEAKERS", str(tmp_path / "mine"))
+    assert ProfileStore().folder == tmp_path / "mine"
 
 
 def test_a_list_of_who_is_heard_where(store, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.tables import geometric
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import needs
 from saml_kernels.files import write_figure
 
 __all__ = ["plot_layers", "plot_wer"]
@@ -115,10 +115,6 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
+    with needs("the figure", "figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SAMLError(
-            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
-        ) from error
     return Figure(figsize=(width, height), layout="constrained")

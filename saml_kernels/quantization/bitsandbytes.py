@@ -22,7 +22,7 @@ def parse_state(parts: Mapping[str, Any]) -> tuple[Any, ...]:
     """absmax, nested_absmax, offset, shape, format, block size of a packed bitsandbytes state."""
     packed = {key.removeprefix("weight."): value for key, value in parts.items()}
     about_key = next((key for key in packed if key.startswith(_BNB_STATE)), _BNB_STATE + "nf4")
-    about = json.loads(bytes(packed[about_key].cpu().numpy().tolist()).decode())
+    about = json.loads(bytes(packed[about_key].tolist()).decode())
     if about["quant_type"] not in ("nf4", "fp4"):
         raise SAMLError(
             f"bitsandbytes state: quant_type {about['quant_type']!r}; expected nf4, fp4"

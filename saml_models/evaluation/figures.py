@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import needs
 from saml_kernels.files import write_figure
 
 __all__ = ["plot_pruning", "plot_speakers"]
@@ -74,10 +74,6 @@ def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
 
 
 def _figure() -> Any:
-    try:
+    with needs("the figure", "figures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SAMLError(
-            "the figure needs matplotlib: pip install 'saml-kernels[figures]'"
-        ) from error
     return Figure

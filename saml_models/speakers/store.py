@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from saml_kernels.errors import SAMLError
+from saml_models.runtime.folders import data_folder
 from saml_models.speakers.profile import SpeakerProfile
 
 __all__ = ["AUTO", "ProfileStore", "check_name", "default_folder"]
@@ -17,12 +18,9 @@ _NAME = re.compile(r"[^\W_][\w.\- ]{0,47}(?<![. ])")
 
 
 def default_folder() -> Path:
-    """$SAML_SPEAKERS, else saml-kernels/speakers where the user's data goes."""
+    """$SAML_SPEAKERS, else speakers/ in the user's `data_folder`."""
     given = os.environ.get("SAML_SPEAKERS")
-    if given:
-        return Path(given)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "saml-kernels" / "speakers"
+    return Path(given) if given else data_folder() / "speakers"
 
 
 def check_name(name: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, needs
 from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.speakers.pretrained import load_adaptable, pretrained_experts
 from saml_models.speakers.store import ProfileStore, check_name
@@ -181,10 +181,8 @@ def _loaded(model: str, experts: str | None, device: str) -> tuple[Any, Any]:
 
 
 def _with_ray(jobs: Sequence[Job], done: Callable[[Outcome], None]) -> list[Outcome]:
-    try:
+    with needs("--ray", "ray"):
         import ray
-    except ImportError as error:
-        raise SAMLError("--ray: needs Ray: pip install 'saml-kernels[ray]'") from error
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False)

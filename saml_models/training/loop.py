@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from saml_kernels.backends.cpu.backend import keep_dense
 from saml_kernels.errors import SAMLError
@@ -257,4 +258,4 @@ def _update_average(
     if step == first:
         average.update({n: torch.zeros_like(t) for n, t in values.items()})
     means = [average[n] for n in values]
-    torch._foreach_lerp_(means, list(values.values()), 1 / (step - first + 1))
+    get_swa_multi_avg_fn()(means, list(values.values()), step - first)

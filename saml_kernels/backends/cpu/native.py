@@ -10,7 +10,6 @@ import ctypes
 import os
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from operator import is_
 from pathlib import Path
 from typing import Any
@@ -292,10 +291,8 @@ def _library() -> ctypes.CDLL:
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, and a note on its threads or on why it is missing."""
-    here = Path(__file__).parent
-    built = (here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
-    path = next((p for p in built if p.is_file()), None)
-    if path is None:
+    path = Path(__file__).with_name("_native.so")
+    if not path.is_file():
         return None, "no native code: built without a C compiler; install one, then reinstall"
     try:
         library = ctypes.CDLL(str(path))

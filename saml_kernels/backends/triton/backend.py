@@ -38,6 +38,7 @@ from saml_kernels.backends.triton.launcher import (
 from saml_kernels.backends.triton.plan import backward_plan, forward_plan
 from saml_kernels.backends.triton.signature import ALIGNMENT
 from saml_kernels.backends.triton.steps import Fill
+from saml_kernels.errors import install
 from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor
 
 __all__ = [
@@ -66,8 +67,8 @@ def why_unavailable() -> str | None:
     """Why no Triton kernel can run on this machine."""
     if not _INSTALLED and (prebuilt() is None or interpreting()):
         return (
-            "triton is not installed; pip install 'saml-kernels[triton]', or set SAML_KERNELS to "
-            "a folder that python -m saml_kernels.aot made"
+            f"triton is not installed; {install('triton')}, or set SAML_KERNELS to a folder that "
+            "python -m saml_kernels.aot made"
         )
     if not torch.cuda.is_available() and not standing_in():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"

