@@ -15,6 +15,7 @@ __all__ = [
     "install",
     "missing",
     "needs",
+    "one_line",
 ]
 
 # The packages of each extra in pyproject.toml, by the names under which they are imported; what
@@ -70,7 +71,7 @@ def missing(what: str, extra: str, error: ImportError | None = None) -> MissingE
         error: what the import raised; quoted where the packages are there and one does not load.
     """
     names = absent(extra)
-    reason = _one_line(error) if error is not None and not names else f"needs {', '.join(names)}"
+    reason = one_line(error) if error is not None and not names else f"needs {', '.join(names)}"
     return MissingExtra(f"{what}: {reason}: {install(extra)}")
 
 
@@ -90,7 +91,7 @@ def needs(what: str, extra: str) -> Iterator[None]:
         raise missing(what, extra, error) from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .;") if lines else type(error).__name__

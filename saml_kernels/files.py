@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from saml_kernels.errors import SAMLError, _one_line
+from saml_kernels.errors import SAMLError, one_line
 
 __all__ = [
     "atomic_folder",
@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except SAMLError:
         raise
     except (ValueError, RecursionError) as error:
-        raise SAMLError(f"{path}: is no JSON: {_one_line(error)}; download it again") from error
+        raise SAMLError(f"{path}: is no JSON: {one_line(error)}; download it again") from error
     require(isinstance(content, dict), path, "a JSON object")
     return dict(content)
 

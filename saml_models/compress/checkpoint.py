@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from saml_kernels import SAMLConfig
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, one_line
 from saml_kernels.files import atomic_path
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.layers import (
@@ -114,7 +114,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     except SAMLError:
         raise
     except Exception as error:  # whatever transformers makes of values it does not expect
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise SAMLError(f"{source}: cannot be loaded ({reason}); copy it again") from error
     model.eval()
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saml_kernels.errors import SAMLError, needs
+from saml_kernels.errors import SAMLError, needs, one_line
 from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.speakers.pretrained import load_adaptable, pretrained_experts
 from saml_models.speakers.store import ProfileStore, check_name
@@ -198,7 +198,7 @@ def _with_ray(jobs: Sequence[Job], done: Callable[[Outcome], None]) -> list[Outc
             try:
                 outcomes[i] = ray.get(ready)
             except Exception as error:  # the worker is gone for good
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = one_line(error)
                 outcomes[i] = Outcome(jobs[i].speaker, "failed", reason)
             done(outcomes[i])
         return [outcomes[i] for i in range(len(jobs))]

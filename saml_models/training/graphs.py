@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, one_line
 from saml_models.training.batches import Batch
 
 __all__ = ["CudaCapture", "GraphedPass", "why_not_graphed"]
@@ -120,7 +120,7 @@ class GraphedPass:
         try:
             loss, replay = capture(lambda: self.run(batch))
         except RuntimeError as error:
-            (reason, *_) = str(error).splitlines() or [type(error).__name__]
+            reason = one_line(error)
             if self.required:
                 raise SAMLError(
                     f"cuda_graphs: this model's pass cannot be captured ({reason}); leave it None"

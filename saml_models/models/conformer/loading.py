@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import CanaryProcessor
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, one_line
 from saml_models.models.conformer.model import Conformer
 from saml_models.runtime.devices import on_device
 from saml_models.runtime.quiet import check_complete, quiet_transformers
@@ -75,7 +75,7 @@ def load_conformer(
         model, about = loaded
     except Exception as error:  # transformers, the hub and safetensors raise a dozen kinds
         hint = "" if local else "; check the connection, or give the path of a folder"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise SAMLError(f"{name}: cannot be loaded ({reason}){hint}") from error
     check_complete(name, about, "copy them again")
     model.config._name_or_path = name

@@ -12,7 +12,7 @@ from transformers import (
     WhisperProcessor,
 )
 
-from saml_kernels.errors import SAMLError, _one_line, install
+from saml_kernels.errors import SAMLError, install, one_line
 from saml_kernels.files import read_json
 from saml_models.models.whisper.convert import load_ctranslate2
 from saml_models.models.whisper.tokenizer import complete_merges
@@ -115,7 +115,7 @@ def _hub_folder(name: str, hub_id: str, hint: str) -> Path:
         except Exception:
             raise SAMLError(
                 f"{name}: not in the local cache, and {hub_id} cannot be fetched from the hub "
-                f"({_one_line(unreachable)}); {hint}"
+                f"({one_line(unreachable)}); {hint}"
             ) from None
     return Path(folder)
 
@@ -161,7 +161,7 @@ def _load_transformers(
             complete_merges(processor.tokenizer)
     except Exception as error:  # transformers and safetensors raise a dozen kinds
         raise SAMLError(
-            f"{folder}: cannot be loaded as Whisper: {_one_line(error)}; download it again"
+            f"{folder}: cannot be loaded as Whisper: {one_line(error)}; download it again"
         ) from error
     check_complete(folder, report, "download it again")
     if processor.tokenizer.english_spelling_normalizer is None:

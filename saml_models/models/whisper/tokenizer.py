@@ -11,7 +11,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from saml_kernels.errors import SAMLError, _one_line
+from saml_kernels.errors import SAMLError, one_line
 from saml_kernels.files import read_json, require
 from saml_models.text.normalise import english_spelling
 
@@ -45,7 +45,7 @@ def build_tokenizer(path: Path, vocab_size: int) -> WhisperTokenizer:
         complete_merges(tokenizer)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SAMLError(
-            f"{path}: not Whisper's tokenizer: {_one_line(error)}; download it again"
+            f"{path}: not Whisper's tokenizer: {one_line(error)}; download it again"
         ) from error
     known = tokenizer.get_vocab()
     expected = [*vocabulary, *special, *plain]
