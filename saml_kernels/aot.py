@@ -295,8 +295,8 @@ def _resources(cubin: Path) -> tuple[int, int]:
     text = subprocess.run(
         [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    used = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -64,8 +64,8 @@ class Timing:
     def to_dict(self) -> dict[str, float]:
         """Median and quartiles in microseconds."""
         low, high = self.quartiles
-        found = {"median_us": self.median, "low_us": low, "high_us": high}
-        return {k: round(v, 2) for k, v in found.items()}
+        values = {"median_us": self.median, "low_us": low, "high_us": high}
+        return {k: round(v, 2) for k, v in values.items()}
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

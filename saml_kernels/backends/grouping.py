@@ -75,8 +75,8 @@ def logits(x: Tensor, router: Tensor, speakers: Tensor) -> Tensor:
         SAMLError: a speaker index is out of range.
     """
     index = speakers.expand(x.shape[:-1]).reshape(-1)
-    found = Runs(index, len(router)).product(x.reshape(-1, x.shape[-1]), router)
-    return found.view(*x.shape[:-1], router.shape[1])
+    rows = Runs(index, len(router)).product(x.reshape(-1, x.shape[-1]), router)
+    return rows.view(*x.shape[:-1], router.shape[1])
 
 
 def forward(

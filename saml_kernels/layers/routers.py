@@ -186,7 +186,7 @@ class SharedRouter(nn.Module):
             if encoded is None:
                 raise SAMLError("shared router: cross attention needs the encoder's output")
             other = _over_time(self.cross_conv, encoded.to(dtype))
-            heard = self.cross_pool(other, self.context.mask_for(encoded))
-            pooled = torch.cat((pooled, heard), dim=-1)
+            encoded_pool = self.cross_pool(other, self.context.mask_for(encoded))
+            pooled = torch.cat((pooled, encoded_pool), dim=-1)
         logits = self.linear(pooled).unsqueeze(1)
         return gates_from_logits(logits, self.config, self.context, self.training)

@@ -68,15 +68,15 @@ class Operator(torch.autograd.Function):
         """Gradients of x, lora_a, lora_b, gates, bias."""
         lora_a, lora_b, gates, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        found: tuple[Tensor | None, ...] = (None,) * 4
+        gradients: tuple[Tensor | None, ...] = (None,) * 4
         if any(needs[:4]):
-            found = ctx.call.backward(dy, lora_a, lora_b, gates, tuple(kept), needs[:4])
+            gradients = ctx.call.backward(dy, lora_a, lora_b, gates, tuple(kept), needs[:4])
         dbias = None
         if needs[4]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         if torch.is_grad_enabled():  # create_graph: right once, refused when asked again
-            found = tuple(g if g is None else _Once.apply(g, dy, *kept) for g in found)
-        return *found, dbias, None
+            gradients = tuple(g if g is None else _Once.apply(g, dy, *kept) for g in gradients)
+        return *gradients, dbias, None
 
 
 class _Once(torch.autograd.Function):

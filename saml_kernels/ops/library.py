@@ -144,10 +144,10 @@ def _linear_backward(
         codes, absmax, nested_absmax, offset, shape, format, block_size
     )
     gating = None if temperature is None else (top_k, temperature)
-    found = backward(
+    gradients = backward(
         name, dy, x, weight, lora_a, lora_b, gates, scaling, tuple(needs), speakers, gating
     )
-    return tuple(x.new_empty(0) if g is None else g for g in found)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 def _linear_fake(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
@@ -174,11 +174,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[p] for p in positions]
     grads: list[Tensor | None] = [None] * 17
     if any(needs):
-        found = torch.ops.saml_kernels.linear_backward(
+        gradients = torch.ops.saml_kernels.linear_backward(
             dy.contiguous(), x, codes, absmax, nested_absmax, offset, *ctx.meta,
             lora_a, lora_b, gates, ctx.scaling, ctx.backend, needs, speakers, *ctx.gating,
         )  # fmt: skip
-        for position, need, grad in zip(positions, needs, found, strict=True):
+        for position, need, grad in zip(positions, needs, gradients, strict=True):
             grads[position] = grad if need else None
     if ctx.has_bias and ctx.needs_input_grad[11]:
         grads[11] = dy.sum(0)

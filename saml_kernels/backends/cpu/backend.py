@@ -156,9 +156,9 @@ def backward(
     dy, *wide = (t.to(dtype) for t in (dy, *inputs))
     with torch.autocast("cpu", enabled=False):
         dx = dy @ _dense(weight, dtype) if needs[0] else None
-        found = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+        gradients = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
     dx, da, db, dg = (
-        None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
+        None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
     )
     return dx, da, db, dg
 

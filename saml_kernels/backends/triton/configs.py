@@ -126,15 +126,15 @@ def _fingerprint(device: str) -> str:
 @cache
 def _tables(capability: str, device: str) -> tuple[Rules, ...]:
     """The user's, the shipped one of this capability, the default: as far as they exist."""
-    found = []
+    tables = []
     own = user_table(capability, device)
     if own.is_file():
-        found.append(read_table(own.read_text(), str(own)))
+        tables.append(read_table(own.read_text(), str(own)))
     shipped = files("saml_kernels.backends.triton") / "tables"
     for name in (f"{capability}.json", "default.json"):
         if (shipped / name).is_file():
-            found.append(read_table((shipped / name).read_text(), name))
-    return tuple(found)
+            tables.append(read_table((shipped / name).read_text(), name))
+    return tuple(tables)
 
 
 def forget_tables() -> None:
@@ -176,9 +176,9 @@ def choose(
     """
     config = Config()
     for table in _tables(capability, device):
-        found = _lookup(table[direction], m, n, k)
-        if found is not None:
-            config = found
+        entry = _lookup(table[direction], m, n, k)
+        if entry is not None:
+            config = entry
             break
     if config.route in ("decode", "split") and not config.split:
         out = n if direction == "forward" else k
@@ -234,5 +234,6 @@ def device_traits(device: torch.device) -> tuple[str, int, str]:
 
 @cache
 def _cuda_traits(index: int) -> tuple[str, int, str]:
-    found = torch.cuda.get_device_properties(index)
-    return f"sm_{found.major}{found.minor}", found.multi_processor_count, found.name
+    properties = torch.cuda.get_device_properties(index)
+    capability = f"sm_{properties.major}{properties.minor}"
+    return capability, properties.multi_processor_count, properties.name

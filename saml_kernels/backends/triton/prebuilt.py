@@ -218,16 +218,16 @@ class Prebuilt:
 
 def _entry(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that a launch needs, checked."""
-    found = {name: values[name] for name in ("file", "entry", "warps", "shared", "size")}
-    found["parameters"] = list(values["parameters"])
-    if not re.fullmatch(r"[\w-]+\.cubin", found["file"]) or not re.fullmatch(
-        r"\w+", found["entry"]
+    entry = {name: values[name] for name in ("file", "entry", "warps", "shared", "size")}
+    entry["parameters"] = list(values["parameters"])
+    if not re.fullmatch(r"[\w-]+\.cubin", entry["file"]) or not re.fullmatch(
+        r"\w+", entry["entry"]
     ):
-        raise ValueError(f"name {found['file']!r} or {found['entry']!r}")
+        raise ValueError(f"name {entry['file']!r} or {entry['entry']!r}")
     limits = {"warps": 32, "shared": 256 << 10, "size": CUBIN_BYTES}
     for name, limit in limits.items():
-        if not isinstance(found[name], int) or not 0 <= found[name] <= limit:
-            raise ValueError(f"{name}: {found[name]!r}")
-    if any(size not in (4, 8) for size in found["parameters"]):
-        raise ValueError(f"parameters: {found['parameters']}")
-    return found
+        if not isinstance(entry[name], int) or not 0 <= entry[name] <= limit:
+            raise ValueError(f"{name}: {entry[name]!r}")
+    if any(size not in (4, 8) for size in entry["parameters"]):
+        raise ValueError(f"parameters: {entry['parameters']}")
+    return entry

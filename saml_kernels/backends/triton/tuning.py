@@ -218,11 +218,11 @@ def tune(
 
 def _distinct(configs: Iterable[Config], direction: str, n: int, k: int) -> list[Config]:
     """As `choose` will hand them out for this weight, each once: what is timed is what runs."""
-    found: dict[Config, Config] = {}
+    distinct: dict[Config, Config] = {}
     for config in (bounded(c, direction, n, k) for c in configs):
         whole = config.route == "split" and config.split == 1
-        found.setdefault(replace(config, route="fused") if whole else config, config)
-    return list(found.values())
+        distinct.setdefault(replace(config, route="fused") if whole else config, config)
+    return list(distinct.values())
 
 
 def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:

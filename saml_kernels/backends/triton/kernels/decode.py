@@ -31,12 +31,12 @@ __all__ = ["finish_kernel", "partial_kernel"]
 
 @triton.jit
 def _project(
-    found, x, rows, row_ok, first_step, last_step, D, s,
+    acc, x, rows, row_ok, first_step, last_step, D, s,
     experts, scales, router, columns, of_expert, of_router, R, E, rank,
     stride_s, stride_e, stride_j, stride_d,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """found + X [A ; router]^T over the given steps and rows, by the experts of one speaker."""
+    """acc + X [A ; router]^T over the given steps and rows, by the experts of one speaker."""
     dtype: tl.constexpr = x.dtype.element_ty
     for step in range(first_step, last_step):
         ds = step * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -53,8 +53,8 @@ def _project(
                 E * D, D, 0, 1, 0,
             )  # fmt: skip
             a = tl.where(of_router[:, None], z.to(dtype), a)
-        found = multiply(tile, a.T, found, PRECISION)
-    return found
+        acc = multiply(tile, a.T, acc, PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
@@ -150,10 +150,11 @@ def finish_kernel(
         for split in range(SPLIT):
             share = projected + (split * size + first_m) * C + R
             logits += tl.load(share + rows[:, None] * C + number[None, :], exists, 0.0)
-        found = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
-        found = tl.where(row_ok[:, None], found, 0.0)  # rows that do not exist choose nothing
+        gates_tile = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
+        # Rows that do not exist choose nothing.
+        gates_tile = tl.where(row_ok[:, None], gates_tile, 0.0)
     else:
-        found = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
+        gates_tile = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
     for first in range(0, R, BLOCK_R):
         columns = first + tl.arange(0, BLOCK_R)
         column_ok = columns < R
@@ -163,8 +164,8 @@ def finish_kernel(
             share = projected + (split * size + first_m) * C
             p += tl.load(share + rows[:, None] * C + columns[None, :], mask, 0.0)
         expert = columns // rank
-        wanted = column_ok & chosen(found, expert, BLOCK_E)
-        hidden = (p * spread(found, expert, BLOCK_E) * scaling).to(dtype)
+        wanted = column_ok & chosen(gates_tile, expert, BLOCK_E)
+        hidden = (p * spread(gates_tile, expert, BLOCK_E) * scaling).to(dtype)
         acc = add_experts(
             acc, hidden, speaker, S, experts, scales, columns,
             wanted, outs, out_ok, rank, stride_s, stride_e, stride_j, stride_o,

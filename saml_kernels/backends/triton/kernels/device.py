@@ -174,11 +174,11 @@ def expert_tile(
     at = expert * stride_e + direction * stride_j
     where = at[:, None] + others[None, :] * stride_o
     mask = column_ok[:, None] & other_ok[None, :]
-    found = tl.load(matrix + first + where, mask=mask, other=0)
+    tile = tl.load(matrix + first + where, mask=mask, other=0)
     if EBLOCK > 0:
         scale = tl.load(scales + (first + where) // EBLOCK, mask=mask, other=0.0)
-        found = found.to(tl.float32) * (1.0 / 127) * scale
-    return found
+        tile = tile.to(tl.float32) * (1.0 / 127) * scale
+    return tile
 
 
 @triton.jit
@@ -198,8 +198,8 @@ def gate_tile(gates, first_m, rows, row_ok, span, E, BLOCK_E: tl.constexpr):
     """
     number = tl.arange(0, BLOCK_E)
     at = ((first_m + rows) // span)[:, None] * E + number[None, :]
-    found = tl.load(gates + at, mask=row_ok[:, None] & (number < E)[None, :], other=0.0)
-    return found.to(tl.float32)
+    tile = tl.load(gates + at, mask=row_ok[:, None] & (number < E)[None, :], other=0.0)
+    return tile.to(tl.float32)
 
 
 @triton.jit

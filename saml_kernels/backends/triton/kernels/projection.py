@@ -93,8 +93,8 @@ def project_kernel(
     wanted = column_ok
     number = tl.arange(0, BLOCK_E)
     if not ROUTER:
-        found = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
-        gate = spread(found, expert, BLOCK_E)
+        gates_tile = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
+        gate = spread(gates_tile, expert, BLOCK_E)
         if SKIP:
             wanted = wanted & (tl.max(tl.abs(gate), 0) > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -118,12 +118,12 @@ def project_kernel(
         )  # fmt: skip
 
     if ROUTER:
-        found = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
+        gates_tile = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
         if group == 0:
             exists = row_ok[:, None] & (number < E)[None, :]
             at = gates + first_m * E + rows[:, None] * E + number[None, :]
-            tl.store(at, found, exists)
-        gate = spread(found, expert, BLOCK_E)
+            tl.store(at, gates_tile, exists)
+        gate = spread(gates_tile, expert, BLOCK_E)
     if PLAIN:
         tl.store(plain + first_m * R + rows[:, None] * R + columns[None, :], acc, mask)
     at = gated + rows[:, None] * gated_stride + columns[None, :]
@@ -168,7 +168,7 @@ def project_backward_kernel(
     R = E * rank
     inside = tl.arange(0, BLOCK_R)
     number = tl.arange(0, BLOCK_E)
-    found = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
+    gates_tile = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
     dg = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     unused = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for group in range(0, E, TOGETHER):
@@ -200,7 +200,7 @@ def project_backward_kernel(
                 own = tl.sum(tl.where((inside // rank == e)[None, :], product, 0.0), 1)
                 dg = tl.where((number == group + e)[None, :], own[:, None], dg)
         at = small + rows[:, None] * small_stride + columns[None, :]
-        dp = acc * spread(found, expert, BLOCK_E)
+        dp = acc * spread(gates_tile, expert, BLOCK_E)
         tl.store(at, dp.to(small.dtype.element_ty), mask)
     if DGATES:
         exists = row_ok[:, None] & (number < E)[None, :]
@@ -209,7 +209,7 @@ def project_backward_kernel(
     if TAIL > 0:
         after = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         if ROUTER and THROUGH:
-            after = found * (dg - tl.sum(found * dg, 1)[:, None]) * inverse_temperature
+            after = gates_tile * (dg - tl.sum(gates_tile * dg, 1)[:, None]) * inverse_temperature
         at = small + rows[:, None] * small_stride + R + number[None, :]
         inside_tail = row_ok[:, None] & (number < TAIL)[None, :]
         tl.store(at, after.to(small.dtype.element_ty), inside_tail)
