@@ -279,14 +279,14 @@ class Recogniser:
             SAMLError: too few utterances of a speaker, or a model that was loaded from a quantised
                 folder and has no full-precision original.
         """
-        found: dict[str, list[Utterance]] = {}
+        by_name: dict[str, list[Utterance]] = {}
         for utterance in utterances_of(data, SAMPLE_RATE):
             if speakers is None or utterance.speaker in speakers:
-                found.setdefault(utterance.speaker, []).append(utterance)
+                by_name.setdefault(utterance.speaker, []).append(utterance)
         return evaluate_systems(
             self.name,
             (self.model, self.processor),
-            make_folds(found, adapt_utterances, folds),
+            make_folds(by_name, adapt_utterances, folds),
             options,
             device=bind(self.model, self.processor).device,
             beam_size=beam_size,

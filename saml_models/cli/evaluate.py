@@ -48,8 +48,8 @@ def evaluate(
     from saml_models.evaluation.protocol import make_folds
 
     names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
-    found = by_speaker(load_corpus(data, names))
-    plan = make_folds(found, adapt_utterances, folds)
+    by_name = by_speaker(load_corpus(data, names))
+    plan = make_folds(by_name, adapt_utterances, folds)
     if json_file is not None:
         check_output(json_file, is_json("model", "wer", "utterances"), overwrite)
         figure = figure or json_file.with_suffix(".png")
@@ -174,17 +174,17 @@ def _by_speaker(result: dict[str, Any]) -> Table:
 
 
 def _sentences(console: Console, result: dict[str, Any], count: int = 3) -> None:
-    """The test sentences that adaptation helped most: said, before, after."""
+    """The test sentences that adaptation helped most: reference, before, after."""
     from saml_models.text.wer import word_errors
 
     rows = result["utterances"]
-    said = [r["reference"] for r in rows]
-    before = word_errors(said, [r["quantised"] for r in rows])
-    after = word_errors(said, [r["adapted"] for r in rows])
+    references = [r["reference"] for r in rows]
+    before = word_errors(references, [r["quantised"] for r in rows])
+    after = word_errors(references, [r["adapted"] for r in rows])
     order = sorted(range(len(rows)), key=lambda i: after[i].errors - before[i].errors)
     for i in order[:count]:
         table = Table.grid(padding=(0, 2))
-        table.add_row("said", escape(said[i]))
+        table.add_row("said", escape(references[i]))
         table.add_row(f"before ({before[i].errors} wrong)", escape(rows[i]["quantised"]))
         table.add_row(f"after ({after[i].errors} wrong)", escape(rows[i]["adapted"]))
         console.print(table, "")

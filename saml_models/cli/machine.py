@@ -49,9 +49,11 @@ def _device(device: torch.device) -> str:
     precision = f"trains in mixed precision {mixed_precision(device)!r}"
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}; {precision}"
-    found = torch.cuda.get_device_properties(device)
-    capability = f"compute capability {found.major}.{found.minor}"
-    return f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}; {precision}"
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"compute capability {properties.major}.{properties.minor}"
+    return (
+        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}; {precision}"
+    )
 
 
 def _backend(device_type: str) -> str:

@@ -34,13 +34,13 @@ def list_speakers(store: Store = None) -> None:
     for name in names:
         path = enrolled.find(name)
         try:
-            found = SpeakerProfile.load(path)
+            profile = SpeakerProfile.load(path)
         except SAMLError as error:  # one damaged file does not hide the others
             rows.append((name, f"damaged: {error}", "", "", "", "", ""))
             continue
-        said = [str(found.about.get(k, "")) for k in ("wer_before", "wer_after")]
-        about = (str(found.about.get("model", "")), str(found.about.get("date", "")))
-        rows.append((name, found.kind, *about, f"{path.stat().st_size:,}", *said))
+        rates = [str(profile.about.get(k, "")) for k in ("wer_before", "wer_after")]
+        about = (str(profile.about.get("model", "")), str(profile.about.get("date", "")))
+        rows.append((name, profile.kind, *about, f"{path.stat().st_size:,}", *rates))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip())
@@ -98,19 +98,19 @@ def export(
     from saml_models.speakers.profile import SpeakerProfile, is_profile
     from saml_models.speakers.store import ProfileStore
 
-    found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
+    loaded = SpeakerProfile.load(ProfileStore(store).resolve(profile))
     if not peft:
         check_output(out, is_profile, overwrite)
-        found.save(out)
+        loaded.save(out)
         typer.echo(f"written: {out} ({out.stat().st_size:,} bytes)")
         return
     if not overwrite:
-        for number in range(int(found.config["num_experts"])):
+        for number in range(int(loaded.config["num_experts"])):
             check_new_folder(out / f"expert-{number}")
     network, _ = load_for_speakers(
-        model or str(found.about.get("model") or "tiny.en"), {profile: found}
+        model or str(loaded.about.get("model") or "tiny.en"), {profile: loaded}
     )
-    written = export_experts(found, network, out)
+    written = export_experts(loaded, network, out)
     typer.echo(f"written: {', '.join(str(path) for path in written)}")
     typer.echo("PEFT has no router: each adapter is one expert at a gate of 1")
 
@@ -188,22 +188,22 @@ def prune(
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         check_output(figure, is_figure, overwrite)
-    found = SpeakerProfile.load(ProfileStore(store).resolve(profile))
+    loaded = SpeakerProfile.load(ProfileStore(store).resolve(profile))
     utterances = load_corpus(data)
     voices = by_speaker(utterances)
     if len(voices) > 1:
-        if found.name not in voices:
-            raise SAMLError(f"{data}: has {len(voices)} speakers, and none is {found.name}")
-        utterances = voices[found.name]
-    named = model or str(found.about.get("model") or "tiny.en")
-    network, processor = load_for_speakers(named, {profile: found}, device_named(device))
-    smaller, usage, curve = prune_curve(network, processor, utterances, found, max_loss)
+        if loaded.name not in voices:
+            raise SAMLError(f"{data}: has {len(voices)} speakers, and none is {loaded.name}")
+        utterances = voices[loaded.name]
+    named = model or str(loaded.about.get("model") or "tiny.en")
+    network, processor = load_for_speakers(named, {profile: loaded}, device_named(device))
+    smaller, usage, curve = prune_curve(network, processor, utterances, loaded, max_loss)
     smaller.save(out)
     for point in curve:
         typer.echo(f"{point.experts:>5} experts  {point.bytes:>9,} bytes  WER {point.wer:.2f} %")
-    typer.echo(f"written: {out} ({found.nbytes:,} -> {smaller.nbytes:,} bytes of tensors)")
+    typer.echo(f"written: {out} ({loaded.nbytes:,} -> {smaller.nbytes:,} bytes of tensors)")
     result = {
-        "speaker": found.name,
+        "speaker": loaded.name,
         "max_loss": max_loss,
         "curve": [vars(point) for point in curve],
         "layers": usage.layers,

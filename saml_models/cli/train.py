@@ -53,8 +53,8 @@ def pretrain(
 
     check_output(out, is_profile, overwrite)
     kept_out = {name.strip() for name in exclude_speakers.split(",")}
-    found = [utterance for path in data for utterance in load_corpus(path)]
-    utterances = [utterance for utterance in found if utterance.speaker not in kept_out]
+    everybody = [utterance for path in data for utterance in load_corpus(path)]
+    utterances = [utterance for utterance in everybody if utterance.speaker not in kept_out]
     options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
     network, processor = load_model(model, device_named(device))
     original, _ = load_model(model, device_named(device))

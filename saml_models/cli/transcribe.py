@@ -47,7 +47,9 @@ def transcribe(
     ] = None,
     speakers: Annotated[
         Path | None,
-        typer.Option(help="CSV of audio,speaker: who is heard where, all in the same batches."),
+        typer.Option(
+            help="CSV of audio,speaker: who speaks where, all in the same batches."
+        ),
     ] = None,
     experts: Annotated[
         Path | None,
@@ -102,7 +104,7 @@ def transcribe(
             else:
                 show(number + done / max(seconds, 1e-9), len(files), files[number].name)
 
-        found = recogniser.transcribe_each(
+        transcripts = recogniser.transcribe_each(
             files,
             chosen,
             language=language,
@@ -112,10 +114,10 @@ def transcribe(
             timestamps=timed,
             on_progress=on_progress,
         )
-        for file, heard in zip(files, found, strict=True):
-            typer.echo(heard.text if len(files) == 1 else f"{file}\t{heard.text}")
+        for file, transcript in zip(files, transcripts, strict=True):
+            typer.echo(transcript.text if len(files) == 1 else f"{file}\t{transcript.text}")
             if writes:
-                write_transcript(heard, output_dir, file.stem, output_format)
+                write_transcript(transcript, output_dir, file.stem, output_format)
 
 
 def _recordings(paths: list[Path]) -> list[Path]:

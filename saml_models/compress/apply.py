@@ -78,8 +78,8 @@ def _grouped(kept: dict[str, str]) -> str:
     for name, reason in kept.items():
         names.setdefault(reason, []).append(name)
     return ", ".join(
-        f"{len(found)} {reason} ({found[0]}{', ...' if len(found) > 1 else ''})"
-        for reason, found in names.items()
+        f"{len(members)} {reason} ({members[0]}{', ...' if len(members) > 1 else ''})"
+        for reason, members in names.items()
     )
 
 

@@ -193,20 +193,20 @@ def _fill(
     for name, value in state.items():
         compute = kind.computed(name)
         if name in stored:
-            found = stored[name]
+            tensor = stored[name]
         elif compute is not None:
-            found = compute(value.shape)
+            tensor = compute(value.shape)
         else:
             raise SAMLError(f"{source / WEIGHTS}: {name} is missing")
-        if found.shape != value.shape:
+        if tensor.shape != value.shape:
             raise SAMLError(
-                f"{source / WEIGHTS}: {name} has shape {tuple(found.shape)}; expected "
+                f"{source / WEIGHTS}: {name} has shape {tuple(tensor.shape)}; expected "
                 f"{tuple(value.shape)}"
             )
-        if found.is_floating_point() and not torch.isfinite(found).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise SAMLError(f"{source / WEIGHTS}: {name} holds NaN or infinity")
-        if found.dtype != value.dtype and not (
-            found.is_floating_point() and value.is_floating_point()
+        if tensor.dtype != value.dtype and not (
+            tensor.is_floating_point() and value.is_floating_point()
         ):
-            raise SAMLError(f"{source / WEIGHTS}: {name} is {found.dtype}, not {value.dtype}")
-        value.copy_(found)
+            raise SAMLError(f"{source / WEIGHTS}: {name} is {tensor.dtype}, not {value.dtype}")
+        value.copy_(tensor)

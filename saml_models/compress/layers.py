@@ -70,8 +70,8 @@ class Compression:
 
     def experts(self) -> dict[str, nn.Parameter]:
         """The experts and routers by name: what training changes and a profile holds."""
-        found = {name: getattr(module, own) for name, module, own in self._experts}
-        return {name: parameter for name, parameter in found.items() if parameter.numel()}
+        parameters = {name: getattr(module, own) for name, module, own in self._experts}
+        return {name: parameter for name, parameter in parameters.items() if parameter.numel()}
 
     @property
     def can_mix(self) -> bool:
@@ -144,12 +144,12 @@ class Compression:
 
 
 class _Remembered:
-    """What was found for these very tensors; references are weak, so old ones can be freed."""
+    """What was computed for these very tensors; references are weak, so old ones can be freed."""
 
-    def __init__(self, tensors: list[Tensor], found: str) -> None:
+    def __init__(self, tensors: list[Tensor], result: str) -> None:
         self.state = [(t.data_ptr(), t._version) for t in tensors]
         self.tensors = [weakref.ref(t) for t in tensors]
-        self.found = found
+        self.found = result
 
     def is_of(self, tensors: list[Tensor]) -> bool:
         """Whether none was replaced or written to since."""
@@ -165,16 +165,16 @@ def compression_of(model: nn.Module) -> Compression:
     Raises:
         SAMLError: the model has no SAML layers.
     """
-    found = getattr(model, "saml", None)
-    if not isinstance(found, Compression):
+    saml = getattr(model, "saml", None)
+    if not isinstance(saml, Compression):
         raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
-    return found
+    return saml
 
 
 def weight_hash(model: nn.Module) -> str:
     """`Compression.weight_hash`; of a model in full precision, the hash of nothing."""
-    found = getattr(model, "saml", None)
-    return found.weight_hash() if isinstance(found, Compression) else _hash_of({})
+    saml = getattr(model, "saml", None)
+    return saml.weight_hash() if isinstance(saml, Compression) else _hash_of({})
 
 
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:

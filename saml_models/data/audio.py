@@ -355,28 +355,28 @@ def _by_pyav(media: Media, begin: float, stop: float) -> tuple[list[Block], floa
 
 def _warn_of_rest(path: Path, layout: Layout, seconds: float) -> None:
     """One line on what of the file was not heard."""
-    said = list(layout.notes)
+    notes = list(layout.notes)
     if layout.missing > _TOLERANCE_SECONDS:
-        said.insert(0, f"{layout.missing:.1f} s more that it should hold are cut off or damaged")
-    if said:  # from one place, whoever reads: the same is said once
+        notes.insert(0, f"{layout.missing:.1f} s more that it should hold are cut off or damaged")
+    if notes:  # from one place, whoever reads: the same is said once
         warnings.warn(
-            f"{path}: {seconds:.1f} s were read; {'; '.join(said)}", SAMLWarning, stacklevel=1
+            f"{path}: {seconds:.1f} s were read; {'; '.join(notes)}", SAMLWarning, stacklevel=1
         )
 
 
 def _resampled(blocks: list[Block], name: str) -> npt.NDArray[np.float32]:
     """All blocks at 16 kHz, which empties the list; each rate by itself."""
     _check_finite([samples for _, samples in blocks], name)
-    found: list[npt.NDArray[np.float32]] = []
+    resampled: list[npt.NDArray[np.float32]] = []
     blocks.reverse()
     for rate, same in groupby(_emptied(blocks), key=lambda block: block[0]):
         if rate == SAMPLE_RATE:
-            found += [samples for _, samples in same]
+            resampled += [samples for _, samples in same]
             continue
         stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-        found += [stream.resample_chunk(samples) for _, samples in same]
-        found.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    samples = np.concatenate(found) if found else np.zeros(0, np.float32)
+        resampled += [stream.resample_chunk(samples) for _, samples in same]
+        resampled.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+    samples = np.concatenate(resampled) if resampled else np.zeros(0, np.float32)
     check_audio(samples, name)
     return samples
 

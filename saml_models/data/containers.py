@@ -88,13 +88,13 @@ class View(io.RawIOBase):
         """The head first, then the file."""
         head, start = self._stretch.head, self._stretch.start
         if self._at < len(head):
-            found = head[self._at : self._at + len(buffer)]
+            part = head[self._at : self._at + len(buffer)]
         else:
             first = start + self._at - len(head)
-            found = self._data[first : min(first + len(buffer), self._stretch.end)]
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+            part = self._data[first : min(first + len(buffer), self._stretch.end)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
 
 
 def layout_of(data: Bytes, suffix: str = "") -> Layout:
@@ -224,12 +224,12 @@ def _one_chunked(data: Bytes, start: int) -> tuple[Stretch, int]:
 
 def _next_chunked(data: Bytes, at: int) -> int:
     """Where another WAV or AIFF file begins, or the end."""
-    found = [len(data)]
+    starts = [len(data)]
     for kind in (b"WAVEfmt ", b"AIFFCOMM", b"AIFCFVER"):
         place = data.find(kind, at + 8)
         if place >= 0 and _is_chunked(data[place - 8 : place + 4]):
-            found.append(place - 8)
-    return min(found)
+            starts.append(place - 8)
+    return min(starts)
 
 
 def _after_chunks(data: Bytes, at: int, stop: int, order: Literal["little", "big"]) -> int:
@@ -414,8 +414,8 @@ def _claim(data: Bytes, at: int, frame: _Frame) -> tuple[int | None, bytes]:
     tag = at + frame.side
     if data[tag : tag + 4] in (b"Xing", b"Info"):
         counted = _number(data, tag + 4) & 1
-        found = data[at : at + frame.size] if counted else b""
-        return (_number(data, tag + 8) if counted else 0), bytes(found)
+        frames = data[at : at + frame.size] if counted else b""
+        return (_number(data, tag + 8) if counted else 0), bytes(frames)
     if data[at + 36 : at + 40] == b"VBRI":
         return _number(data, at + 50), b""
     return None, b""

@@ -249,11 +249,11 @@ def _read_manifest(
         try:
             row = _json_object(line, where)
             owner = _string(row, "speaker", where)
-            found = _manifest_row(path, row, owner, where, need_text, need_audio)
+            utterance = _manifest_row(path, row, owner, where, need_text, need_audio)
         except SAMLError as error:
             _note(faults, owner, error)
         else:
-            yield found
+            yield utterance
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -328,11 +328,11 @@ def _read_clips(folder: Path, need_text: bool, faults: Faults | None) -> Iterato
     warn_of_others(folder)
     for stem, files in _clips(folder).items():
         try:
-            found = _clip(folder, speaker, stem, files, need_text)
+            utterance = _clip(folder, speaker, stem, files, need_text)
         except SAMLError as error:
             _note(faults, speaker, error)
         else:
-            yield found
+            yield utterance
 
 
 def _clip(folder: Path, speaker: str, stem: str, files: list[Path], need_text: bool) -> Utterance:
@@ -392,10 +392,10 @@ def utterances_of(data: Any, rate: int = SAMPLE_RATE, *, need_text: bool = True)
     """
     if isinstance(data, str | os.PathLike):
         return load_corpus(data, need_text=need_text)
-    found: list[Utterance] = []
+    utterances: list[Utterance] = []
     for number, one in enumerate(data):
         if isinstance(one, Utterance):
-            found.append(one)
+            utterances.append(one)
             continue
         if not (isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[1], str)):
             raise SAMLError(
@@ -403,8 +403,8 @@ def utterances_of(data: Any, rate: int = SAMPLE_RATE, *, need_text: bool = True)
             )
         name, given = f"clip{number}", samples_of(one[0], rate)
         path, samples = (given, None) if isinstance(given, Path) else (Path(name), given)
-        found.append(Utterance(name, SOMEBODY, one[1], path, samples=samples))
-    return found
+        utterances.append(Utterance(name, SOMEBODY, one[1], path, samples=samples))
+    return utterances
 
 
 def only_speaker(

@@ -134,7 +134,7 @@ def make_folds(
     if adapt_utterances is None and folds < 2:
         raise SAMLError(f"--folds {folds}: expected at least 2")
     needed = folds if adapt_utterances is None else adapt_utterances + 1
-    found = []
+    plan = []
     for speaker, utterances in speakers.items():
         if len(utterances) < needed:
             raise SAMLError(
@@ -142,13 +142,13 @@ def make_folds(
             )
         if adapt_utterances is not None:
             k = adapt_utterances
-            found.append(Fold(speaker, utterances[:k], utterances[k:]))
+            plan.append(Fold(speaker, utterances[:k], utterances[k:]))
             continue
         for part in np.array_split(np.arange(len(utterances)), folds):
             test = set(part.tolist())
             train = [u for i, u in enumerate(utterances) if i not in test]
-            found.append(Fold(speaker, train, [utterances[i] for i in sorted(test)]))
-    return found
+            plan.append(Fold(speaker, train, [utterances[i] for i in sorted(test)]))
+    return plan
 
 
 def evaluate(
@@ -231,10 +231,12 @@ def with_word_errors(
         model, processor: with the experts that adaptation started from.
         utterances: with text, that it has not learnt from, each at most 30 s long.
     """
-    clips, said = [u.load() for u in utterances], [u.text for u in utterances]
+    clips, references = [u.load() for u in utterances], [u.text for u in utterances]
     speech = bind(model, processor)
-    heard = [decode_clips(speech, clips, speakers=[p] * len(clips)) for p in (None, profile)]
-    before, after = (round(float(pooled(word_errors(said, texts)).wer), 2) for texts in heard)
+    hypotheses = [decode_clips(speech, clips, speakers=[p] * len(clips)) for p in (None, profile)]
+    before, after = (
+        round(float(pooled(word_errors(references, texts)).wer), 2) for texts in hypotheses
+    )
     noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
     return replace(profile, about=profile.about | noted)
 

@@ -96,9 +96,11 @@ def said_again(
     """
 
     def tried(**options: Any) -> Tried:
-        found = generate(num_beams=1, output_logits=True, return_dict_in_generate=True, **options)
-        logits = torch.stack(found.logits)[:, 0].float()
-        tokens = found.sequences[0, -len(logits) :]
+        generated = generate(
+            num_beams=1, output_logits=True, return_dict_in_generate=True, **options
+        )
+        logits = torch.stack(generated.logits)[:, 0].float()
+        tokens = generated.sequences[0, -len(logits) :]
         worth = logits.log_softmax(-1).gather(-1, tokens.to(logits.device)[:, None])
         ids = tokens.tolist()
         ids = ids[: ids.index(end)] if end in ids else ids

@@ -40,7 +40,7 @@ class Choice:
         self, model: Any, processor: Any, files: Sequence[Path]
     ) -> list[SpeakerProfile | None]:
         """A profile, or None, for each recording; what "auto" finds is said on standard error."""
-        found: list[SpeakerProfile | None] = []
+        chosen: list[SpeakerProfile | None] = []
         if self.enrolled:
             self.enrolled = [p for p in self.enrolled if _may_be(p, model)]
             if not self.enrolled:
@@ -50,8 +50,8 @@ class Choice:
                 match = identify(bind(model, processor), load_audio(file), self.enrolled)
                 _say(f"{file}: {match}")
                 speaker = match.profile
-            found.append(speaker)
-        return found
+            chosen.append(speaker)
+        return chosen
 
 
 def choose_speakers(
@@ -138,14 +138,14 @@ def read_map(path: str | os.PathLike[str]) -> dict[Path, str]:
         raise SAMLError(f"{source}: cannot be read: {reason}") from error
     if rows and [cell.strip().lower() for cell in rows[0]] == ["audio", "speaker"]:
         rows = rows[1:]
-    found: dict[Path, str] = {}
+    speakers: dict[Path, str] = {}
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or not row[0].strip():
             raise SAMLError(f"{source}: row {number} is {','.join(row)!r}; expected audio,speaker")
         audio = source.parent / row[0].strip()
-        if audio in found:
+        if audio in speakers:
             raise SAMLError(f"{source}: lists {audio} twice; give one line to a recording")
-        found[audio] = row[1].strip()
-    if not found:
+        speakers[audio] = row[1].strip()
+    if not speakers:
         raise SAMLError(f"{source}: lists no recordings; expected lines of audio,speaker")
-    return found
+    return speakers

@@ -47,12 +47,12 @@ class Match:
     margin: float | None
 
     def __str__(self) -> str:  # noqa: D105
-        said = f"distance {self.distance:.3f}, {THRESHOLD:.3f} at most"
+        numbers = f"distance {self.distance:.3f}, {THRESHOLD:.3f} at most"
         if self.margin is not None:
-            said += f"; the next is {self.margin:.3f} farther"
+            numbers += f"; the next is {self.margin:.3f} farther"
         if self.profile is None:
-            return f"none of them (nearest {self.nearest}: {said})"
-        return f"{self.nearest} ({said})"
+            return f"none of them (nearest {self.nearest}: {numbers})"
+        return f"{self.nearest} ({numbers})"
 
 
 def identify(speech: SpeechModel, clip: Clip, profiles: Sequence[SpeakerProfile]) -> Match:
@@ -68,14 +68,14 @@ def identify(speech: SpeechModel, clip: Clip, profiles: Sequence[SpeakerProfile]
     """
     if not profiles:
         raise SAMLError("speaker auto: nobody is enrolled")
-    heard = embed(speech, [clip])
+    embedding = embed(speech, [clip])
     distances = []
     for profile in profiles:
         if profile.embedding is None:
             raise SAMLError(f"speaker {profile.name}: has no embedding; adapt again to enrol")
-        if profile.embedding.shape != heard.shape:
+        if profile.embedding.shape != embedding.shape:
             raise SAMLError(f"speaker {profile.name}: has the embedding of another model")
-        distances.append(distance(heard, profile.embedding))
+        distances.append(distance(embedding, profile.embedding))
     order = sorted(range(len(distances)), key=lambda i: distances[i])
     best = order[0]
     margin = distances[order[1]] - distances[best] if len(order) > 1 else None
@@ -116,7 +116,7 @@ def embed(speech: SpeechModel, clips: Sequence[Clip]) -> Tensor:
         raise _Heard  # nothing behind the first layer is asked
 
     hook = speech.network.get_encoder().layers[0].register_forward_hook(keep)
-    found = []
+    statistics = []
     device = speech.device
     try:
         with speech.evaluating(), _bare(speech.network):
@@ -129,11 +129,11 @@ def embed(speech: SpeechModel, clips: Sequence[Clip]) -> Tensor:
                 with suppress(_Heard):
                     speech.outputs(features, mask, start, start[0])
                 audio = speech.encoder_mask(mask)[0]
-                heard = states[0][0, audio[: states[0].shape[1]]].float()
-                found.append(torch.stack((heard.mean(0), heard.std(0, correction=0))))
+                audible = states[0][0, audio[: states[0].shape[1]]].float()
+                statistics.append(torch.stack((audible.mean(0), audible.std(0, correction=0))))
     finally:
         hook.remove()
-    return torch.stack(found).mean(0).to(torch.float16).cpu()
+    return torch.stack(statistics).mean(0).to(torch.float16).cpu()
 
 
 @contextmanager

@@ -73,11 +73,11 @@ def _values(model: nn.Module, speaker: Speaker) -> dict[str, Tensor]:
     if speaker is not None and speaker.kind == "experts":
         return speaker.experts(model)
     saml = compression_of(model)
-    found: dict[str, Tensor] = {n: p.detach() for n, p in saml.experts().items()}
+    values: dict[str, Tensor] = {n: p.detach() for n, p in saml.experts().items()}
     if speaker is not None:
-        return found | {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
+        return values | {f"{name}.offset": t for name, t in speaker.offsets(model).items()}
     own = ((name, router.offset) for name, router in saml.routers.items())
-    return found | {f"{name}.offset": t.detach() for name, t in own if t is not None}
+    return values | {f"{name}.offset": t.detach() for name, t in own if t is not None}
 
 
 def _stack(name: str, layer: SAMLLinear, values: Sequence[dict[str, Tensor]]) -> SpeakerExperts:

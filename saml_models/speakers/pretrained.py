@@ -160,10 +160,10 @@ def pretrained_experts(name: str, experts: str | os.PathLike[str]) -> SpeakerPro
     word = os.fspath(experts)
     if Path(word).exists() or not word.isidentifier():
         return SpeakerProfile.load(experts)
-    found = shipped_experts(f"{name}.{word}")
-    if found is None:
+    profile = shipped_experts(f"{name}.{word}")
+    if profile is None:
         raise SAMLError(f"{word}: no such file, and no experts of that name for {name}")
-    return found
+    return profile
 
 
 def profile_config(profile: SpeakerProfile) -> SAMLConfig:

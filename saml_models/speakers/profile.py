@@ -227,7 +227,7 @@ class SpeakerProfile:
         if self._unpacked:
             return self._unpacked
         saml = compression_of(model)
-        count, found = saml.config.num_experts, {}
+        count, unpacked = saml.config.num_experts, {}
         for name, parameter in saml.experts().items():
             shape, layer = parameter.shape, _layer(name)
             if layer != name:  # not the routers that layers share
@@ -235,9 +235,9 @@ class SpeakerProfile:
                 if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(count)):
                     raise SAMLError(f"{layer}: cannot keep the experts {kept} out of {count}")
                 shape = torch.Size([len(kept), *shape[1:]])
-            found[name] = unpack_expert(self.tensors, name, shape)
-        self._unpacked.update(found)
-        return found
+            unpacked[name] = unpack_expert(self.tensors, name, shape)
+        self._unpacked.update(unpacked)
+        return unpacked
 
     def offsets(self, model: nn.Module) -> dict[str, Tensor]:
         """Float32 offset [E] of each routed layer, by its name.
@@ -282,10 +282,10 @@ class SpeakerProfile:
 def is_profile(path: Path, hash: str | None = None) -> bool:
     """Whether a file is a profile, undamaged, and the one with this hash where it is given."""
     try:
-        found = SpeakerProfile.load(path)
+        profile = SpeakerProfile.load(path)
     except SAMLError:
         return False
-    return hash is None or found.hash == hash
+    return hash is None or profile.hash == hash
 
 
 def _layer(parameter: str) -> str:

@@ -54,8 +54,8 @@ class ProfileStore:
 
     def names(self) -> list[str]:
         """Of the enrolled speakers, sorted."""
-        found = [p.stem for p in self.folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(p.stem)]
-        return sorted(found)
+        stems = [p.stem for p in self.folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(p.stem)]
+        return sorted(stems)
 
     def find(self, name: str) -> Path:
         """The file of an enrolled speaker.

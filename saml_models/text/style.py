@@ -29,21 +29,21 @@ def in_model_style(reference: str, hypothesis: str) -> str:
 
     Args:
         reference: what was said; returned as it is unless `is_bare`.
-        hypothesis: what the model heard, with its own punctuation.
+        hypothesis: what the model model_words, with its own punctuation.
 
     Returns:
         Text with the words of `reference` as Whisper's English normaliser sees them.
     """
     if not is_bare(reference):
         return reference
-    said, heard = reference.lower().split(), hypothesis.split()
-    keys = [_NOT_WORD.sub("", word.lower()) for word in heard]
+    said, model_words = reference.lower().split(), hypothesis.split()
+    keys = [_NOT_WORD.sub("", word.lower()) for word in model_words]
     matcher = difflib.SequenceMatcher(None, said, keys, autojunk=False)
     styled: list[str] = []
     for tag, i, j, k, m in matcher.get_opcodes():
         if tag == "insert":
             continue
-        words, other = said[i:j], heard[k:m]
+        words, other = said[i:j], model_words[k:m]
         same = tag == "equal" or (other and _same_words(words, other))
         styled += other if same else _dressed(words, other, first=i == 0)
     # Numbers and abbreviations can read otherwise in other company: then no style is borrowed.

@@ -46,8 +46,8 @@ def input_moments(
         x = args[0].transpose(1, 2) if isinstance(module, nn.Conv1d) else args[0]
         x = x.reshape(-1, x.shape[-1]).float()
         rows[name] = rows.get(name, 0) + len(x)
-        found = (x.T @ x).double()
-        sums[name] = sums[name] + found if name in sums else found
+        moment = (x.T @ x).double()
+        sums[name] = sums[name] + moment if name in sums else moment
 
     hooks = [
         module.register_forward_pre_hook(partial(add, name))

@@ -100,20 +100,20 @@ class GraphedPass:
     def __call__(self, batch: Batch) -> Tensor:
         """The loss of a batch (scalar), good until the next call."""
         shape = tuple(t.shape for t in batch.tensors())
-        found = self.captured.get(shape)
-        if found is not None:
-            for own, given in zip(found.batch.tensors(), batch.tensors(), strict=True):
+        entry = self.captured.get(shape)
+        if entry is not None:
+            for own, given in zip(entry.batch.tensors(), batch.tensors(), strict=True):
                 own.copy_(given, non_blocking=True)
         else:
             there = batch.to(self.device)
             if self.capture and shape in self.seen and len(self.captured) < MOST:
-                found = self._captured(self.capture, there)
-            if found is None:
+                entry = self._captured(self.capture, there)
+            if entry is None:
                 self.seen.add(shape)
                 return self.run(there)
-            self.captured[shape] = found
-        found.replay()
-        return found.loss
+            self.captured[shape] = entry
+        entry.replay()
+        return entry.loss
 
     def _captured(self, capture: Capture, batch: Batch) -> _Captured | None:
         """The graph for this batch, whose tensors it keeps."""

@@ -31,25 +31,25 @@ class Objective(nn.Module):
         """The loss of one batch (scalar)."""
         o, speech, context = self.options, self.speech, self.speech.context
         with context.batch(speech.encoder_mask(batch.mask)):
-            found = speech.outputs(batch.features, batch.mask, batch.inputs, batch.kept)
+            outputs = speech.outputs(batch.features, batch.mask, batch.inputs, batch.kept)
         targets = batch.targets.flatten()[batch.kept]
-        loss = F.cross_entropy(found.logits, targets, ignore_index=IGNORED)
-        if found.ctc is not None and o.ctc > 0:
+        loss = F.cross_entropy(outputs.logits, targets, ignore_index=IGNORED)
+        if outputs.ctc is not None and o.ctc > 0:
             rows = zip(batch.targets, batch.words, strict=True)
             words = [row[begin:end] for row, (begin, end) in rows]
-            loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(found, words)
+            loss = (1 - o.ctc) * loss + o.ctc * _ctc_loss(outputs, words)
         balance = context.balance_loss()
         if balance is not None:
             loss = loss + compression_of(self.network).config.balance * balance
         return loss
 
 
-def _ctc_loss(found: Outputs, words: list[Tensor]) -> Tensor:
+def _ctc_loss(outputs: Outputs, words: list[Tensor]) -> Tensor:
     """Per token of the text, as the cross entropy is."""
-    assert found.ctc is not None and found.ctc_lengths is not None
-    lengths = torch.tensor([len(row) for row in words], device=found.ctc_lengths.device)
+    assert outputs.ctc is not None and outputs.ctc_lengths is not None
+    lengths = torch.tensor([len(row) for row in words], device=outputs.ctc_lengths.device)
     total = F.ctc_loss(
-        found.ctc.transpose(0, 1), torch.cat(words), found.ctc_lengths, lengths, found.blank,
+        outputs.ctc.transpose(0, 1), torch.cat(words), outputs.ctc_lengths, lengths, outputs.blank,
         reduction="sum", zero_infinity=True,
     )  # fmt: skip
     return total / lengths.sum().clamp(min=1)
@@ -57,11 +57,11 @@ def _ctc_loss(found: Outputs, words: list[Tensor]) -> Tensor:
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """By name, what `fit` changes: experts and routers, routers' offsets, or a plain model."""
-    found: dict[str, Tensor] = {
+    parameters: dict[str, Tensor] = {
         n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()
     }
     saml: Any = getattr(model, "saml", None)
     for name, router in ({} if saml is None else saml.routers).items():
         if router.offset is not None and router.offset.requires_grad:
-            found[f"{name}.offset"] = router.offset
-    return found
+            parameters[f"{name}.offset"] = router.offset
+    return parameters

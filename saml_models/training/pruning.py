@@ -154,7 +154,7 @@ def prune_curve(
         max_loss: WER in per cent, absolute, that may be lost.
     """
     _check_whole(profile)
-    clips, said = [u.load() for u in utterances], [u.text for u in utterances]
+    clips, references = [u.load() for u in utterances], [u.text for u in utterances]
     speech = bind(model, processor)
     usage = measure_usage(speech, clips, profile)
     layers, most = len(usage.layers), usage.shares.numel()
@@ -162,9 +162,11 @@ def prune_curve(
     for share in SHARES:
         experts = max(layers, round(share * most))
         smaller = profile if experts == most else prune(profile, model, usage, experts)
-        heard = decode_clips(speech, clips, speakers=[smaller] * len(clips))
+        hypotheses = decode_clips(speech, clips, speakers=[smaller] * len(clips))
         points.append(
-            PruningPoint(experts, smaller.nbytes, float(pooled(word_errors(said, heard)).wer))
+            PruningPoint(
+                experts, smaller.nbytes, float(pooled(word_errors(references, hypotheses)).wer)
+            )
         )
         if points[-1].wer <= points[0].wer + max_loss:
             best = smaller

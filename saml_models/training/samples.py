@@ -62,8 +62,8 @@ def training_samples(
     if utterances and not kept:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
     language = speech.prompt_language(clips) if clips else None
-    heard = decode_clips(speech, clips, language=language)
-    for utterance, clip, text in zip(kept, clips, heard, strict=True):
+    hypotheses = decode_clips(speech, clips, language=language)
+    for utterance, clip, text in zip(kept, clips, hypotheses, strict=True):
         load = (lambda clip=clip: clip) if keep_audio else utterance.load
         target = in_model_style(utterance.text, text)
         check(utterance, target, language)

@@ -53,11 +53,11 @@ def decode_clips(
     with speech.evaluating(), shared_cores(network):
         for index in _batches(network, clips, speakers, max(1, batch_size // beam_size)):
             look()
-            heard = [i for i in index if has_speech(clips[i], partial(speech.no_speech, clips[i]))]
-            if heard:
-                with mixed_batch(network, [speakers[i] for i in heard]):
-                    found = speech.decode([clips[i] for i in heard], beam_size, language)
-                for i, text in zip(heard, found, strict=True):
+            spoken = [i for i in index if has_speech(clips[i], partial(speech.no_speech, clips[i]))]
+            if spoken:
+                with mixed_batch(network, [speakers[i] for i in spoken]):
+                    decoded = speech.decode([clips[i] for i in spoken], beam_size, language)
+                for i, text in zip(spoken, decoded, strict=True):
                     texts[i] = text
             if on_done:
                 on_done(len(index))

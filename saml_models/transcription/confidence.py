@@ -34,6 +34,6 @@ def confidence(speech: SpeechModel, clip: Clip, text: str) -> Confidence:
     kept = torch.arange(prompt - 1, inputs.shape[1], device=speech.device)
     with speech.context.batch(speech.encoder_mask(mask)):
         logits = speech.outputs(features, mask, inputs, kept).logits
-    found = logits.log_softmax(-1)
-    own = found.gather(-1, torch.tensor(ids[prompt:], device=speech.device).unsqueeze(-1))
-    return Confidence(float(own.mean()), float(-(found.exp() * found).sum(-1).mean()))
+    log_probs = logits.log_softmax(-1)
+    own = log_probs.gather(-1, torch.tensor(ids[prompt:], device=speech.device).unsqueeze(-1))
+    return Confidence(float(own.mean()), float(-(log_probs.exp() * log_probs).sum(-1).mean()))

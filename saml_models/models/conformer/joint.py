@@ -25,11 +25,11 @@ def ctc_greedy(ctc: Tensor, frames: Tensor, blank: int) -> list[list[int]]:
         frames: [B], how many hold audio.
         blank: the token that says nothing.
     """
-    found = []
+    sequences = []
     for row, length in zip(ctc.argmax(-1), frames.tolist(), strict=True):
         tokens = row[:length].unique_consecutive()
-        found.append(tokens[tokens != blank].tolist())
-    return found
+        sequences.append(tokens[tokens != blank].tolist())
+    return sequences
 
 
 def best_of(
@@ -65,11 +65,13 @@ def best_of(
         encoder_attention_mask=encoded.attention_mask.repeat_interleave(many, 0),
         use_cache=False,
     ).last_hidden_state
-    said = model.proj_out(hidden).float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    position = torch.arange(said.shape[1], device=device)
+    decoder_scores = (
+        model.proj_out(hidden).float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    )
+    position = torch.arange(decoder_scores.shape[1], device=device)
     inside = (position >= len(prompt) - 1) & (position < len(prompt) + lengths[:, None])
-    attention = (said * inside).sum(-1)
-    heard = -F.ctc_loss(
+    attention = (decoder_scores * inside).sum(-1)
+    ctc_scores = -F.ctc_loss(
         ctc.repeat_interleave(many, 0).transpose(0, 1),
         ids[:, len(prompt) :],
         frames.repeat_interleave(many, 0),
@@ -77,5 +79,5 @@ def best_of(
         blank,
         reduction="none",
     )
-    best = ((1 - weight) * attention + weight * heard).view(-1, many).argmax(-1).tolist()
+    best = ((1 - weight) * attention + weight * ctc_scores).view(-1, many).argmax(-1).tolist()
     return [list(row[i]) for row, i in zip(candidates, best, strict=True)]

@@ -45,9 +45,9 @@ class ConformerSpeechModel(SpeechModel):
         rate = extractor.sampling_rate
         if rate != SAMPLE_RATE:
             clip = soxr.resample(clip, SAMPLE_RATE, rate)
-        found = extractor([clip], sampling_rate=rate, return_tensors="pt")
-        frames = int(found.attention_mask.sum())
-        return found.input_features[0, : max(1, frames)].nan_to_num()
+        features = extractor([clip], sampling_rate=rate, return_tensors="pt")
+        frames = int(features.attention_mask.sum())
+        return features.input_features[0, : max(1, frames)].nan_to_num()
 
     def frames(self, prepared: Tensor) -> int:
         """All of them."""
@@ -199,16 +199,16 @@ class ConformerSpeechModel(SpeechModel):
         """One segment for each stretch of up to 30 s between quiet places."""
         if words:
             raise SAMLError("word times: a Conformer gives none; use a Whisper")
-        found: list[Segment] = []
+        parts: list[Segment] = []
         for start, end in _stretches(clip):
             text, part = "", clip[start:end]
             if has_speech(part, partial(self.no_speech, part)):
                 (text,) = self.decode([part], beam_size, language)
             if text:
                 times = start / SAMPLE_RATE, end / SAMPLE_RATE
-                found.append(Segment(len(found), *times, text))
+                parts.append(Segment(len(parts), *times, text))
             on_progress(end / SAMPLE_RATE, len(clip) / SAMPLE_RATE)
-        return " ".join(s.text for s in found), found
+        return " ".join(s.text for s in parts), parts
 
     @classmethod
     def computed(cls, name: str) -> None:
@@ -238,12 +238,12 @@ def _row(encoded: Any, row: int) -> Any:
 
 def _stretches(clip: Clip) -> list[tuple[int, int]]:
     """Cuts of at most 30 s, each at the quietest fifth of a second of the window's second half."""
-    found, start = [], 0
+    cuts, start = [], 0
     while len(clip) - start > MAX_SAMPLES:
         middle = start + MAX_SAMPLES // 2
         part = clip[middle : start + MAX_SAMPLES]
         blocks = part[: len(part) // QUIET * QUIET].reshape(-1, QUIET)
         end = middle + int(np.square(blocks).mean(1).argmin()) * QUIET + QUIET // 2
-        found.append((start, end))
+        cuts.append((start, end))
         start = end
-    return [*found, (start, len(clip))]
+    return [*cuts, (start, len(clip))]

@@ -243,10 +243,10 @@ def _capture(step: _Step) -> Callable[[], None] | None:
 def _listen(
     model: Any, windows: Iterable[Window], language: str | None, limit: int
 ) -> tuple[Tensor, _Decoder]:
-    """Encode every window: the prompt [B, n], and a decoder that knows what was heard."""
+    """Encode every window: the prompt [B, n], and a decoder that attends to what was encoded."""
     context = context_of(model)
     prompts: list[Tensor] = []
-    heard: list[list[tuple[Tensor, Tensor]]] = []  # window by window, layer by layer
+    cross: list[list[tuple[Tensor, Tensor]]] = []  # window by window, layer by layer
     clips: list[Tensor] = []
     done = 0
     for features, mask in windows:
@@ -254,16 +254,16 @@ def _listen(
         rows = slice(done, done := done + len(features))
         with audio_window(model, features.shape[-1]), context.narrowed(rows):
             with context.batch(mask.to(model.device)):
-                found = model.model.encoder(features.to(model.device, model.dtype))
-                encoded = found.last_hidden_state
+                encoder_output = model.model.encoder(features.to(model.device, model.dtype))
+                encoded = encoder_output.last_hidden_state
                 attentions = (layer.encoder_attn for layer in model.model.decoder.layers)
-                heard.append([(a.k_proj(encoded), a.v_proj(encoded)) for a in attentions])
+                cross.append([(a.k_proj(encoded), a.v_proj(encoded)) for a in attentions])
                 prompts.append(_prompt(model, encoded, language))
             if context.clip is not None:
                 clips.append(context.clip)
     context.clip = torch.cat(clips) if clips else None
     prompt = torch.cat(prompts)
-    return prompt, _Decoder(model, heard, prompt.shape[1] + limit)
+    return prompt, _Decoder(model, cross, prompt.shape[1] + limit)
 
 
 def _prompt(model: Any, encoded: Tensor, language: str | None) -> Tensor:
@@ -419,7 +419,7 @@ def _attend(
     causal: bool = False,
 ) -> Tensor:
     query = _heads(attention.q_proj(x), attention)
-    found = F.scaled_dot_product_attention(
+    context = F.scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=causal, scale=attention.scaling
     )
-    return attention.out_proj(found.transpose(1, 2).flatten(2))
+    return attention.out_proj(context.transpose(1, 2).flatten(2))

@@ -129,9 +129,9 @@ def _load_folder(
         return load_ctranslate2(weights, folder / "config.json", folder / "tokenizer.json", dtype)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        found = f"it holds {pickles[0]}, a pickle, which can run code" if pickles else "none"
+        holds = f"it holds {pickles[0]}, a pickle, which can run code" if pickles else "none"
         raise SAMLError(
-            f"{folder}: expected model.safetensors or CTranslate2's model.bin, found {found}; "
+            f"{folder}: expected model.safetensors or CTranslate2's model.bin, found {holds}; "
             "save it again with save_pretrained(), or give another folder"
         )
     return _load_transformers(folder, dtype)

@@ -130,7 +130,7 @@ def generate_segments(
         options |= {"language": language, "task": task}
     frames = FULL_WINDOW
     if len(clip) > MAX_SAMPLES:
-        found = processor.feature_extractor(
+        extracted = processor.feature_extractor(
             clip,
             sampling_rate=SAMPLE_RATE,
             return_tensors="pt",
@@ -138,8 +138,8 @@ def generate_segments(
             truncation=False,
             return_attention_mask=True,
         )
-        features: Tensor = found.input_features
-        options["attention_mask"] = found.attention_mask.to(model.device)
+        features: Tensor = extracted.input_features
+        options["attention_mask"] = extracted.attention_mask.to(model.device)
     else:
         frames = clip_window(model, len(clip))
         features = log_mel(processor, [clip], frames)
@@ -177,7 +177,7 @@ def generate_segments(
 
 
 def read_segments(
-    found: list[dict[str, Any]], tokenizer: Any, seconds: float, language: str
+    parts: list[dict[str, Any]], tokenizer: Any, seconds: float, language: str
 ) -> tuple[str, list[Segment]]:
     """The whole text, and segments within the recording; what was heard in padding is dropped.
 
@@ -187,7 +187,7 @@ def read_segments(
     """
     segments: list[Segment] = []
     texts = []
-    for part, limit in zip(found, _limits(found, seconds), strict=True):
+    for part, limit in zip(parts, _limits(parts, seconds), strict=True):
         tokens = part["tokens"].tolist()
         # Text tokens come before <|endoftext|> in Whisper's vocabularies, all others after it.
         text = tokenizer.decode([t for t in tokens if t < tokenizer.eos_token_id])
@@ -206,10 +206,10 @@ def read_segments(
     return "".join(texts).strip(), segments
 
 
-def _limits(found: list[dict[str, Any]], seconds: float) -> list[float]:
+def _limits(parts: list[dict[str, Any]], seconds: float) -> list[float]:
     """When each segment's words end at the latest: where a later window begins to hear."""
     limits, limit = [], seconds
-    for part in reversed(found):
+    for part in reversed(parts):
         limits.append(limit)
         if "token_timestamps" in part:
             limit = min([limit, *map(float, part["token_timestamps"][:1])])

@@ -145,10 +145,10 @@ class WhisperSpeechModel(SpeechModel):
         on_progress: Callable[[float, float], None],
     ) -> tuple[str, list[Segment]]:
         """With timestamps, and openai-whisper's fallbacks."""
-        found = generate_segments(
+        generated = generate_segments(
             self.network, self.processor, clip, language, task, beam_size, words, on_progress
         )
-        return read_segments(found, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
+        return read_segments(generated, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
 
     @classmethod
     def computed(cls, name: str) -> Callable[[torch.Size], Tensor] | None:
@@ -219,13 +219,13 @@ def _beams(
     """Through transformers' `generate`, in one batch; a loop is said again without beams."""
     limits = [token_limit(len(c)) for c in clips]
     end = model.generation_config.eos_token_id
-    found = _generate(
+    generated = _generate(
         model, processor, clips, frames, language,
         num_beams=beam_size,
         max_new_tokens=max(limits),
         stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
     )  # fmt: skip
-    texts = [[t for t in row if t < end] for row in found.tolist()]
+    texts = [[t for t in row if t < end] for row in generated.tolist()]
     context = context_of(model)
     for i, limit in enumerate(limits):
         if not is_loop(texts[i], limit):
