@@ -47,9 +47,7 @@ def transcribe(
     ] = None,
     speakers: Annotated[
         Path | None,
-        typer.Option(
-            help="CSV of audio,speaker: who speaks where, all in the same batches."
-        ),
+        typer.Option(help="CSV of audio,speaker: who speaks where, all in the same batches."),
     ] = None,
     experts: Annotated[
         Path | None,

@@ -29,25 +29,25 @@ def in_model_style(reference: str, hypothesis: str) -> str:
 
     Args:
         reference: what was said; returned as it is unless `is_bare`.
-        hypothesis: what the model model_words, with its own punctuation.
+        hypothesis: what the model transcribed, with its own punctuation.
 
     Returns:
         Text with the words of `reference` as Whisper's English normaliser sees them.
     """
     if not is_bare(reference):
         return reference
-    said, model_words = reference.lower().split(), hypothesis.split()
+    reference_words, model_words = reference.lower().split(), hypothesis.split()
     keys = [_NOT_WORD.sub("", word.lower()) for word in model_words]
-    matcher = difflib.SequenceMatcher(None, said, keys, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, reference_words, keys, autojunk=False)
     styled: list[str] = []
     for tag, i, j, k, m in matcher.get_opcodes():
         if tag == "insert":
             continue
-        words, other = said[i:j], model_words[k:m]
+        words, other = reference_words[i:j], model_words[k:m]
         same = tag == "equal" or (other and _same_words(words, other))
         styled += other if same else _dressed(words, other, first=i == 0)
     # Numbers and abbreviations can read otherwise in other company: then no style is borrowed.
-    return " ".join(styled if _same_words(styled, said) else said)
+    return " ".join(styled if _same_words(styled, reference_words) else reference_words)
 
 
 def _same_words(some: list[str], others: list[str]) -> bool:
