@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +80,7 @@ def transcribe(
     if writes:
         _check_stems(files)
         _check_outputs(files, output_dir, output_format, overwrite)
-    heard_as = choose_speakers(files, speaker, listed, store)
+    heard_as = choose_speakers(files, speaker, listed, store, _note)
     # A damaged file is reported now, not after the hours that the ones before it take.
     with progress("reading") as show:
         for number, file in enumerate(files, start=1):
@@ -116,6 +117,10 @@ def transcribe(
             typer.echo(transcript.text if len(files) == 1 else f"{file}\t{transcript.text}")
             if writes:
                 write_transcript(transcript, output_dir, file.stem, output_format)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _recordings(paths: list[Path]) -> list[Path]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,28 +29,41 @@ class Choice:
         wanted: by recording, in order: a profile, None for nobody, or "auto".
         enrolled: among whom "auto" chooses; empty where nothing asks for it.
         profiles: those that are asked for, by name or file.
+        on_note: told in a line what "auto" chose, and who could not be chosen.
     """
 
     wanted: list[SpeakerProfile | str | None]
     enrolled: list[SpeakerProfile] = field(default_factory=list)
     profiles: dict[str, SpeakerProfile] = field(default_factory=dict)
+    on_note: Callable[[str], None] = lambda note: None
 
     def for_files(
         self, model: Any, processor: Any, files: Sequence[Path]
     ) -> list[SpeakerProfile | None]:
-        """A profile, or None, for each recording; what "auto" finds is said on standard error."""
+        """A profile, or None, for each recording; "auto" is resolved by `identify`."""
         chosen: list[SpeakerProfile | None] = []
         if self.enrolled:
-            self.enrolled = [p for p in self.enrolled if _may_be(p, model)]
+            self.enrolled = [p for p in self.enrolled if self._fits(p, model)]
             if not self.enrolled:
                 raise SAMLError("--speaker auto: nobody is enrolled for this model")
         for file, speaker in zip(files, self.wanted, strict=True):
             if isinstance(speaker, str):
                 match = identify(bind(model, processor), load_audio(file), self.enrolled)
-                _say(f"{file}: {match}")
+                self.on_note(f"{file}: {match}")
                 speaker = match.profile
             chosen.append(speaker)
         return chosen
+
+    def _fits(self, profile: SpeakerProfile, model: Any) -> bool:
+        """Whether an enrolled speaker can be chosen with this model."""
+        try:
+            profile.check(model)
+            if profile.embedding is None:
+                raise SAMLError("has no embedding; adapt to its speech to enrol it for auto")
+        except SAMLError as error:
+            self.on_note(f"{profile.name}: left out: {error}")
+            return False
+        return True
 
 
 def choose_speakers(
@@ -59,6 +71,7 @@ def choose_speakers(
     speaker: str | None,
     listed: dict[Path, str] | None,
     folder: str | os.PathLike[str] | None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Choice:
     """Profiles are read and checked before anything is transcribed.
 
@@ -67,6 +80,7 @@ def choose_speakers(
         speaker: for all of them: an enrolled name, a profile's file, "auto", or None.
         listed: by recording, the same; what `read_map` gives. `files` must be in it.
         folder: of the enrolled.
+        on_note: as for `Choice`.
 
     Raises:
         SAMLError: a speaker that is not enrolled, a damaged profile, or a file that is not listed.
@@ -80,7 +94,7 @@ def choose_speakers(
         if missing:
             raise SAMLError(f"{missing[0]}: is not in the list of speakers; add a line for it")
         wanted = [by_place[file.resolve()] for file in files]
-    choice = Choice([])
+    choice = Choice([], on_note=on_note)
     read = choice.profiles
     for name in wanted:
         if name is None or name in NOBODY:
@@ -98,26 +112,10 @@ def choose_speakers(
             try:
                 choice.enrolled.append(read.get(name) or store.load(name))
             except SAMLError as error:  # one damaged file does not hide the others
-                _say(f"{name}: left out: {error}")
+                choice.on_note(f"{name}: left out: {error}")
         if not choice.enrolled:
             raise SAMLError(f"--speaker auto: nobody in {store.folder} can be read")
     return choice
-
-
-def _may_be(profile: SpeakerProfile, model: Any) -> bool:
-    """Whether an enrolled speaker can be chosen with this model; if not, it is said why."""
-    try:
-        profile.check(model)
-        if profile.embedding is None:
-            raise SAMLError("has no embedding; adapt to its speech to enrol it for auto")
-    except SAMLError as error:
-        _say(f"{profile.name}: left out: {error}")
-        return False
-    return True
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def read_map(path: str | os.PathLike[str]) -> dict[Path, str]:

@@ -87,7 +87,6 @@ def fit(
         keep_freed_memory()
     accelerator, precision = _accelerator(device)
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    torch.manual_seed(options.seed)
     objective = Objective(speech, options)
     parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
@@ -125,8 +124,13 @@ def fit(
     def prepare(job: tuple[int, list[int]]) -> Batch:
         return make(*job).pinned() if accelerator.device.type == "cuda" else make(*job)
 
+    accelerators = [device] if device.type == "cuda" else []
     try:
-        with attention_as_products(model, precision), keep_dense(DENSE):
+        with (
+            torch.random.fork_rng(accelerators),  # each step seeds; the caller's state comes back
+            attention_as_products(model, precision),
+            keep_dense(DENSE),
+        ):
             made = ahead(prepare, todo)
             for (i, _), batch in zip(todo, made, strict=True):
                 for group in optimiser.param_groups:
