@@ -170,7 +170,7 @@ def margin_of(model: nn.Module) -> float | None:
 
 
 # Seconds of silence after a clip, for a quantised Whisper without experts that know short windows:
-# base makes no more errors so than in 30 s (bench/windows.py).
+# base makes no more errors so than in 30 s (`python -m bench windows`).
 MARGIN = 10.0
 
 

@@ -29,7 +29,7 @@ __all__ = ["THRESHOLD", "Match", "distance", "embed", "identify"]
 Clip = npt.NDArray[np.float32]
 MARGIN = 1.0  # seconds of silence after a clip
 LONGEST = 30 * SAMPLE_RATE
-# `python bench/identification.py`, 26 development speakers with five clips of each enrolled: the
+# `python -m bench identification`, 26 development speakers with five clips of each enrolled: the
 # nearest is the right one for 96 % of the clips; here 9 % are turned away, and a stranger, who has
 # 25 chances, is taken for somebody in 32 %. Fewer enrolled are fewer chances.
 THRESHOLD = 0.225
