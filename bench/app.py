@@ -65,8 +65,10 @@ def _summary(module: str) -> str:
 def _starter(module: str) -> Callable[[typer.Context], Any]:
     def start(ctx: typer.Context) -> Any:
         found = import_module(module)
-        only = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        only.command(help=escape(found.__doc__ or ""))(found.main)
+        only = typer.Typer(
+            add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+        )
+        only.command(help=found.__doc__)(found.main)
         return run(only, ctx.args, ctx)
 
     return start

@@ -1,11 +1,11 @@
 """Checks and times on a GPU, in one call of five minutes.
 
-    saml quantize tiny.en tiny.en-saml          # beforehand, on any machine
-    python -m bench gpu --model-folder tiny.en-saml --speech LibriSpeech/train-clean-5
-    python -m bench gpu --do P2 --full --minutes 9       # one question, every shape
-    python -m bench gpu --do tune --minutes 9            # this device's tiles, a copy to ship
-    python -m bench gpu --do sanitizers,counters,recomputation
-    TRITON_INTERPRET=1 python -m bench gpu --device cpu --small ...      # to try it
+* `saml quantize tiny.en tiny.en-saml`: beforehand, on any machine
+* `python -m bench gpu --model-folder tiny.en-saml --speech LibriSpeech/train-clean-5`
+* `python -m bench gpu --do P2 --full --minutes 9`: one question, every shape
+* `python -m bench gpu --do tune --minutes 9`: this device's tiles, a copy to ship
+* `python -m bench gpu --do sanitizers,counters,recomputation`
+* `TRITON_INTERPRET=1 python -m bench gpu --device cpu --small ...`: to try it
 
 Steps, each a process of its own with a limit of its own, in the order of their importance; none
 stops another, and one that there is no time for says so:

@@ -3,10 +3,10 @@
     python -m bench host --json FILE
 
 Python, allocations and casts count. No GPU: launches are replaced by nothing, and tensors are real
-but so small (x [4, 64], N = K = 64, 4 experts of rank 4) that arithmetic costs nothing. The bar is `torch.nn.functional.linear` and its
-backward on tensors of the same sizes (`torch.nn.Linear` for a whole layer), timed in turn with each
-case. Below it, the operations that a GPU would be given, kernels and PyTorch's own, for any number
-of rows.
+but so small (x [4, 64], N = K = 64, 4 experts of rank 4) that arithmetic costs nothing. The bar is
+`torch.nn.functional.linear` and its backward on tensors of the same sizes (`torch.nn.Linear` for a
+whole layer), timed in turn with each case. Below it, the operations that a GPU would be given,
+kernels and PyTorch's own, for any number of rows.
 """
 
 from __future__ import annotations
