@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 from bench.layers.cases import WORKS, Case, cases_of
-from bench.layers.harness import Results, Setting, run_case, takes_part
+from bench.layers.harness import Setting, run_case, takes_part
+from bench.place import RESULTS
 from bench.report.environment import result_path
 from bench.report.figures import plot_layers
+from bench.report.file import Results
 from bench.report.tables import tables
 from saml_kernels.errors import SAMLError
-
-HERE = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=7, help="samples of each contender")
     group.addoption("--on", default="cuda" if torch.cuda.is_available() else "cpu", help="device")
     group.addoption("--threads", type=int, help="of the CPU")
-    group.addoption("--results", type=Path, default=HERE / "results", help="folder for JSON, PNG")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder for JSON, PNG")
 
 
 class Measured:
@@ -38,15 +38,15 @@ class Measured:
             torch.set_num_threads(config.getoption("--threads"))
         short = not config.getoption("--full")
         self.setting = Setting(self.device, config.getoption("--rounds"), short)
-        path = result_path(config.getoption("--results"), self.device)
-        self.results = Results(self.device, self.setting.roofs, path)
+        self.path = result_path(config.getoption("--results"), self.device)
+        self.results = Results(self.device, self.setting.roofs.to_dict(), self.path)
         self.found: dict[Case, tuple[dict[str, Any], dict[str, str]]] = {}
 
     def __call__(self, case: Case, name: str) -> list[float]:
         """Samples in microseconds; skips the test where there are none."""
         if case not in self.found:
             rows, skipped = run_case(case, self.setting)
-            self.results.add(case.work, rows, skipped)
+            self.results.add(case.work, WORKS[case.work].title, rows, skipped)
             self.found[case] = {r["contender"]: r["samples_us"] for r in rows}, skipped
         samples, skipped = self.found[case]
         if name not in samples:
@@ -54,16 +54,18 @@ class Measured:
         return samples[name]
 
 
+MEASURED = pytest.StashKey[Measured]()
+
+
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Measured:
-    request.config.measured = Measured(request.config)
-    return request.config.measured
+    return request.config.stash.setdefault(MEASURED, Measured(request.config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    from bench.layers.contenders import contenders
+    from bench.layers.registry import contenders
 
     config = metafunc.config
     device = torch.device(config.getoption("--on")).type
@@ -78,7 +80,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    measured = getattr(config, "measured", None)
+    measured = config.stash.get(MEASURED, None)
     if measured is None:
         return
     console = Console(file=terminalreporter._tw._file, width=150)
@@ -86,7 +88,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         console.print(table)
     if measured.device.type == "cpu":
         console.print("GPU rows: not run: no CUDA device was used")
-    path = measured.results.path
+    path = measured.path
     console.print(f"written: {path}")
     try:
         plot_layers(measured.results.data, path.with_suffix(".png"))

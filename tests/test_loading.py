@@ -15,7 +15,7 @@ from saml_models.transcription.clips import decode_clips
 
 
 def test_base_hears_english_in_short_windows_when_asked_to(speech_root: Path) -> None:
-    """Without these experts it loses a third of the words in such windows: bench/windows.py."""
+    """Without these experts it loses a third of the words in such windows: `bench windows`."""
     model, processor = load_adaptable("base", experts="english")
     assert model.saml.short_windows
     utterances = load_corpus(speech_root / "LibriSpeech" / "test-other")[::10]

@@ -1,8 +1,9 @@
-"""Compares routers, mixtures, initialisations and recipes on the development speakers.
+"""Routers, mixtures and recipes on the development speakers.
 
-    python bench/defaults.py --data ../shared/data --json bench/results/defaults-tiny.en.json
-    python bench/defaults.py ... --only token,speaker          # some of VARIANTS
-    python bench/defaults.py ... --variant 'hot:{"pretraining": {"learning_rate": 2e-3}}'
+    python -m bench defaults --data DATA --json bench/results/defaults-tiny.en.json
+
+`--only token,speaker` takes some of VARIANTS, `--variant 'hot:{"pretraining": {"learning_rate":
+2e-3}}'` one of one's own.
 
 Every variant is trained from nothing: stage 1 on the speakers that nobody is tested on, then stage
 2 on each development speaker. Results are WER (%), greedy, of the experts alone and adapted, and
@@ -16,6 +17,7 @@ import json
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.accuracy.speech import READERS, development_speech
+from bench.models.clips import at_once
 from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
@@ -43,8 +47,6 @@ from saml_models.training.pretrain import PRETRAINING
 from saml_models.training.samples import training_samples
 from saml_models.transcription.clips import decode_clips
 
-READERS = ("163", "332", "1867", "3526", "7859", "8629")
-
 # What differs from the defaults. Ranks are chosen so that the bytes come out alike.
 VARIANTS: dict[str, dict[str, Any]] = {
     "token": {},
@@ -63,13 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def development_sets(data: Path) -> dict[str, list[Fold]]:
     """The folds of the three sets of the README's table."""
-    readers = load_corpus(data / "LibriSpeech" / "train-clean-5", list(READERS))
-    hard = load_corpus(data / "LibriSpeech" / "test-other")
-    learners = load_corpus(data / "speechocean762" / "test.jsonl")
     return {
-        "train-clean-5": make_folds(by_speaker(readers), 20, 2),
-        "test-other": make_folds(by_speaker(hard), None, 2),
-        "speechocean762": make_folds(by_speaker(learners), None, 2),
+        name: make_folds(by_speaker(found), 20 if name == "train-clean-5" else None, 2)
+        for name, found in development_speech(data).items()
     }
 
 
@@ -80,6 +78,10 @@ def stage_one(data: Path) -> list[Utterance]:
     for part in ("speechocean762", "librispeech-dev-clean-mp3"):
         found += load_corpus(data / part / "train.jsonl")
     return found
+
+
+def _same(clip: np.ndarray) -> np.ndarray:
+    return clip
 
 
 class Bench:
@@ -101,13 +103,13 @@ class Bench:
                 known.update({u.id: s.text for u, s in zip(utterances, made, strict=True)})
                 write_json(targets, known)
             return [
-                Sample((lambda clip=clip: clip) if keep else u.load, len(clip) / 16000, known[u.id])
+                Sample(partial(_same, clip) if keep else u.load, len(clip) / 16000, known[u.id])
                 for u in utterances
                 for clip in [u.load()]
             ]
 
         console.print("hearing stage 1")
-        pretraining = [u for u in stage_one(data) if len(u.load()) <= 30 * 16000]
+        pretraining = at_once(stage_one(data))
         self.stage_one = samples(pretraining, keep=False)
         console.print("hearing the development speakers")
         self.stage_two = {
@@ -165,7 +167,7 @@ class Bench:
 
 
 def _options(base: TrainingOptions, changes: dict[str, Any]) -> TrainingOptions:
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(base, **tuples)
 
 
@@ -214,7 +216,3 @@ def main(
         results[name] = bench.run(changes, sets.split(","), profile)
         write_json(json_file, results)
     console.print(table(results))
-
-
-if __name__ == "__main__":
-    typer.run(main)

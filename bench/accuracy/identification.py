@@ -1,6 +1,6 @@
-"""How well `--speaker auto` tells the development speakers apart.
+"""How well `--speaker auto` tells speakers apart.
 
-    python bench/identification.py --data DATA
+    python -m bench identification --data DATA
 
 Each of 26 speakers (six readers of train-clean-5, six of test-other, fourteen of speechocean762) is
 enrolled with five clips and heard on five others. Prints how many clips find their own speaker as
@@ -16,13 +16,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from saml_models.data.corpora import by_speaker, load_corpus
+from bench.accuracy.speech import development_speech
+from saml_models.data.corpora import by_speaker
 from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.identify import THRESHOLD, distance, embed
 from saml_models.speakers.pretrained import load_adaptable
 
-READERS = ["163", "332", "1867", "3526", "7859", "8629"]
 CLIPS = 5
 
 
@@ -32,13 +32,7 @@ def main(
 ) -> None:
     quiet_libraries()
     network, processor = load_adaptable(model)
-    found = by_speaker(
-        [
-            *load_corpus(data / "LibriSpeech" / "train-clean-5", READERS),
-            *load_corpus(data / "LibriSpeech" / "test-other"),
-            *load_corpus(data / "speechocean762" / "test.jsonl"),
-        ]
-    )
+    found = by_speaker([u for part in development_speech(data).values() for u in part])
     clips = {name: [u.load() for u in said[: 2 * CLIPS]] for name, said in found.items()}
     enrolled = {
         name: embed(bind(network, processor), heard[:CLIPS]) for name, heard in clips.items()
@@ -59,7 +53,3 @@ def main(
         f"{100 * np.mean(right):.1f} %; at {THRESHOLD} {away:.1f} % are turned away, and "
         f"{taken:.1f} % of strangers taken for one of {len(enrolled) - 1} enrolled"
     )
-
-
-if __name__ == "__main__":
-    typer.run(main)

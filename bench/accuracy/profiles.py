@@ -1,6 +1,6 @@
-"""Kinds of profiles side by side, and many speakers in one batch beside one.
+"""Kinds of profiles, and many speakers in one batch.
 
-    python bench/voices.py --data DATA --json bench/results/voices-tiny.en.json
+    python -m bench profiles --data DATA --json bench/results/voices-tiny.en.json
 
 On the development readers (train-clean-5, 20 utterances to adapt, the rest to test): the pretrained
 experts, gates alone, a speaker's own experts, the same without transcripts, and pruned: WER and
@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.accuracy.speech import READERS
 from saml_kernels.files import write_json
 from saml_models.data.corpora import by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
@@ -36,7 +37,6 @@ from saml_models.training.pruning import measure_usage, prune
 from saml_models.training.pseudo_labels import adapt_unsupervised
 from saml_models.transcription.clips import decode_clips
 
-READERS = ("163", "332", "1867", "3526", "7859", "8629")
 KINDS = {
     "experts": "pretrained experts",
     "gates": "gates alone",
@@ -155,7 +155,3 @@ def main(
     write_json(json_file, results)
     console.print(table(speakers))
     console.print(results["throughput"])
-
-
-if __name__ == "__main__":
-    typer.run(main)

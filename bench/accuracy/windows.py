@@ -1,10 +1,9 @@
-"""How long a window a quantised Whisper without experts needs: WER and time by the margin.
+"""WER and time of a quantised Whisper by length of window.
 
-    python bench/windows.py --data ../shared/data/LibriSpeech/test-other [--model base]
-        [--clips 30] [--margins 1,10,30]
+    python -m bench windows --data LibriSpeech/test-other --margins 1,10,30
 
-A clip is heard with so many seconds of silence after it, in 30 s at most (`loading.MARGIN` is the
-default). Clips are decoded together, greedily; times are of one run.
+A clip is heard with so many seconds of silence after it, in 30 s at most; the default is
+`models.interface.MARGIN`. Clips are decoded together, greedily; times are of one run.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.models.clips import spread
 from saml_kernels import SAMLConfig
 from saml_models.data.corpora import load_corpus
 from saml_models.models.registry import bind
@@ -34,8 +34,7 @@ def main(
 ) -> None:
     quiet_libraries()
     network, processor = load_adaptable(model, SAMLConfig(num_experts=0))
-    utterances = load_corpus(data)
-    utterances = utterances[:: max(1, len(utterances) // clips)][:clips]
+    utterances = spread(load_corpus(data), clips)
     audio, said = [u.load() for u in utterances], [u.text for u in utterances]
     table = Table(title=f"{model}, quantised, {len(audio)} clips")
     for name in ("margin s", "WER %", "seconds"):
@@ -48,7 +47,3 @@ def main(
         wer = float(pooled(word_errors(said, heard)).wer)
         table.add_row(f"{margin:g}", f"{wer:.2f}", f"{seconds:.1f}")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,27 +1,28 @@
-"""One call for whoever has a GPU, five minutes at most: what is right, and what it takes.
+"""Checks and times on a GPU, in one call of five minutes.
 
-    saml quantize tiny.en tiny.en-saml          # beforehand, on any machine
-    python bench/gpu_check.py --model-folder tiny.en-saml --speech LibriSpeech/train-clean-5
-    python bench/gpu_check.py --do P2 --full --minutes 9     # one question, every shape
-    python bench/gpu_check.py --do tune --minutes 9          # this device's tiles, a copy to ship
-    python bench/gpu_check.py --do sanitizers,counters,recomputation
-    TRITON_INTERPRET=1 python bench/gpu_check.py --device cpu --small ...    # to try the script
+* `saml quantize tiny.en tiny.en-saml`: beforehand, on any machine
+* `python -m bench gpu --model-folder tiny.en-saml --speech LibriSpeech/train-clean-5`
+* `python -m bench gpu --do P2 --full --minutes 9`: one question, every shape
+* `python -m bench gpu --do tune --minutes 9`: this device's tiles, a copy to ship
+* `python -m bench gpu --do sanitizers,counters,recomputation`
+* `TRITON_INTERPRET=1 python -m bench gpu --device cpu --small ...`: to try it
 
 Steps, each a process of its own with a limit of its own, in the order of their importance; none
 stops another, and one that there is no time for says so:
 
-* shapes (gpu_checks.py): the shapes of real models by every route, output and gradients against
+* shapes (checks.py): the shapes of real models by every route, output and gradients against
   float64; suite: tests/kernels compiled for this device, on all cores.
-* host: what a call costs before the device starts (bench/layers/host.py).
+* host: what a call costs before the device starts, `python -m bench host`.
 * P1 to P5, P9 to P11: layers beside every peer that is installed (`pip install --group bench-gpu`).
-* models (gpu_models.py): the encoder, a token, a training step; speech: 24 clips, an adaptation.
+* models (models.py): the encoder, a token, a training step; speech: 24 clips, an adaptation.
 
 Asked for by name alone: sanitizers (compute-sanitizer on a small case of every kernel); tune, as
-`saml bench --tune`; counters (gpu_counters.py), how busy a layer keeps the device's parts, where
+`saml bench --tune`; counters (counters.py), how busy a layer keeps the device's parts, where
 Nsight Compute is installed; recomputation, what projecting again costs backward.
 
 A file for each step in --results, as far as it came; the summary is printed last. layers.json, for
-all layers, is what bench/report.py reads once it is copied to bench/results under another name.
+all layers, is what `python -m bench report` reads once it is copied to bench/results under another
+name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ from typing import Annotated, Any
 
 import typer
 
-HERE = Path(__file__).resolve().parent
-HOST = "bench.layers.host"
+from bench.place import RESULTS, as_module, environment
+
+HOST = ("bench", "host")  # a module and its options
 MARGIN = 4.0  # seconds between what a step plans with and its end
 
 
@@ -72,6 +74,7 @@ BY_NAME_ALONE = (
     Step("sanitizers", 30, 330), Step("tune", 60, 580), Step("counters", 20, 260),
     Step("recomputation", 20, 120),
 )  # fmt: skip
+BY_DEFAULT = ",".join(step.name for step in STEPS)
 ALL = {step.name: step for step in (*STEPS, *BY_NAME_ALONE)}
 
 
@@ -127,7 +130,7 @@ def run_step(step: Step, command: Sequence[str], limit: float) -> Outcome:
     call = [*command, "--step", step.name, "--seconds", f"{max(1.0, limit - MARGIN):.1f}"]
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(
-            call, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            call, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
         try:
             code = process.wait(limit)
@@ -175,8 +178,8 @@ def perform(name: str, setting: Setting) -> tuple[int, str]:
 
 
 def _shapes(name: str, setting: Setting) -> tuple[int, str]:
-    from gpu_checks import REAL_SHAPES, Shape, check_shapes
-    from gpu_results import Sheet
+    from bench.gpu.checks import REAL_SHAPES, Shape, check_shapes
+    from bench.gpu.results import Sheet
 
     sheet = Sheet(setting.results / "shapes.json", setting.device)
     shapes = [Shape(17, 64, 64, 2, 16)] if setting.small else REAL_SHAPES
@@ -189,17 +192,17 @@ def _shapes(name: str, setting: Setting) -> tuple[int, str]:
 
 def _checked(name: str, setting: Setting) -> tuple[int, str]:
     """Steps that are one call."""
-    from gpu_checks import check_kernels, recomputation, sanitize
-    from gpu_counters import counters
-    from gpu_results import Sheet
+    from bench.gpu.checks import check_kernels, recomputation, sanitize
+    from bench.gpu.counters import counters
+    from bench.gpu.results import Sheet
 
     only = ["tests/kernels/test_operator.py::test_zero_rows"] if setting.small else []
-    run = {
+    run: dict[str, Callable[[], Any]] = {
         "suite": lambda: check_kernels(setting.seconds, only), "sanitizers": sanitize,
         "counters": counters, "recomputation": recomputation,
-    }[name]  # fmt: skip
+    }  # fmt: skip
     sheet = Sheet(setting.results / f"{name}.json", setting.device)
-    found = run()
+    found = run[name]()
     sheet.put(name, found)
     if name == "suite":
         return int(found.startswith("failed")), found.partition("\n")[0]
@@ -214,15 +217,13 @@ def _host(name: str, setting: Setting) -> tuple[int, str]:
     """The benchmark's own program, which writes its file itself."""
     import json
 
-    from gpu_results import Sheet
+    from bench.gpu.results import Sheet
 
-    if not (HERE.parent / (HOST.replace(".", "/") + ".py")).is_file():
-        return NOT_RUN, f"there is no {HOST} here"
     path = setting.results / "host.json"
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "host.json"
         done = subprocess.run(
-            [sys.executable, "-m", HOST, "--json", str(own)], cwd=HERE.parent,
+            [*as_module(HOST[0]), *HOST[1:], "--json", str(own)], env=environment(),
             capture_output=True, text=True, timeout=setting.seconds,
         )  # fmt: skip
         if done.returncode:
@@ -235,9 +236,10 @@ def _host(name: str, setting: Setting) -> tuple[int, str]:
 
 def _layers(work: str, setting: Setting) -> tuple[int, str]:
     from bench.layers.cases import cases_of
-    from bench.layers.contenders import contenders
-    from bench.layers.harness import Results, run_cases
     from bench.layers.harness import Setting as Layers
+    from bench.layers.harness import run_cases
+    from bench.layers.registry import contenders
+    from bench.report.file import Results
 
     device = setting.device
     sizes: dict[str, Any] = {"widths": [64], "tokens": [3]} if setting.small else {}
@@ -249,9 +251,9 @@ def _layers(work: str, setting: Setting) -> tuple[int, str]:
     if setting.small:
         registry = {name: c for name, c in registry.items() if not c.slow_build}
     layers = Layers(device, 2 if setting.small else 5, not setting.full, registry)
-    results = Results(device, layers.roofs, setting.results / "layers.json")
+    results = Results(device, layers.roofs.to_dict(), setting.results / "layers.json")
     left = (setting.seconds - (time.monotonic() - started)) / 60
-    whole = run_cases(cases, layers, results, left, lambda case: print(case.label, flush=True))
+    whole = run_cases(cases, layers, results, left, lambda _, case: print(case.label, flush=True))
     return 0, _ratios(results.data["works"].get(work, {"rows": []})["rows"], len(cases), whole)
 
 
@@ -277,13 +279,13 @@ def _models(name: str, setting: Setting) -> tuple[int, str]:
         return NOT_RUN, "no --model-folder; `saml quantize` makes one"
     if name == "speech" and setting.speech is None:
         return NOT_RUN, "no --speech"
-    import gpu_models
-    from gpu_results import Sheet
+    from bench.gpu import models
+    from bench.gpu.results import Sheet
 
-    sizes = gpu_models.SMALL if setting.small else gpu_models.ModelSizes()
-    place = gpu_models.Place(setting.model_folder, setting.device, sizes, setting.speech)
+    sizes = models.SMALL if setting.small else models.ModelSizes()
+    place = models.Place(setting.model_folder, setting.device, sizes, setting.speech)
     sheet = Sheet(setting.results / f"{name}.json", setting.device)
-    said = gpu_models.measure(gpu_models.PARTS[name], place, sheet, setting.seconds)
+    said = models.measure(models.PARTS[name], place, sheet, setting.seconds)
     return int("failed" in said), said
 
 
@@ -304,13 +306,13 @@ def _tune(name: str, setting: Setting) -> tuple[int, str]:
 
 
 def main(
-    do: Annotated[str, typer.Option(help="Steps, by commas.")] = ",".join(s.name for s in STEPS),
+    do: Annotated[str, typer.Option(help="Steps, by commas.")] = BY_DEFAULT,
     minutes: Annotated[float, typer.Option(help="For all of it.")] = 4.8,
     model_folder: Annotated[Path | None, typer.Option(help="What `saml quantize` wrote.")] = None,
     speech: Annotated[Path | None, typer.Option(help="A corpus with transcripts.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results" / "gpu",
+    results: Annotated[Path, typer.Option(help="Folder.")] = RESULTS / "gpu",
     full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
-    small: Annotated[bool, typer.Option(help="Tiny sizes, to try this script.")] = False,
+    small: Annotated[bool, typer.Option(help="Tiny sizes, to try this program.")] = False,
     device: Annotated[str, typer.Option()] = "cuda",
     commit: Annotated[str | None, typer.Option(help="Of this copy, if it has no git.")] = None,
     step: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -325,9 +327,13 @@ def main(
             print(f"--do {unknown[0]}: expected some of {', '.join(ALL)}", file=sys.stderr)
             raise typer.Exit(2)
         if not _has(device):
-            print("gpu_check: no CUDA device; run it on a machine that has one", file=sys.stderr)
+            print("bench gpu: no CUDA device; run it on a machine that has one", file=sys.stderr)
             raise typer.Exit(2)
-        command = [sys.executable, __file__, *sys.argv[1:]]
+        options = ["--results", str(results), "--device", device]
+        options += [*["--full"] * full, *["--small"] * small]
+        for option, folder in (("--model-folder", model_folder), ("--speech", speech)):
+            options += [option, str(folder)] if folder else []
+        command = [*as_module("bench.gpu.check"), *options]
         # One question alone may take all the time; and the limits are those of a GPU's machine.
         whole = len(names) == 1 or small
         found = run_steps([ALL[n] for n in names], command, 60 * minutes, whole)
@@ -339,12 +345,12 @@ def main(
         torch.device(device)
     )  # fmt: skip
     if step == "small-case":
-        from gpu_checks import small_case
+        from bench.gpu.checks import small_case
 
         small_case()
         return
     if step.startswith("counted-"):
-        from gpu_counters import counted
+        from bench.gpu.counters import counted
 
         counted(step.removeprefix("counted-"))
         return

@@ -1,4 +1,4 @@
-"""Checks for gpu_check.py: real shapes, compiled tests, sanitizers, recomputation."""
+"""Checks for check.py: real shapes, compiled tests, sanitizers, recomputation."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_results import one_line
 from torch import Tensor
 
+from bench.gpu.results import one_line
+from bench.layers.checks import poisoned_errors
+from bench.place import REPOSITORY, as_module, environment
 from saml_kernels import quantize, saml_linear, saml_linear_routed
 from saml_kernels.backends.reference import gates_from_logits, saml_linear_reference
 from saml_kernels.backends.triton import configs
 from saml_kernels.backends.triton.backend import backward, forward
 from saml_kernels.backends.triton.tuning import Problem
-from saml_kernels.timing import poisoned_errors, timed
+from saml_kernels.timing import timed
 
 __all__ = [
     "REAL_SHAPES", "Shape", "check_kernels", "check_shape", "check_shapes", "collected",
     "recomputation", "sanitize", "small_case", "verdict",
 ]  # fmt: skip
 
-HERE = Path(__file__).resolve().parent
 SANITIZER_SECONDS = 75
 COMPILE_SECONDS = 180  # of the small case without one
 FOUND = 9  # a sanitizer's exit code
@@ -124,24 +124,30 @@ def _errors(shape: Shape, route: str | None, device: torch.device) -> dict[str, 
     def leaves(*tensors: Tensor) -> list[Tensor]:
         return [t.detach().clone().requires_grad_() for t in tensors]
 
+    def gradients(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.grad for t in tensors if t.grad is not None]
+
     def run() -> Sequence[Tensor]:
         if route is None:
             parts = leaves(x, a, b, gates)
             operator: Any = saml_linear_routed if routed else saml_linear
             y = operator(parts[0], weight, *parts[1:], bias, backend="triton")
             y.backward(dy)
-            return [y.detach(), *(t.grad for t in parts)]
+            return [y.detach(), *gradients(parts)]
         how: dict[str, Any] = {"route": route, "routing": (None, 1.0) if routed else None}
         y = forward(x, weight, a, b, gates, bias, 1.0, **how)
-        return [y, *backward(dy, x, weight, a, b, gates, 1.0, (True,) * 4, **how)]
+        found: Any = backward(dy, x, weight, a, b, gates, 1.0, (True,) * 4, **how)
+        return [y, *found]
 
     def truth() -> list[Tensor]:
         parts = leaves(*(t.double() for t in (x, a, b, gates)))
-        given = gates_from_logits(parts[0] @ parts[3].T) if routed else parts[3]
+        inputs, lora_a, lora_b, given = parts
+        if routed:
+            given = gates_from_logits(inputs @ given.T)
         dense = weight.dequantize().double()
-        y = saml_linear_reference(parts[0], dense, *parts[1:3], given, bias.double())
+        y = saml_linear_reference(inputs, dense, lora_a, lora_b, given, bias.double())
         y.backward(dy.double())
-        return [y.detach(), *(t.grad for t in parts)]
+        return [y.detach(), *gradients(parts)]
 
     renew()
     return dict(zip(NAMES, poisoned_errors(run, renew, truth), strict=True))
@@ -194,7 +200,7 @@ def collected() -> tuple[list[str], str]:
     """Names of the kernels' tests (none where that fails), and all that pytest said."""
     listed = subprocess.run(
         [*PYTEST, "--collect-only", "tests/kernels", "tests/test_lookup.py"],
-        capture_output=True, text=True, env=PLAIN, cwd=HERE.parent,
+        capture_output=True, text=True, env=PLAIN, cwd=REPOSITORY,
     )  # fmt: skip
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     return [] if listed.returncode else names, listed.stdout + listed.stderr
@@ -206,7 +212,7 @@ def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
     `only` names tests to run in place of all, under Triton's interpreter where that is on.
     """
     if only:
-        done = subprocess.run([*PYTEST, *only], capture_output=True, text=True, cwd=HERE.parent)
+        done = subprocess.run([*PYTEST, *only], capture_output=True, text=True, cwd=REPOSITORY)
         return "passed" if done.returncode == 0 else f"failed: {done.stdout[-2000:]}"
     started = time.monotonic()
     tests, said = collected()
@@ -226,7 +232,7 @@ def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
             left = max(1.0, deadline - time.monotonic())
             done = subprocess.run(
                 command, capture_output=True, text=True, env=PLAIN | {"FUZZ": str(FUZZ)},
-                timeout=left, cwd=HERE.parent,
+                timeout=left, cwd=REPOSITORY,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return "unfinished"
@@ -239,16 +245,18 @@ def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
     late = found.count("unfinished")
     if bad:
         return bad[0]
-    done = f"{len(fixed)} tests and {2 * FUZZ * workers} random shapes"
-    return f"passed: {done}" if not late else f"unfinished: {late} of {len(found)} shares of {done}"
+    tried = f"{len(fixed)} tests and {2 * FUZZ * workers} random shapes"
+    if late:
+        return f"unfinished: {late} of {len(found)} shares of {tried}"
+    return f"passed: {tried}"
 
 
 def sanitize() -> dict[str, str]:
     """compute-sanitizer's tools -> "passed" or what else."""
-    case = [sys.executable, str(HERE / "gpu_check.py"), "--step", "small-case"]
+    case = [*as_module("bench.gpu.check"), "--step", "small-case"]
     how: dict[str, Any] = {"capture_output": True, "text": True}
     try:
-        plain = subprocess.run(case, env=PLAIN, timeout=COMPILE_SECONDS, **how)
+        plain = subprocess.run(case, env=environment(PLAIN), timeout=COMPILE_SECONDS, **how)
     except subprocess.TimeoutExpired:
         return {"small case": f"unfinished after {COMPILE_SECONDS} s"}
     if plain.returncode:
@@ -256,7 +264,7 @@ def sanitize() -> dict[str, str]:
     found = {"small case": "passed"}
     sanitizer = shutil.which("compute-sanitizer")
     # Each tensor by itself in device memory: a neighbour in PyTorch's cache hides a stray access.
-    alone = PLAIN | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    alone = environment(PLAIN) | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):
         if sanitizer is None:
             found[tool] = "not run: compute-sanitizer is not installed"

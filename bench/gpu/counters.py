@@ -1,23 +1,21 @@
-"""Nsight Compute on one layer of the encoder and one of decoding, for gpu_check.py."""
+"""Nsight Compute on one layer of the encoder and one of decoding, for check.py."""
 
 from __future__ import annotations
 
 import csv
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_checks import PLAIN
 
+from bench.gpu.checks import PLAIN
 from bench.layers.cases import FRAMES, Case
 from bench.layers.contenders import Operands, own_contenders
+from bench.place import as_module, environment
 
 __all__ = ["METRICS", "counted", "counters", "read_counters"]
 
-SCRIPT = Path(__file__).resolve().parent / "gpu_check.py"
 SECONDS = 120  # for each case
 CASES = {
     "P1": Case("P1", "eager", FRAMES, 5120, 1280),
@@ -43,11 +41,11 @@ def counters() -> dict[str, Any]:
         command = [
             ncu, "--csv", "--print-units", "base", "--profile-from-start", "off",
             "--metrics", ",".join(METRICS),
-            sys.executable, str(SCRIPT), "--step", f"counted-{work}",
+            *as_module("bench.gpu.check"), "--step", f"counted-{work}",
         ]  # fmt: skip
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=PLAIN, timeout=SECONDS
+                command, capture_output=True, text=True, env=environment(PLAIN), timeout=SECONDS
             )
         except subprocess.TimeoutExpired:
             found[work] = f"not run: unfinished after {SECONDS} s"

@@ -1,8 +1,8 @@
-"""Whole models on a GPU, for gpu_check.py: encoder, token, training step; clips, adaptation.
+"""Whole models on a GPU, for check.py: encoder, token, training step; clips, adaptation.
 
 The model is a folder that `saml quantize` wrote. Beside it runs the same Whisper with random
 weights in full precision (float16 on a GPU), which costs what one with real weights does; steps of
-training also beside what adapters.py makes of that.
+training also beside what bench/models/adapters.py makes of that.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import ADAPTERS, Trainer
-from gpu_results import Sheet, one_line, within
 from transformers import WhisperForConditionalGeneration
 
+from bench.gpu.results import Sheet, one_line, within
+from bench.models.adapters import ADAPTERS, Trainer
+from bench.models.clips import at_once, spread
 from bench.models.turns import stopwatch
 from saml_kernels.timing import Train, captured, interleaved, sample
 from saml_models.compress.loading import load_model
@@ -32,7 +33,6 @@ from saml_models.transcription.recordings import transcribe_many
 __all__ = ["PARTS", "SMALL", "ModelSizes", "Place", "measure"]
 
 PEERS = ("bitsandbytes + gated PEFT", "bitsandbytes + PEFT LoRA")
-LONGEST = 30 * 16000
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,9 @@ class Place:
 
     def windows(self, model: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise as log-mel features [batch, mel bins, frames], and the mask of all of it."""
-        config, place = model.config, {"device": self.device}
-        frames = 2 * config.max_source_positions
-        features = torch.randn(batch, config.num_mel_bins, frames, dtype=model.dtype, **place)
-        return features, torch.ones(batch, frames // 2, dtype=torch.bool, **place)
+        bins, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions
+        features = torch.randn(batch, bins, frames, dtype=model.dtype, device=self.device)
+        return features, torch.ones(batch, frames // 2, dtype=torch.bool, device=self.device)
 
 
 @torch.no_grad()
@@ -195,8 +194,7 @@ def clips(place: Place) -> dict[str, Any]:
     """Seconds to transcribe clips together, and what was heard."""
     model, processor = place.quantised()
     model = place.half(model)
-    chosen = [u for u in _utterances(place) if len(u.load()) <= LONGEST]
-    chosen = chosen[:: max(1, len(chosen) // place.sizes.clips)][: place.sizes.clips]
+    chosen = spread(at_once(_utterances(place)), place.sizes.clips)
     audio = [u.load() for u in chosen]
     _heard(model, processor, audio[:2])
     seconds, texts = stopwatch(lambda: _heard(model, processor, audio), place.device)

@@ -1,4 +1,4 @@
-"""Files of results and limits of time, for gpu_check.py."""
+"""Files of results and limits of time, for check.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What runs a case: this package, the dense layer, and the equation compiled by PyTorch.
 
-A contender builds a `Layer` from `Operands`; peers.py adds those that come from other packages.
+A contender builds a `Layer` from `Operands`; those of other packages are in peers.py.
 Gates are given to each [M, E] and no router is timed for anyone, unless the case has a token
 router: then each makes its own, softmax(x V^T).
 """
@@ -20,8 +20,8 @@ from saml_kernels import QuantizedTensor, SAMLConfig, SAMLLinear, quantize, saml
 from saml_kernels.backends.reference import saml_linear_reference
 
 __all__ = [
-    "Contender", "Layer", "Operands", "contenders", "nf4", "one_lora", "own_contenders",
-    "softmax_gates", "speaker_index",
+    "Contender", "Layer", "Operands", "nf4", "one_lora", "own_contenders", "softmax_gates",
+    "speaker_index",
 ]  # fmt: skip
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # codes, 8-bit scales, their own scales: a weight
@@ -240,10 +240,3 @@ def own_contenders() -> list[Contender]:
         build = _saml_speakers(count)
         found.append(Contender(name, build, "nf4", "gated", count, modes=("eager", "graph")))
     return found
-
-
-def contenders() -> dict[str, Contender]:
-    """Every contender by name: the registry."""
-    from bench.layers.peers import peer_contenders
-
-    return {c.name: c for c in (*own_contenders(), *peer_contenders())}

@@ -1,13 +1,12 @@
-"""The operator on a CPU beside float32 `F.linear` and bitsandbytes, at Whisper's widths.
+"""The operator on a CPU beside float32 and bitsandbytes.
 
-    python bench/cpu_operator.py [--threads 2] [--rounds 9] [--level AVX2] [--tokens 1,5,8,1500]
-        [--json bench/results/cpu-operator.json]
+    python -m bench cpu-operator --json bench/results/cpu-operator.json
 
-All contenders of a shape take their samples in turn; a ratio is the median over the rounds. Two
-states of the caches: "warm" calls one layer again and again, which lets float32 keep its weight in
-the caches where it fits; "cold" overwrites the caches before each train of a few layers, which is
-nearer to a model. NF4 with double quantisation; four experts of rank 8, with given gates and with
-a token router's; bitsandbytes and float32 have none.
+At Whisper's widths. All contenders of a shape take their samples in turn; a ratio is the median
+over the rounds. Two states of the caches: "warm" calls one layer again and again, which lets
+float32 keep its weight in the caches where it fits; "cold" overwrites the caches before each train
+of a few layers, which is nearer to a model. NF4 with double quantisation; four experts of rank 8,
+with given gates and with a token router's; bitsandbytes and float32 have none.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from bench.layers.cases import Case
-from bench.layers.contenders import Build, Layer, Operands, contenders, nf4
+from bench.layers.contenders import Build, Layer, Operands, nf4
+from bench.layers.registry import contenders
 from saml_kernels import saml_linear_routed
 from saml_kernels.backends.cpu import backend as cpu
 from saml_kernels.backends.cpu import native
 from saml_kernels.files import write_json
 from saml_kernels.timing import Train, interleaved
+from saml_models.cli.output import progress
 
 SHAPES = ((512, 512), (512, 2048), (768, 3072), (1280, 5120))  # in-features, out-features
 CPU = torch.device("cpu")
@@ -86,8 +86,9 @@ def main(
     for head in heads:
         table.add_column(head, justify="right")
     rows = []
-    with torch.no_grad():
-        for case in track(cases, "timing", console=Console(stderr=True)):
+    with torch.no_grad(), progress("timing") as show:
+        for done, case in enumerate(cases):
+            show(done, len(cases), f"{case.m} x {case.k} -> {case.n}")
             for warm in (True, False) if case.m < 100 else (True,):
                 taken = interleaved(trains(case, warm), CPU, rounds)
                 bar, peer = taken["float32"], taken.get("bitsandbytes")
@@ -109,7 +110,3 @@ def main(
     Console().print(table)
     if json:
         write_json(json, {"about": about, "rounds": rounds, "rows": rows})
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.layers.cases import WORKS, Case
-from bench.layers.contenders import Contender, Layer, contenders
+from bench.layers.checks import peak_memory
+from bench.layers.contenders import Contender, Layer
+from bench.layers.registry import contenders
 from bench.layers.roofline import Roofs, measure_roofs
 from bench.layers.stage import Stage, Step
-from bench.report.environment import about
+from bench.report.file import Results
 from saml_kernels.errors import SAMLError
-from saml_kernels.files import is_json, write_json
-from saml_kernels.timing import captured, current, interleaved, peak_memory, sample
+from saml_kernels.timing import captured, current, interleaved, sample
 
-__all__ = ["Results", "Setting", "chosen", "run_case", "run_cases", "takes_part"]
+__all__ = ["Setting", "chosen", "run_case", "run_cases", "takes_part"]
 
 OURS = ("saml base", "saml + experts")
 
@@ -155,71 +154,24 @@ def run_cases(
     setting: Setting,
     results: Results,
     minutes: float = 1e9,
-    on_case: Callable[[Case], None] | None = None,
+    on_case: Callable[[int, Case], None] | None = None,
 ) -> bool:
     """Run cases one after the other, adding to `results`, which writes itself after each.
+
+    `on_case` is given the number of cases done and the next one.
 
     Returns:
         Whether there was time for all of them.
     """
     deadline = time.monotonic() + 60 * minutes
-    for case in cases:
+    for done, case in enumerate(cases):
         if time.monotonic() > deadline:
             results.unfinished(minutes)
             return False
         if on_case:
-            on_case(case)
+            on_case(done, case)
         rows, skipped = run_case(case, setting)
-        results.add(case.work, rows, skipped)
+        results.add(case.work, WORKS[case.work].title, rows, skipped)
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
     return True
-
-
-class Results:
-    """Rows by work, with what they were measured on.
-
-    Works of an earlier run that this one does not repeat are kept where `path` exists already.
-    """
-
-    def __init__(self, device: torch.device, roofs: Roofs | None, path: Path | None = None) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"about": about(device), "works": {}}
-        # Works of one file may be of several runs: each keeps its own.
-        self.stamp: dict[str, Any] = {"commit": self.data["about"]["commit"]}
-        if roofs is not None:
-            self.stamp |= {
-                "bandwidth_gb_s": round(roofs.bandwidth / 1e9, 1),
-                "rate_gflop_s": round(roofs.rate / 1e9, 1),
-            }
-        if path is not None and is_json("works")(path):
-            self.data["works"] = json.loads(path.read_text())["works"]
-        self.fresh: set[str] = set()
-
-    def add(
-        self,
-        work: str,
-        rows: Iterable[dict[str, Any]],
-        skipped: dict[str, str],
-        title: str | None = None,
-    ) -> None:
-        """Append to a work; the first time, in place of what an earlier run found.
-
-        `title` is for works that are not in `WORKS`.
-        """
-        if work not in self.fresh:
-            self.fresh.add(work)
-            self.data["works"][work] = {
-                "title": title or WORKS[work].title, **self.stamp, "rows": [], "skipped": {},
-            }  # fmt: skip
-        entry = self.data["works"][work]
-        entry["rows"] += rows
-        entry["skipped"] |= skipped
-        if self.path is not None:
-            write_json(self.path, self.data)
-
-    def unfinished(self, minutes: float) -> None:
-        """Say that time ran out."""
-        self.data["unfinished"] = f"stopped after {minutes:g} minutes"
-        if self.path is not None:
-            write_json(self.path, self.data)

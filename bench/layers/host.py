@@ -1,19 +1,17 @@
-"""What a call costs before the device starts: Python, allocations, casts; and how much it launches.
+"""What a call costs before the device starts, and what it launches.
 
-    python -m bench.layers.host [--rounds 9] [--json FILE]
+    python -m bench host --json FILE
 
-No GPU: launches are replaced by nothing, and tensors are real but so small (x [4, 64], N = K = 64,
-4 experts of rank 4) that arithmetic costs nothing. The bar is `torch.nn.functional.linear` and its
-backward on tensors of the same sizes (`torch.nn.Linear` for a whole layer), timed in turn with each
-case. Below it, the operations that a GPU
-would be given, kernels and PyTorch's own, for any number of rows.
+Python, allocations and casts count. No GPU: launches are replaced by nothing, and tensors are real
+but so small (x [4, 64], N = K = 64, 4 experts of rank 4) that arithmetic costs nothing. The bar is
+`torch.nn.functional.linear` and its backward on tensors of the same sizes (`torch.nn.Linear` for a
+whole layer), timed in turn with each case. Below it, the operations that a GPU would be given,
+kernels and PyTorch's own, for any number of rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,7 +39,17 @@ ROWS, WIDTH, EXPERTS, RANK, SPEAKERS = 4, 64, 4, 4, 3
 ON = {True: "on", False: "off"}
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 # Of PyTorch's operators, those that give the device nothing to do.
-FREE = ("empty", "view", "reshape", "expand", "slice", "select", "transpose", "detach", "alias")
+FREE: tuple[str, ...] = (
+    "empty",
+    "view",
+    "reshape",
+    "expand",
+    "slice",
+    "select",
+    "transpose",
+    "detach",
+    "alias",
+)
 FREE += ("as_strided", "permute", "squeeze", "t", "new_empty", "_unsafe_view")
 
 
@@ -201,18 +210,16 @@ def operations(gating: str, many: bool, autocast: bool, rows: int) -> tuple[list
     return forward, backward
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m bench.layers.host", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    o = parser.parse_args(arguments)
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 9,
+    json: Annotated[Path | None, typer.Option(help="Where the numbers go.")] = None,
+) -> None:
     torch.set_num_threads(1)
     registry.PREFERRED["cpu"] = "triton"  # these tensors stand for those of a GPU
     print(f"{'path':9} {'gating':7} {'speakers':>8} {'autocast':>8} "
           f"{'forward us':>10} {'of linear':>9} {'+ backward':>10} {'of linear':>9}")  # fmt: skip
     rows = []
-    for row in host(o.rounds):
+    for row in host(rounds):
         rows.append(row)
         print(
             f"{row['path']:9} {row['gating']:7} {row['speakers']:8} {ON[row['autocast']]:>8} "
@@ -235,11 +242,6 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{tokens:5} {gating:7} {SPEAKERS if many else 1:8} "
                           f"{ON[autocast]:>8}  {len(forward)} {len(backward)}  "
                           f"{' '.join(forward)} | {' '.join(backward)}")  # fmt: skip
-    if o.json:
-        write_json(o.json, {"torch": torch.__version__, "host": rows, "operations": counts})
-        print(o.json)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if json:
+        write_json(json, {"torch": torch.__version__, "host": rows, "operations": counts})
+        print(json)

@@ -39,6 +39,13 @@ class Roofs:
         """Microseconds below which a call of this cost cannot run."""
         return max(cost.bytes / self.bandwidth, cost.flop / self.rate) * 1e6
 
+    def to_dict(self) -> dict[str, float]:
+        """Both in 1e9 a second, for a file of results."""
+        return {
+            "bandwidth_gb_s": round(self.bandwidth / 1e9, 1),
+            "rate_gflop_s": round(self.rate / 1e9, 1),
+        }
+
 
 def linear_cost(
     m: int,

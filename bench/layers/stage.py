@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.layers.cases import Case
+from bench.layers.checks import poisoned_error
 from bench.layers.contenders import Contender, Layer, Operands, nf4, speaker_index
 from bench.layers.roofline import Cost, linear_cost
 from saml_kernels.backends.reference import gates_from_logits, saml_linear_reference
 from saml_kernels.backends.registry import choose_backend
-from saml_kernels.timing import poisoned_error
 
 __all__ = ["Stage", "Step"]
 

@@ -1,7 +1,8 @@
-"""P8: time to adapt to 20 utterances of one speaker, and what that gained on the others.
+"""P8: time to adapt to one speaker, and what it gains.
 
-    python bench/adaptation.py --data ../shared/data/LibriSpeech/train-clean-5 [--model tiny.en]
-        [--speaker 163] [--utterances 20] [--threads 2] [--device cpu] [--results bench/results]
+    python -m bench adaptation --data LibriSpeech/train-clean-5
+
+Twenty utterances are learnt and the speaker's others are tested.
 
 saml is `saml adapt` as released (its shipped experts, its own defaults). The others train the same
 targets for as many passes, four clips at a time, in windows of 30 s as transformers asks for, with
@@ -15,9 +16,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from adapters import ADAPTERS, Trainer
 
+from bench.models.adapters import ADAPTERS, Trainer
 from bench.models.turns import answer, forget_peak, in_turn, record, stopwatch
+from bench.place import RESULTS
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, load_corpus
 from saml_models.models.registry import bind
@@ -27,7 +29,6 @@ from saml_models.training.adapt import ADAPTATION, adapt
 from saml_models.training.samples import training_samples
 from saml_models.transcription.recordings import transcribe_many
 
-HERE = Path(__file__).resolve().parent
 BATCH = 4
 
 
@@ -74,7 +75,7 @@ def main(
     threads: Annotated[int, typer.Option()] = 2,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str, typer.Option(help="By semicolons.")] = ";".join(ADAPTERS),
-    results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="Folder.")] = RESULTS,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     where = torch.device(device)
@@ -82,7 +83,7 @@ def main(
     if worker is None:
         options = ["--data", data, "--model", model, "--speaker", speaker, "--threads", threads]
         options += ["--utterances", utterances, "--device", device]
-        found = in_turn(__file__, only.split(";"), options, rounds)
+        found = in_turn("bench.models.adaptation", only.split(";"), options, rounds)
         title = f"adapting Whisper {model} to {utterances} utterances of speaker {speaker}"
         record("P8", title, found, results, where, threads)
         return

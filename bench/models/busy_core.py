@@ -1,7 +1,6 @@
-"""How much slower transcription gets when another program keeps one core busy.
+"""Transcription while another program keeps one core busy.
 
-    python bench/busy_core.py --data ../shared/data/LibriSpeech/test-other [--model tiny.en]
-        [--clips 6] [--rounds 5] [--threads 2] [--fixed] [--json bench/results/busy-core.json]
+    python -m bench busy-core --data LibriSpeech/test-other --json bench/results/busy-core.json
 
 The quantised model with its experts, loaded and warm, hears the same clips alone and beside a loop
 pinned to the last core, in turn; a ratio is the median over the rounds. The loop runs in a session
@@ -26,6 +25,7 @@ from typing import Annotated
 import torch
 import typer
 
+from bench.models.clips import at_once, spread
 from saml_kernels.files import write_json
 from saml_models.data.corpora import load_corpus
 from saml_models.models.registry import bind
@@ -82,8 +82,7 @@ def main(
     if fixed:
         runtime_threads.SPARED = float("inf")
     network, processor = load_adaptable(model)
-    utterances = [u for u in load_corpus(data) if len(u.load()) <= 30 * 16000]
-    audio = [u.load() for u in utterances[:: max(1, len(utterances) // clips)][:clips]]
+    audio = [u.load() for u in spread(at_once(load_corpus(data)), clips)]
 
     def run() -> object:
         return decode_clips(bind(network, processor), audio, batch_size=8)
@@ -109,7 +108,3 @@ def main(
         print(f"{name}: {value}")
     if json:
         write_json(json, found)
-
-
-if __name__ == "__main__":
-    typer.run(main)

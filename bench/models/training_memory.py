@@ -1,21 +1,25 @@
-"""Seconds of a training step with glibc's defaults and with `keep_freed_memory`, turn about.
+"""Seconds of a training step by what happens to freed memory.
 
-    python bench/training_memory.py [--rounds 3]
+    python -m bench training-memory
 
-Each run is a process of its own: five batches of random audio through Whisper tiny.en's two passes;
-the first is left out. Prints each median and the ratio.
+glibc's defaults and `keep_freed_memory`, in turn. Each run is a process of its own: five batches of
+random audio through Whisper tiny.en's two passes; the first is left out. Prints each median and the
+ratio.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 
 from bench.models.turns import answer, in_turn
+from saml_kernels.errors import SAMLError
 from saml_models.models.registry import bind
 
 STEPS = 6
@@ -34,7 +38,8 @@ def one_run(keep: bool) -> float:
     apply_saml(model, SAMLConfig(expert_init="lora"))
     rng = np.random.default_rng(0)
     clips = [rng.standard_normal(16000 * 7).astype(np.float32) * 0.05 for _ in range(4 * STEPS)]
-    samples = [training.Sample(lambda c=c: c, 7.0, "one two three four five") for c in clips]
+    text = "one two three four five"
+    samples = [training.Sample(partial(np.asarray, clip), 7.0, text) for clip in clips]
     options = training.TrainingOptions(epochs=1, batch_seconds=32.0, max_batch=4)
     times = [time.monotonic()]
     training.fit(bind(model, processor), samples, options, on_step=lambda *_: times.append(
@@ -43,15 +48,17 @@ def one_run(keep: bool) -> float:
     return statistics.median(np.diff(times)[1:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", choices=("keep", "default"), help=argparse.SUPPRESS)
-    o = parser.parse_args()
-    if o.worker:
-        answer(torch.device("cpu"), one_run(o.worker == "keep"))
+def main(
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    if worker:
+        answer(torch.device("cpu"), one_run(worker == "keep"))
         return
-    (default, keep), _ = in_turn(__file__, ("default", "keep"), (), o.rounds)
+    rows, skipped = in_turn("bench.models.training_memory", ("default", "keep"), (), rounds)
+    if skipped:
+        raise SAMLError("; ".join(f"{name} did not run: {why}" for name, why in skipped.items()))
+    default, keep = rows
     pairs = zip(keep["samples_seconds"], default["samples_seconds"], strict=True)
     ratio = statistics.median(k / d for k, d in pairs)
     print(f"glibc's defaults {default['seconds']:.2f} s a step, freed memory kept "
@@ -59,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

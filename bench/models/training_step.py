@@ -1,11 +1,11 @@
-"""P4: a training step of a whole Whisper, time and memory, beside what others train.
+"""P4: a training step of a whole Whisper: time and memory.
 
-    python bench/training_step.py [--size small] [--batch 1] [--rounds 3] [--threads 2]
-        [--device cpu] [--results bench/results]
+    python -m bench training-step --size small --batch 1
 
-The weights are random, of that Whisper's configuration: a step costs what it costs with real ones.
-Windows of 30 s, 32 tokens, AdamW; float32 on a CPU, bfloat16 autocast on a GPU. adapters.py says
-what each contender trains; memory is the peak over the steps, on a CPU of the whole process.
+All ways to train run in turn. The weights are random, of that Whisper's configuration: a step costs
+what it costs with real ones. Windows of 30 s, 32 tokens, AdamW; float32 on a CPU, bfloat16 autocast
+on a GPU. adapters.py says what each contender trains; memory is the peak over the steps, on a CPU
+of the whole process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Annotated
 
 import torch
 import typer
-from adapters import ADAPTERS, EXPERTS, RANK, Trainer
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from bench.models.adapters import ADAPTERS, EXPERTS, RANK, Trainer
 from bench.models.turns import answer, forget_peak, in_turn, record, stopwatch
+from bench.place import RESULTS
 
-HERE = Path(__file__).resolve().parent
 SIZES = {"tiny": (384, 4), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}
 TOKENS = 32
 
@@ -61,7 +61,7 @@ def main(
     rounds: Annotated[int, typer.Option()] = 3,
     threads: Annotated[int, typer.Option()] = 2,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
-    results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="Folder.")] = RESULTS,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     where = torch.device(device)
@@ -70,7 +70,8 @@ def main(
         work(worker, size, batch, steps, where)
         return
     options = ["--size", size, "--batch", batch, "--steps", steps, "--threads", threads]
-    found = in_turn(__file__, list(ADAPTERS), [*options, "--device", device], rounds)
+    options += ["--device", device]
+    found = in_turn("bench.models.training_step", list(ADAPTERS), options, rounds)
     title = f"training step of Whisper {size}, {batch} x 30 s, {EXPERTS} experts of rank {RANK}"
     record("P4 model", title, found, results, where, threads)
 

@@ -1,12 +1,11 @@
-"""P7: transcribes the same real speech with this package and its peers: time, memory, WER.
+"""P7: transcription beside peers: time, memory, WER.
 
-    python bench/transcription.py --data ../shared/data/LibriSpeech/test-other [--model tiny.en]
-        [--clips 30] [--rounds 3] [--threads 2] [--device cpu] [--results bench/results]
+    python -m bench transcription --data LibriSpeech/test-other
 
-Everybody (recognisers.py) decodes greedily, unless its name says otherwise, in float32 on a CPU
-and float16 on a GPU, hears each clip by itself, without times, and says how long the transcription
-alone took: the model is loaded and warm. On a CPU the peak is that of the process, imports
-included.
+The same real speech for all. Everybody (recognisers.py) decodes greedily, unless its name says
+otherwise, in float32 on a CPU and float16 on a GPU, hears each clip by itself, without times, and
+says how long the transcription alone took: the model is loaded and warm. On a CPU the peak is that
+of the process, imports included.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from recognisers import RECOGNISERS
 
+from bench.models.clips import at_once, spread
+from bench.models.recognisers import RECOGNISERS
 from bench.models.turns import answer, in_turn, record, stopwatch
+from bench.place import RESULTS
 from saml_models.cli.options import Experts
 from saml_models.compress.checkpoint import save_saml
 from saml_models.data.corpora import load_corpus
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.text.wer import pooled, word_errors
-
-HERE = Path(__file__).resolve().parent
 
 
 def work(name: str, model: str, device: torch.device, threads: int, clips: Path) -> None:
@@ -55,7 +54,7 @@ def main(
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
     only: Annotated[str | None, typer.Option(help="Names in RECOGNISERS, by semicolons.")] = None,
     experts: Experts = None,
-    results: Annotated[Path, typer.Option(help="Folder.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="Folder.")] = RESULTS,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
     audio: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -66,8 +65,7 @@ def main(
         return
     if data is None:
         raise typer.BadParameter("needs --data")
-    utterances = [u for u in load_corpus(data) if len(u.load()) <= 30 * 16000]
-    utterances = utterances[:: max(1, len(utterances) // clips)][:clips]
+    utterances = spread(at_once(load_corpus(data)), clips)
     seconds = sum(len(u.load()) for u in utterances) / 16000
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "clips.npz"
@@ -75,7 +73,7 @@ def main(
         quantise(model, experts, stored.with_name("quantised"))
         options = ["--model", model, "--audio", stored, "--threads", threads, "--device", device]
         names = only.split(";") if only else list(RECOGNISERS)
-        rows, skipped = in_turn(__file__, names, options, rounds)
+        rows, skipped = in_turn("bench.models.transcription", names, options, rounds)
     for row in rows:
         texts = row.pop("texts")
         row["real_time_factor"] = round(row["seconds"] / seconds, 5)

@@ -1,7 +1,7 @@
 """Whole models: each contender in a process of its own, in turn (A B C A B C ...).
 
-A script of bench/ starts itself again as a worker, `script --worker NAME ...`; the worker prints
-what `answer` makes as its last line. A process of its own gives each its own peak memory and
+A module here starts itself again as a worker, `python -m MODULE --worker NAME ...`; the worker
+prints what `answer` makes as its last line. A process of its own gives each its own peak memory and
 threads, and one that cannot run takes nobody along.
 """
 
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.layers.harness import Results
+from bench.place import as_module, environment
 from bench.report.environment import result_path
+from bench.report.file import Results
 from bench.report.tables import tables
 
 __all__ = ["answer", "forget_peak", "in_turn", "record", "stopwatch"]
@@ -61,11 +62,11 @@ def answer(device: torch.device, seconds: float, **more: Any) -> None:
     print(json.dumps({"seconds": seconds, "peak_megabytes": round(peak, 1), **more}))
 
 
-def in_turn(script: str | Path, names: Sequence[str], options: Sequence[Any], rounds: int) -> Rows:
-    """Run every contender of a script `rounds` times, in turn.
+def in_turn(module: str, names: Sequence[str], options: Sequence[Any], rounds: int) -> Rows:
+    """Run every contender of a module `rounds` times, in turn.
 
     Args:
-        script: is started with `--worker NAME` and `options`.
+        module: is started with `--worker NAME` and `options`.
         names: contenders.
         options: for every worker.
         rounds: answers of each.
@@ -81,8 +82,8 @@ def in_turn(script: str | Path, names: Sequence[str], options: Sequence[Any], ro
         for name in names:
             if name in skipped:
                 continue
-            call = [sys.executable, str(script), "--worker", name, *map(str, options)]
-            done = subprocess.run(call, capture_output=True, text=True)
+            call = [*as_module(module), "--worker", name, *map(str, options)]
+            done = subprocess.run(call, capture_output=True, text=True, env=environment())
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 skipped[name] = lines[-1]
@@ -115,9 +116,9 @@ def record(
     """Add rows to the device's file of the day under `work`, and print them."""
     torch.set_num_threads(threads)  # part of a CPU's name
     path = result_path(folder, device)
-    results = Results(device, None, path)
+    results = Results(device, {}, path)
     rows, skipped = found
-    results.add(work, rows, skipped, title)
+    results.add(work, title, rows, skipped)
     console = Console()
     for table in tables({**results.data, "works": {work: results.data["works"][work]}}):
         console.print(table)

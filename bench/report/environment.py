@@ -7,13 +7,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.place import REPOSITORY
 from saml_kernels.backends.cpu.backend import native_status
+from saml_models.runtime.machine import installed, processor
 
 __all__ = ["about", "device_name", "result_path"]
 
@@ -21,7 +22,6 @@ PACKAGES = (
     "saml-kernels", "torch", "triton", "transformers", "bitsandbytes", "peft", "gemlite", "torchao",
     "faster-whisper", "openai-whisper", "lorafusion", "axolotl", "unsloth",
 )  # fmt: skip
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def device_name(device: torch.device) -> str:
@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
-    return f"{_processor()}, {count} thread{'s' * (count > 1)}"
+    return f"{processor()}, {count} thread{'s' * (count > 1)}"
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def about(device: torch.device) -> dict[str, Any]:
         "device": device_name(device), "type": device.type, "date": time.strftime("%Y-%m-%d"),
         "commit": os.environ.get("SAML_COMMIT")
         or _output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]),
-        "python": platform.python_version(), "versions": _versions(),
+        "python": platform.python_version(),
+        "versions": {package: installed(package) for package in PACKAGES},
     }  # fmt: skip
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit"]
@@ -53,24 +54,6 @@ def result_path(folder: Path, device: torch.device) -> Path:
     name = "".join(c if c.isalnum() else "-" for c in device_name(device).lower())
     name = "-".join(part for part in name.split("-") if part)
     return folder / f"{name}-{time.strftime('%Y-%m-%d')}.json"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _output(command: Sequence[str]) -> str | None:

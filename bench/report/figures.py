@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.tables import geometric
-from saml_kernels.errors import needs
 from saml_kernels.files import write_figure
+from saml_models.evaluation.figures import new_figure
 
 __all__ = ["plot_layers", "plot_wer"]
 
@@ -27,7 +27,7 @@ def plot_layers(data: dict[str, Any], path: Path) -> bool:
     rows = [r for entry in data["works"].values() for r in entry["rows"] if "m" in r]
     if not rows:
         return False
-    figure = _figure(13.0, 5.5)
+    figure = new_figure(13.0, 5.5)
     left, right = figure.subplots(1, 2)
     names = dict.fromkeys(r["contender"] for r in rows)
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
@@ -89,7 +89,7 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     Raises:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = _figure(7.0, 4.5)
+    figure = new_figure(7.0, 4.5)
     axes = figure.subplots()
     marks = {"full_precision": "s", "quantised": "v", "experts": "o", "adapted": "*"}
     for i, (name, result) in enumerate(results):
@@ -112,9 +112,3 @@ def _plain_numbers(axis: Any) -> None:
     """On a logarithmic axis: no powers of ten, and only as many numbers as fit side by side."""
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
-
-
-def _figure(width: float, height: float) -> Any:
-    with needs("the figure", "figures"):
-        from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")

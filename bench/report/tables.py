@@ -37,7 +37,7 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
             assert data["about"]["device"] and data["works"] is not None
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise SAMLError(
-                f"{path}: not a file of benchmark results; `saml bench --json` writes one"
+                f"{path}: not a file of benchmark results; `python -m bench --json` writes one"
             ) from error
         found.append(data)
     return found
@@ -176,7 +176,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             told = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
             lines += [f"Not run: {told}.", ""]
     if not any(d["about"]["type"] == "cuda" for d in newest.values()):
-        lines += ["GPU rows: not run, no GPU so far; `python bench/gpu_check.py` writes them.", ""]
+        lines += ["GPU rows: not run, no GPU so far; `python -m bench gpu` writes them.", ""]
     return "\n".join(lines)
 
 

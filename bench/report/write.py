@@ -1,9 +1,9 @@
-"""Figures from the files of results, and the README's table from the same, never by hand.
+"""Figures and the README's table from files of results.
 
-    python bench/report.py [--results bench/results] [--readme README.md]
+    python -m bench report
 
-<device>-<date>.json (of `saml bench`, `pytest bench`, the rest) become PNGs,
-wer-*.json (`saml evaluate --json`) one of WER against bytes. The README gets the newest file of
+Nothing is written by hand: <device>-<date>.json (of `python -m bench`, `pytest bench`) become PNGs,
+wer-*.json (of `saml evaluate --json`) one of WER against bytes. The README gets the newest file of
 each device.
 """
 
@@ -15,15 +15,14 @@ from typing import Annotated
 
 import typer
 
+from bench.place import REPOSITORY, RESULTS
 from bench.report.figures import plot_layers, plot_wer
 from bench.report.tables import load, markdown, write_readme
 
-HERE = Path(__file__).resolve().parent
-
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = HERE / "results",
-    readme: Annotated[Path, typer.Option()] = HERE.parent / "README.md",
+    results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = RESULTS,
+    readme: Annotated[Path, typer.Option()] = REPOSITORY / "README.md",
 ) -> None:
     files = sorted(results.glob("*.json"))
     timed = [f for f in files if "works" in json.loads(f.read_text())]
@@ -38,7 +37,3 @@ def main(
         print(f"figure: {figure}")
     changed = write_readme(readme, markdown(load(timed)))
     print(f"{readme}: {'rewritten' if changed else 'unchanged'}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,154 +1,116 @@
-"""`saml bench`: layers beside their peers on this machine, and tuning for it."""
+"""The command `saml bench`: tuning for this GPU; in a clone also the door to its benchmark."""
 
 from __future__ import annotations
 
 import sys
+import tomllib
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from saml_models.cli.options import Overwrite
+from saml_models.cli.output import progress
 
-if TYPE_CHECKING:
-    from bench.layers.cases import Case
+__all__ = ["DOOR", "bench"]
 
-__all__ = ["bench"]
-
-TUNED_WIDTH = 384
+TUNED_WIDTH, TUNING_MINUTES = 384, 9.0
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = "saml-kernels"
+# How `bench` is registered: what it does not know is for the benchmark's own commands.
+DOOR: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 
 
 def bench(
-    work: Annotated[str | None, typer.Option(help="P1, P2, ..., by commas; default all.")] = None,
-    full: Annotated[bool, typer.Option(help="Every width and number of tokens.")] = False,
+    ctx: typer.Context,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure tiles for this GPU; keep the best.")
+    ] = False,
     width: Annotated[int | None, typer.Option(min=32, help="d: 384 tiny, 512 base, ...")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Rows, by commas.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, max=64)] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=256)] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.")] = None,
-    cpu_level: Annotated[
-        str | None, typer.Option(help="'portable C' or AVX2, to time another CPU's code.")
-    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is.")] = None,
-    json_file: Annotated[
-        Path, typer.Option("--json", help="Results; a PNG is drawn beside them.")
-    ] = Path("saml-bench.json"),
-    minutes: Annotated[float, typer.Option(min=0.1, help="Nothing is started later.")] = 9.0,
-    tune: Annotated[bool, typer.Option(help="Measure tiles for this GPU; keep the best.")] = False,
-    overwrite: Overwrite = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Nothing is started later.")
+    ] = None,
+    help: Annotated[bool, typer.Option("--help", help="Show this and exit.")] = False,
 ) -> None:
-    """Time linear layers with experts beside their peers and the roofline; or tune the kernels.
+    """Tune the kernels with --tune; without it, run the benchmark of a clone of the repository.
 
-    The contenders of a shape run in turn (A B C A B C ...) from cold caches; results are checked
-    against float64. Peers that are installed take part: bitsandbytes, peft, gemlite, torchao.
+    In a clone `saml bench NAME ...` is `python -m bench NAME ...`; without a NAME it times layers
+    beside their peers.
     """
+    from saml_kernels.errors import SAMLError
+
+    if tune and not help:
+        if ctx.args:
+            raise SAMLError(
+                f"bench --tune: {ctx.args[0]}: expected --width, --device or --minutes alone"
+            )
+        d = width or TUNED_WIDTH
+        _tune([(d, d), (4 * d, d), (d, 4 * d)], device, minutes or TUNING_MINUTES)
+        return
+    if help and (tune or not _in_clone()):
+        typer.echo(ctx.get_help())
+        return
+    if not _in_clone():
+        raise SAMLError(
+            "bench: without --tune it needs a clone of the repository, whose benchmark is not "
+            "installed: clone it and run `python -m bench` there"
+        )
+    given = {"--width": width, "--device": device, "--minutes": minutes}
+    options = [word for name, value in given.items() if value is not None
+               for word in (name, str(value))]  # fmt: skip
+    door: Any = _load("bench", ROOT / "bench")
+    door.run(door.app, [*ctx.args, *options, *["--help"] * help], ctx)
+
+
+def _in_clone() -> bool:
+    """Whether these packages lie in a clone: beside `bench/` and this project's pyproject.toml."""
+    project = ROOT / "pyproject.toml"
+    if not project.is_file() or not (ROOT / "bench" / "__main__.py").is_file():
+        return False
+    try:
+        return tomllib.loads(project.read_text("utf-8"))["project"]["name"] == PROJECT
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _load(name: str, folder: Path) -> Any:
+    """The module `app` of a package in `folder`, which no search path leads to."""
+    if name not in sys.modules:
+        spec = spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return import_module(f"{name}.app")
+
+
+def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> None:
     import torch
 
-    from saml_kernels.errors import SAMLError
-
-    rows = _numbers("--tokens", tokens)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise SAMLError(f"--device {device}: no CUDA device here")
-    if threads:
-        torch.set_num_threads(threads)
-    if cpu_level:
-        from saml_kernels.backends.cpu import native
-
-        if cpu_level not in native.LEVELS:
-            raise SAMLError(f"--cpu-level {cpu_level}: expected one of {', '.join(native.LEVELS)}")
-        native.select(cpu_level)
-    if tune:
-        d = width or TUNED_WIDTH
-        _tune([(d, d), (4 * d, d), (d, 4 * d)], where, minutes)
-        return
-    from bench.layers.cases import WORKS, cases_of
-    from saml_kernels.files import check_output, is_figure, is_json
-
-    check_output(json_file, is_json("about", "works"), overwrite)
-    check_output(json_file.with_suffix(".png"), is_figure, overwrite)
-    names = [n.strip() for n in work.split(",")] if work else list(WORKS)
-    unknown = [n for n in names if n not in WORKS]
-    if unknown:
-        raise SAMLError(f"--work {unknown[0]}: expected some of {', '.join(WORKS)}")
-    widths = [width] if width else None
-    cases = [
-        case
-        for name in names
-        for case in cases_of(name, where.type, not full, widths, rows, experts, rank)
-    ]
-    _run(cases, where, rounds, not full, json_file, minutes)
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    from saml_kernels.errors import SAMLError
-
-    if text is None:
-        return None
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise SAMLError(f"{option} {text}: expected positive integers by commas, as in 1,16,1500")
-    return found
-
-
-def _run(
-    cases: list[Case], device: Any, rounds: int, short: bool, path: Path, minutes: float
-) -> None:
-    from bench.layers.harness import Results, Setting, run_cases
-    from bench.report.figures import plot_layers
-    from bench.report.tables import tables
-    from saml_kernels.errors import SAMLError
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring the roofs", total=len(cases))
-        setting = Setting(device, rounds, short)
-        results = Results(device, setting.roofs, path)
-        started = -1
-
-        def on_case(case: Case) -> None:
-            nonlocal started
-            started += 1
-            progress.update(task, completed=started, description=case.label)
-
-        complete = run_cases(cases, setting, results, minutes, on_case)
-    console = Console(file=sys.stdout)
-    for table in tables(results.data):
-        console.print(table)
-    if device.type == "cpu":
-        console.print("GPU rows: not run: no CUDA device was used")
-    if not complete:
-        console.print(f"stopped after {minutes:g} minutes; --minutes allows more")
-    typer.echo(f"written: {path}")
-    figure = path.with_suffix(".png")
-    try:
-        if plot_layers(results.data, figure):
-            typer.echo(f"figure: {figure}")
-    except SAMLError as error:
-        # The numbers are safe; a missing drawing library must not lose them.
-        typer.echo(f"no figure: {error}")
-
-
-def _tune(shapes: list[tuple[int, int]], device: Any, minutes: float) -> None:
     from saml_kernels.backends.triton import backend as triton
     from saml_kernels.errors import SAMLError
 
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise SAMLError(f"--device {device}: no CUDA device here")
     reason = triton.why_unavailable()
-    if reason or device.type != "cuda":
+    if reason or where.type != "cuda":
         raise SAMLError(f"bench --tune: {reason or 'it measures a GPU; pass --device cuda'}")
     from saml_kernels.backends.triton.tuning import tune
 
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("tuning")
+    with progress("tuning") as show:
 
         def on_row(done: int, total: int, row: dict[str, Any]) -> None:
-            what = f"{row['direction']} {row['m']} x {row['n']} x {row['k']}: {row['route']}"
-            progress.update(task, completed=done, total=total, description=what)
+            show(
+                done, total, f"{row['direction']} {row['m']} x {row['n']} x {row['k']}: "
+                f"{row['route']}",
+            )  # fmt: skip
 
-        path, done = tune(shapes, device=device, minutes=minutes, on_row=on_row)
+        path, done = tune(shapes, device=where, minutes=minutes, on_row=on_row)
     typer.echo(f"written: {path} ({done} rows); every later run on this GPU uses it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from saml_kernels.backends.registry import PREFERRED, why_unavailable
 from saml_kernels.errors import SAMLError, install
 from saml_models.models.whisper.wheels import OFFLINE_MODELS, find_model
 from saml_models.runtime.devices import mixed_precision
+from saml_models.runtime.machine import installed, processor
 
 __all__ = ["report"]
 
@@ -25,10 +25,10 @@ def report() -> list[tuple[str, str]]:
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     rows = [
-        ("saml-kernels", _installed("saml-kernels")),
+        ("saml-kernels", installed("saml-kernels")),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()}"),
-        ("transformers", _installed("transformers")),
+        ("transformers", installed("transformers")),
         ("cpu instructions", f"{native_status()}; torch: {_torch_level()}"),
     ]
     for device in devices:
@@ -36,9 +36,9 @@ def report() -> list[tuple[str, str]]:
     if len(devices) == 1:
         rows.append(("cuda", "no CUDA device: everything runs on the CPU"))
     rows += [
-        ("triton", f"{_installed('triton')}; backend: {why_unavailable('triton') or 'available'}"),
-        ("bitsandbytes", f"{_installed('bitsandbytes')} (optional: import and export of weights)"),
-        ("faster-whisper", f"{_installed('faster-whisper')} (optional: its model folders load)"),
+        ("triton", f"{installed('triton')}; backend: {why_unavailable('triton') or 'available'}"),
+        ("bitsandbytes", f"{installed('bitsandbytes')} (optional: import and export of weights)"),
+        ("faster-whisper", f"{installed('faster-whisper')} (optional: its model folders load)"),
     ]
     rows += [(f"model {name}", _offline(name)) for name in OFFLINE_MODELS]
     rows.append(("model cache", _cache()))
@@ -48,7 +48,7 @@ def report() -> list[tuple[str, str]]:
 def _device(device: torch.device) -> str:
     precision = f"trains in mixed precision {mixed_precision(device)!r}"
     if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()}; {precision}"
+        return f"{processor()}; {precision}"
     properties = torch.cuda.get_device_properties(device)
     capability = f"compute capability {properties.major}.{properties.minor}"
     return (
@@ -65,13 +65,6 @@ def _backend(device_type: str) -> str:
 
 def _torch_level() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _offline(name: str) -> str:

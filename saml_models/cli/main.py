@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from saml_models.cli.adapt import adapt
 from saml_models.cli.app import app
-from saml_models.cli.bench import bench
+from saml_models.cli.bench import DOOR, bench
 from saml_models.cli.doctor import doctor
 from saml_models.cli.evaluate import demo, evaluate
 from saml_models.cli.quantize import quantize
@@ -18,5 +18,5 @@ from saml_models.cli.transcribe import transcribe
 __all__ = ["app"]
 
 for command in (transcribe, adapt, evaluate, pretrain, quantize, bench, demo, doctor):
-    app.command()(command)
+    app.command(**(DOOR if command is bench else {}))(command)
 app.add_typer(speakers, name="speakers")

@@ -8,7 +8,7 @@ from typing import Any
 from saml_kernels.errors import needs
 from saml_kernels.files import write_figure
 
-__all__ = ["plot_pruning", "plot_speakers"]
+__all__ = ["new_figure", "plot_pruning", "plot_speakers"]
 
 _SHOWN = {
     "full_precision": ("full precision", "#4c566a"),
@@ -24,9 +24,8 @@ def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
     Raises:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
-    figure_class = _figure()
     names = list(result["speakers"])
-    figure = figure_class(figsize=(max(6.0, 1.0 + 0.9 * len(names)), 4.0), layout="constrained")
+    figure = new_figure(max(6.0, 1.0 + 0.9 * len(names)), 4.0)
     axes = figure.subplots()
     width = 0.8 / len(_SHOWN)
     for i, (system, (label, colour)) in enumerate(_SHOWN.items()):
@@ -57,7 +56,7 @@ def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
     layers, curve = result["layers"], result["curve"]
-    figure = _figure()(figsize=(10.0, max(4.0, 0.13 * len(layers))), layout="constrained")
+    figure = new_figure(10.0, max(4.0, 0.13 * len(layers)))
     left, right = figure.subplots(1, 2)
     left.plot([p["experts"] for p in curve], [p["wer"] for p in curve], "o-", color="#2e7d4f")
     left.set_xlabel("experts kept, of all layers")
@@ -73,7 +72,12 @@ def plot_pruning(result: dict[str, Any], path: str | Path) -> None:
     write_figure(path, figure, dpi=150)
 
 
-def _figure() -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of that many inches.
+
+    Raises:
+        SAMLError: matplotlib is not installed.
+    """
     with needs("the figure", "figures"):
         from matplotlib.figure import Figure
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")

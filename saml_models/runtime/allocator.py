@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     A training step frees and asks again for the same blocks of many megabytes. By default glibc
     maps each anew, and the kernel clears it page by page; without that a step of tiny.en took 0.72
-    of the time (bench/training_memory.py, one thread of a busy two-core AMD EPYC). The process
-    keeps its peak memory until it ends.
+    of the time (`python -m bench training-memory`, one thread of a busy two-core AMD EPYC). The
+    process keeps its peak memory until it ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -24,7 +24,7 @@ from saml_models.speakers.profile import SpeakerProfile
 
 __all__ = ["THRESHOLD", "Match", "distance", "embed", "identify"]
 
-# `python bench/identification.py`, 26 development speakers with five clips of each enrolled: the
+# `python -m bench identification`, 26 development speakers with five clips of each enrolled: the
 # nearest is the right one for 96 % of the clips; here 9 % are turned away, and a stranger, who has
 # 25 chances, is taken for somebody in 32 %. Fewer enrolled are fewer chances.
 THRESHOLD = 0.225

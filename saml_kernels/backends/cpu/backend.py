@@ -1,6 +1,6 @@
 """The CPU backend.
 
-Forward takes one of two ways, whichever was measured to be faster (`saml bench --work P6`):
+Forward takes one of two ways, whichever was measured to be faster (`python -m bench --work P6`):
 
 * native: one pass over the packed weight in compiled code, the experts and a token's router
   included (native.py, native.c);

@@ -324,7 +324,7 @@ static void any_tile(const Tile *t, int rows, int64_t ms, int format, float *sum
 /* Whether codes are decoded in registers, as they are multiplied. */
 static int in_registers(const LinearJob *job) {
 #ifdef SAML_X86
-    return job->m <= (level == HAS_AVX512 ? 24 : 16); /* as measured, bench/cpu_linear.py */
+    return job->m <= (level == HAS_AVX512 ? 24 : 16); /* as measured, python -m bench cpu-operator */
 #else
     (void)job;
     return 0;

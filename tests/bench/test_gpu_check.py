@@ -1,4 +1,4 @@
-"""What bench/gpu_check.py does, without a GPU: its steps at small sizes, its limits, its files."""
+"""`python -m bench gpu` without a GPU: its steps at small sizes, its limits, its files."""
 
 import json
 import os
@@ -13,44 +13,30 @@ import pytest
 import torch
 from synthetic import small_whisper
 
+from bench.gpu import check, checks, counters, models, results
 from bench.layers.roofline import Roofs
+from bench.place import as_module, environment
 from saml_kernels import SAMLConfig
 from saml_kernels.backends import reference
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")
 pytest.importorskip("triton")
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import gpu_check
-    import gpu_checks
-    import gpu_counters
-    import gpu_models
-    import gpu_results
-
-    return SimpleNamespace(
-        check=gpu_check, checks=gpu_checks, counters=gpu_counters, models=gpu_models,
-        results=gpu_results,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def small(scripts, tmp_path):
+def small(tmp_path):
     """A step's setting on the CPU."""
-    return scripts.check.Setting(CPU, tmp_path / "results", 500.0, True, False, None, None)
+    return check.Setting(CPU, tmp_path / "results", 500.0, True, False, None, None)
 
 
 def read(setting, name):
     return json.loads((setting.results / f"{name}.json").read_text())
 
 
-def test_the_kernels_tests_are_found(scripts):
-    names, said = scripts.checks.collected()
+def test_the_kernels_tests_are_found():
+    names, said = checks.collected()
     assert len(names) >= 100, said
     assert any("random_shapes" in n for n in names) and any("test_lookup" in n for n in names)
 
@@ -77,27 +63,27 @@ RACES = "small case: done\n========= RACECHECK SUMMARY: {} hazards displayed ({}
         ("racecheck", 9, RACES.format(2, "1 error, 1 warning"), "failed: small case"),
     ],
 )  # fmt: skip
-def test_verdict(tool, code, output, expected, scripts):
-    assert scripts.checks.verdict(tool, code, output).startswith(expected)
+def test_verdict(tool, code, output, expected):
+    assert checks.verdict(tool, code, output).startswith(expected)
 
 
-def test_sanitizers_that_take_too_long_have_not_run(scripts, monkeypatch):
+def test_sanitizers_that_take_too_long_have_not_run(monkeypatch):
     def run(command, timeout, **how):
         if "compute-sanitizer" in command[0]:
             raise subprocess.TimeoutExpired(command, timeout)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(scripts.checks.shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(scripts.checks.subprocess, "run", run)
-    found = scripts.checks.sanitize()
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(checks.subprocess, "run", run)
+    found = checks.sanitize()
     assert found["small case"] == "passed"
     assert found["memcheck"] == found["racecheck"] == "not run: unfinished after 75 s"
 
     def late(command, timeout, **how):
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(scripts.checks.subprocess, "run", late)
-    assert scripts.checks.sanitize() == {"small case": "unfinished after 180 s"}
+    monkeypatch.setattr(checks.subprocess, "run", late)
+    assert checks.sanitize() == {"small case": "unfinished after 180 s"}
 
 
 @pytest.mark.parametrize(
@@ -109,42 +95,42 @@ def test_sanitizers_that_take_too_long_have_not_run(scripts, monkeypatch):
         ({"small case": "failed: no kernel"}, 1),
     ],
 )
-def test_what_sanitizers_find(found, code, scripts, small, monkeypatch):
-    monkeypatch.setattr(scripts.checks, "sanitize", lambda: found)
-    assert scripts.check.perform("sanitizers", small)[0] == code
+def test_what_sanitizers_find(found, code, small, monkeypatch):
+    monkeypatch.setattr(checks, "sanitize", lambda: found)
+    assert check.perform("sanitizers", small)[0] == code
     assert read(small, "sanitizers")["sanitizers"] == found
 
 
-def test_the_tuning_table_is_copied_if_there_is_one(scripts, small, tmp_path, monkeypatch):
+def test_the_tuning_table_is_copied_if_there_is_one(small, tmp_path, monkeypatch):
     table = tmp_path / "table.json"
     monkeypatch.setattr(
         "saml_kernels.backends.triton.tuning.tune", lambda shapes, device, minutes: (table, 0)
     )
     traits = "saml_kernels.backends.triton.configs.device_traits"
     monkeypatch.setattr(traits, lambda device: ("sm_90", 132, "x"))
-    assert scripts.check.perform("tune", small) == (scripts.check.NOT_RUN, "no time for a row")
+    assert check.perform("tune", small) == (check.NOT_RUN, "no time for a row")
     assert not small.results.exists()
     table.write_text("{}")
-    assert scripts.check.perform("tune", small)[0] == 0
+    assert check.perform("tune", small)[0] == 0
     assert [p.name for p in small.results.iterdir()] == ["sm_90.json"]
     assert (small.results / "sm_90.json").read_text() == "{}"
 
 
-def test_everything_gets_its_least_within_five_minutes(scripts):
-    steps, budget = scripts.check.STEPS, 4.8 * 60
+def test_everything_gets_its_least_within_five_minutes():
+    steps, budget = check.STEPS, 4.8 * 60
     left = budget
     for i, step in enumerate(steps):
-        limit = scripts.check.limit_of(step, steps[i + 1 :], left)
+        limit = check.limit_of(step, steps[i + 1 :], left)
         assert step.least <= limit <= step.most
         left -= limit
     assert left >= 0 and budget < 300
     files = {"layers" if s.name.startswith("P") else s.name for s in steps}
     assert len(files) <= 8
     # With less, the first come first; who could not be served anyway is not saved for.
-    step, large = scripts.check.Step("a", 20, 60), scripts.check.Step("b", 30, 60)
-    assert scripts.check.limit_of(step, [large], 55.0) == 25.0
-    assert scripts.check.limit_of(step, [large], 45.0) == 45.0
-    assert scripts.check.limit_of(step, [large], 19.0) is None
+    step, large = check.Step("a", 20, 60), check.Step("b", 30, 60)
+    assert check.limit_of(step, [large], 55.0) == 25.0
+    assert check.limit_of(step, [large], 45.0) == 45.0
+    assert check.limit_of(step, [large], 19.0) is None
 
 
 SCRIPT = """
@@ -165,13 +151,13 @@ print(f"all is well with {seconds:.0f} s")
 """
 
 
-def test_no_step_stops_another(scripts, tmp_path, capsys):
+def test_no_step_stops_another(tmp_path, capsys):
     script, pid = tmp_path / "script.py", tmp_path / "pid"
     script.write_text(SCRIPT)
-    step, call = scripts.check.Step, [sys.executable, str(script), str(pid)]
+    step, call = check.Step, [sys.executable, str(script), str(pid)]
     steps = [step("long", 1, 3), step("broken", 1, 50), step("absent", 1, 50)]
     steps += [step("fine", 1, 50), step("large", 500, 600)]
-    found = scripts.check.run_steps(steps, call, 100.0)
+    found = check.run_steps(steps, call, 100.0)
     ended = {outcome.step: (outcome.ended, outcome.said) for outcome in found}
     assert ended["long"] == ("stopped", "not done in 3 s; its file has what it had found")
     assert ended["broken"] == ("failed", "RuntimeError: no kernel image")
@@ -184,8 +170,8 @@ def test_no_step_stops_another(scripts, tmp_path, capsys):
 
 
 def test_unknown_steps_are_refused():
-    call = [sys.executable, BENCH / "gpu_check.py", "--do", "P7"]
-    done = subprocess.run(call, capture_output=True, text=True)
+    call = [*as_module("bench"), "gpu", "--do", "P7"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment())
     assert done.returncode == 2 and done.stderr.startswith(
         "--do P7: expected some of shapes, suite"
     )
@@ -193,11 +179,11 @@ def test_unknown_steps_are_refused():
 
 @pytest.mark.slow
 def test_the_whole_script_on_a_cpu(tmp_path):
-    """Shapes and the suite under Triton's interpreter, and no host's program in this copy."""
-    call = [sys.executable, BENCH / "gpu_check.py", "--device", "cpu", "--small", "--minutes", "9"]
-    call += ["--do", "shapes,suite,models", "--results", tmp_path, "--commit", "abc"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(call, capture_output=True, text=True, env=environment)
+    """Shapes and the suite under Triton's interpreter, from a folder of the user's."""
+    call = [*as_module("bench"), "gpu", "--device", "cpu", "--small", "--minutes", "9"]
+    call += ["--do", "shapes,suite,models", "--results", "found", "--commit", "abc"]
+    where = {"env": environment(os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, **where)
     assert done.returncode == 0, done.stdout + done.stderr
     _, summary = done.stdout.split("Summary:\n")
     told = {line.split()[0]: line.partition(" s: ")[2] for line in summary.splitlines()[:-1]}
@@ -205,8 +191,8 @@ def test_the_whole_script_on_a_cpu(tmp_path):
         "shapes": "passed: 6 of 6 calls", "suite": "passed",
         "models": "no --model-folder; `saml quantize` makes one",
     }  # fmt: skip
-    assert {p.name for p in tmp_path.iterdir()} == {"shapes.json", "suite.json"}
-    data = json.loads((tmp_path / "shapes.json").read_text())
+    assert {p.name for p in (tmp_path / "found").iterdir()} == {"shapes.json", "suite.json"}
+    data = json.loads((tmp_path / "found" / "shapes.json").read_text())
     assert data["about"]["commit"] == "abc" and {"torch", "triton"} <= set(
         data["about"]["versions"]
     )
@@ -230,13 +216,13 @@ def specification(off=lambda *grads: grads):
 
 
 @pytest.mark.parametrize("gates", ["given", "sparse", "token"])
-def test_what_is_wrong_at_a_real_shape_is_found(gates, scripts, monkeypatch):
-    shape = scripts.checks.Shape(48, 64, 64, 4, 16, "float32", gates)
+def test_what_is_wrong_at_a_real_shape_is_found(gates, monkeypatch):
+    shape = checks.Shape(48, 64, 64, 4, 16, "float32", gates)
 
     def judge(forward, backward):
-        monkeypatch.setattr(scripts.checks, "forward", forward)
-        monkeypatch.setattr(scripts.checks, "backward", backward)
-        return scripts.checks.check_shape(shape, "split", "cpu")
+        monkeypatch.setattr(checks, "forward", forward)
+        monkeypatch.setattr(checks, "backward", backward)
+        return checks.check_shape(shape, "split", "cpu")
 
     right = judge(*specification())
     assert "failed" not in right and max(right["errors"].values()) < 1e-4
@@ -259,41 +245,39 @@ def test_what_is_wrong_at_a_real_shape_is_found(gates, scripts, monkeypatch):
     assert judge(broken, broken)["failed"] == "RuntimeError: out of resources"
 
 
-def test_real_shapes_begin_with_what_went_wrong(scripts):
-    first = scripts.checks.REAL_SHAPES[:4]
+def test_real_shapes_begin_with_what_went_wrong():
+    first = checks.REAL_SHAPES[:4]
     assert {(s.m, s.n, s.k, s.experts, s.rank) for s in first} == {(300, 512, 512, 4, 16)}
     assert {(s.dtype, s.gates) for s in first} == {
         (d, g) for d in ("float16", "bfloat16") for g in ("given", "token")
     }
 
 
-def test_layers_on_a_cpu(scripts, small, monkeypatch):
+def test_layers_on_a_cpu(small, monkeypatch):
     monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
     monkeypatch.setattr("bench.layers.harness.measure_roofs", lambda *where: Roofs(2e10, 5e10))
     for work in ("P9", "P11"):
-        code, said = scripts.check.perform(work, small)
+        code, said = check.perform(work, small)
         assert code == 0 and said.startswith("1 of 1 shapes")
     works = read(small, "layers")["works"]  # one file for all
     assert {r["router"] for r in works["P9"]["rows"]} == {"token"}
     assert {r["experts"] for r in works["P11"]["rows"]} == {0}
 
 
-def test_the_hosts_program_is_asked_if_it_is_there(scripts, small, tmp_path, monkeypatch):
-    assert scripts.check.HOST == "bench.layers.host"
-    monkeypatch.setattr(scripts.check, "HERE", tmp_path / "bench")
-    said = (scripts.check.NOT_RUN, "there is no bench.layers.host here")
-    assert scripts.check.perform("host", small) == said
-    program = tmp_path / "bench" / "layers" / "host.py"
-    program.parent.mkdir(parents=True)
+def test_the_hosts_program_is_asked(small, tmp_path, monkeypatch):
+    assert check.HOST == ("bench", "host")
+    monkeypatch.setattr(check, "HOST", ("some_host",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = tmp_path / "some_host.py"
     program.write_text(
         "import sys\n"
         "open(sys.argv[sys.argv.index('--json') + 1], 'w').write('[90.0]')\n"
         "print('90 us')"
     )
-    assert scripts.check.perform("host", small) == (0, "90 us")
+    assert check.perform("host", small) == (0, "90 us")
     assert read(small, "host")["host"] == [90.0] and "versions" in read(small, "host")["about"]
     program.write_text("raise SystemExit('no tensors')")
-    assert scripts.check.perform("host", small) == (1, "no tensors")
+    assert check.perform("host", small) == (1, "no tensors")
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +294,9 @@ def model_folder(tmp_path_factory, tiny_en):
     return folder
 
 
-def test_whole_models_on_a_cpu(scripts, small, model_folder, monkeypatch):
+def test_whole_models_on_a_cpu(small, model_folder, monkeypatch):
     monkeypatch.setattr("saml_kernels.timing.overwrite_caches", lambda device: None)
-    code, said = scripts.check.perform("models", replace(small, model_folder=model_folder))
+    code, said = check.perform("models", replace(small, model_folder=model_folder))
     assert code == 0, said
     found = read(small, "models")
     for part in ("encoder", "token", "training step"):
@@ -321,10 +305,10 @@ def test_whole_models_on_a_cpu(scripts, small, model_folder, monkeypatch):
     assert all(r["ratio"] > 0 for r in found["encoder"])
 
 
-def test_speech_on_a_cpu(scripts, small, model_folder, speech_root):
+def test_speech_on_a_cpu(small, model_folder, speech_root):
     clips = speech_root / "LibriSpeech" / "train-clean-5" / "163"
     setting = replace(small, model_folder=model_folder, speech=clips)
-    code, said = scripts.check.perform("speech", setting)
+    code, said = check.perform("speech", setting)
     assert code == 0, said
     found = read(small, "speech")
     assert found["clips"]["clips"] == len(found["clips"]["texts"]) == 2
@@ -332,23 +316,23 @@ def test_speech_on_a_cpu(scripts, small, model_folder, speech_root):
     assert found["clips"]["wer"] > 0 and found["adaptation"]["wer_after"] > 0
 
 
-def test_models_need_a_folder_and_speech(scripts, small, tmp_path):
-    assert scripts.check.perform("models", small)[0] == scripts.check.NOT_RUN
-    found = scripts.check.perform("speech", replace(small, model_folder=tmp_path))
-    assert found == (scripts.check.NOT_RUN, "no --speech")
+def test_models_need_a_folder_and_speech(small, tmp_path):
+    assert check.perform("models", small)[0] == check.NOT_RUN
+    found = check.perform("speech", replace(small, model_folder=tmp_path))
+    assert found == (check.NOT_RUN, "no --speech")
 
 
-def test_what_takes_too_long_is_broken_off(scripts):
+def test_what_takes_too_long_is_broken_off():
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match="not done in 0 s"), scripts.results.within(0.2):
+    with pytest.raises(TimeoutError, match="not done in 0 s"), results.within(0.2):
         time.sleep(60)
     assert time.monotonic() - started < 55
-    with scripts.results.within(60):
+    with results.within(60):
         pass
     time.sleep(0.01)  # nothing is left to go off
 
 
-def test_a_part_that_fails_or_takes_too_long_leaves_the_others(scripts, tmp_path):
+def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path):
     def late(place):
         raise TimeoutError("not done in 20 s")
 
@@ -357,15 +341,15 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(scripts, tmp_path
 
     parts = {"slow": late, "bad": fail, "good": lambda place: {"seconds": 2}}
     path = tmp_path / "models.json"
-    sheet, place = scripts.results.Sheet(path, CPU), scripts.models.Place(tmp_path, CPU, None)
-    said = scripts.models.measure(parts, place, sheet, 600.0)
+    sheet, place = results.Sheet(path, CPU), models.Place(tmp_path, CPU, None)
+    said = models.measure(parts, place, sheet, 600.0)
     assert said == (
         "slow failed: TimeoutError: not done in 20 s; bad failed: ValueError: no such layer; "
         "good seconds 2"
     )
     found = json.loads(path.read_text())
     assert found["good"] == {"seconds": 2} and found["bad"]["failed"] == "ValueError: no such layer"
-    said = scripts.models.measure(parts, place, sheet, 0.5)
+    said = models.measure(parts, place, sheet, 0.5)
     assert said.count("no time is left") == 3
 
 
@@ -379,18 +363,18 @@ small talk
 """
 
 
-def test_counters(scripts, monkeypatch):
-    monkeypatch.setattr(scripts.counters.shutil, "which", lambda name: None)
-    assert scripts.counters.counters() == {"P1": "not run: no ncu", "P2": "not run: no ncu"}
+def test_counters(monkeypatch):
+    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+    assert counters.counters() == {"P1": "not run: no ncu", "P2": "not run: no ncu"}
     answers = iter([(0, NCU, ""), (1, "==ERROR== ERR_NVGPUCTRPERM\n==WARNING== no kernels", "")])
 
     def run(command, **how):
         code, out, err = next(answers)
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
-    monkeypatch.setattr(scripts.counters.shutil, "which", lambda name: "/bin/ncu")
-    monkeypatch.setattr(scripts.counters.subprocess, "run", run)
-    found = scripts.counters.counters()
+    monkeypatch.setattr(counters.shutil, "which", lambda name: "/bin/ncu")
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    found = counters.counters()
     assert found["P2"] == "not run: ==ERROR== ERR_NVGPUCTRPERM"
     assert (found["P1"]["work"], found["P1"]["m"]) == ("P1", 1500)
     first, second = found["P1"]["kernels"]

@@ -1,4 +1,4 @@
-"""The one place that takes times, and the roofline beside them."""
+"""The one place that takes times, what is checked of them, and the roofline beside them."""
 
 import gc
 import statistics
@@ -8,9 +8,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from bench.layers.checks import peak_memory, poisoned_error
 from bench.layers.roofline import Cost, Roofs, linear_cost, measure_roofs
 from saml_kernels import timing
-from saml_kernels.timing import Timing, interleaved, peak_memory, poisoned_error, sample
+from saml_kernels.timing import Timing, interleaved, sample
 
 CPU = torch.device("cpu")
 

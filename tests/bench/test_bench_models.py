@@ -1,19 +1,18 @@
-"""Whole models in the benchmark: turns, what each peer trains, the scripts' refusals."""
+"""Whole models in the benchmark: turns, what each peer trains, refusals, the report."""
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from bench.layers.contenders import contenders
 from bench.layers.peers import _int4
+from bench.layers.registry import contenders
+from bench.models import adapters
 from bench.models.turns import answer, in_turn, record, stopwatch
+from bench.place import RESULTS, as_module, environment
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")
 
 SCRIPT = """
@@ -31,18 +30,11 @@ print('{"seconds": %f, "peak_megabytes": %f, "wer": 7.5}' % (seconds, turn))
 """
 
 
-@pytest.fixture
-def adapters(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import adapters
-
-    return adapters
-
-
-def test_workers_run_in_turn(tmp_path):
-    script, log = tmp_path / "script.py", tmp_path / "log"
-    script.write_text(SCRIPT)
-    rows, skipped = in_turn(script, ["a", "b", "c"], ["--log", log], rounds=3)
+def test_workers_run_in_turn(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    (tmp_path / "some_worker.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows, skipped = in_turn("some_worker", ["a", "b", "c"], ["--log", log], rounds=3)
     assert log.read_text() == "abcabab"  # what failed is not asked again
     assert skipped == {"c": "no such device"}
     a, b = rows
@@ -79,7 +71,7 @@ def test_rows_are_recorded_beside_the_layers(tmp_path, capsys):
         ("all parameters", None),
     ],
 )  # fmt: skip
-def test_every_way_to_train_learns(adapters, name, peer):
+def test_every_way_to_train_learns(name, peer):
     reason = peer and contenders()[peer].why_not(CPU)
     if reason:
         pytest.skip(reason)
@@ -103,25 +95,30 @@ def test_every_way_to_train_learns(adapters, name, peer):
     assert (count > 0.9 * total) if name == "all parameters" else (0 < count < 2 * total)
 
 
-def test_the_gpu_script_says_that_there_is_none():
+def door(*arguments, cwd):
+    """`python -m bench ...` from another folder."""
+    call = [*as_module("bench"), *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, env=environment(), cwd=cwd)
+
+
+def test_the_gpu_check_says_that_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, BENCH / "gpu_check.py"], capture_output=True, text=True)
+    done = door("gpu", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_check: no CUDA device; run it on a machine that has one"
+    assert done.stderr.strip() == "bench gpu: no CUDA device; run it on a machine that has one"
 
 
-def test_report_script_writes_figures_and_readme(tmp_path):
+def test_report_writes_figures_and_readme(tmp_path):
     results, readme = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
     readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
     row = {"contender": "saml", "seconds": 2.0, "quartiles": [1.5, 2.5], "peak_megabytes": 3.0}
     record("P8", "adapting", ([row], {}), results, CPU, torch.get_num_threads())
-    for path in (BENCH / "results").glob("wer-*.json"):
+    for path in RESULTS.glob("wer-*.json"):
         (results / path.name).write_text(path.read_text())
-    call = [sys.executable, BENCH / "report.py", "--results", results, "--readme", readme]
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = door("report", "--results", "results", "--readme", readme, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| saml | 2 | 1.5 to 2.5 | 3 |" in readme.read_text()
     assert {p.suffix for p in results.iterdir()} == {".json", ".png"}

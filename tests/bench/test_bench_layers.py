@@ -1,34 +1,23 @@
-"""The benchmark: what it times, who takes part, what it checks, and what is written from it."""
+"""Layers beside their peers: what is timed, who takes part, and what is checked."""
 
 import gc
 import json
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from bench.layers import harness
 from bench.layers.cases import WORKS, Case, cases_of
-from bench.layers.contenders import Layer, contenders, own_contenders
-from bench.layers.harness import Results, Setting, run_case, run_cases
+from bench.layers.contenders import Layer, own_contenders
+from bench.layers.harness import Setting, run_case, run_cases
+from bench.layers.registry import contenders
 from bench.layers.roofline import Roofs
 from bench.layers.stage import Stage
-from bench.report.figures import _bars, plot_layers, plot_wer
-from bench.report.tables import (
-    BEGIN,
-    END,
-    _cells,
-    geometric,
-    load,
-    markdown,
-    subjects,
-    tables,
-    write_readme,
-)
+from bench.report.file import Results
+from bench.report.tables import load, subjects
 from saml_kernels import SAMLError
 from saml_kernels.timing import sample
 
@@ -294,9 +283,9 @@ def test_compiled_reference(case):
 def test_results_are_written_as_they_come_and_kept(tmp_path):
     path = tmp_path / "results.json"
     cases = [Case("P2", "eager", 2, 64, 64), Case("P6", "eager", 3, 64, 64)]
-    first = Results(CPU, ROOFS, path)
+    first = Results(CPU, ROOFS.to_dict(), path)
     assert run_cases(cases, setting(), first)
-    again = Results(CPU, ROOFS, path)
+    again = Results(CPU, ROOFS.to_dict(), path)
     assert not run_cases([cases[1]], setting(), again, minutes=-1.0)
     assert again.data["unfinished"] == "stopped after -1 minutes"
     run_cases([cases[1]], setting(), again)
@@ -306,114 +295,6 @@ def test_results_are_written_as_they_come_and_kept(tmp_path):
     assert (p6["bandwidth_gb_s"], p6["rate_gflop_s"]) == (20.0, 50.0)
     assert data["about"]["versions"]["torch"] == torch.__version__
     assert len(load([path])) == 1
-
-
-def fixture():
-    """Two layers of one work, a whole model, and what was left out: figures made up."""
-
-    def row(k, contender, median, **ratios):
-        return {
-            "work": "P2", "mode": "graph", "m": 1, "n": 512, "k": k, "experts": 4, "rank": 16,
-            "contender": contender, "median_us": median, "low_us": median, "high_us": median,
-            "floor_us": 1.0, "of_roofline": 1 / median, "peak_bytes": 1e6, "ratios": ratios,
-        }  # fmt: skip
-
-    layers = [
-        row(512, "dense", 4.0), row(512, "saml + experts", 2.0, dense=0.5, bitsandbytes=0.8),
-        row(512, "bitsandbytes + gated PEFT", 9.0) | {"peak_bytes": 4e6},
-        row(2048, "dense", 4.0), row(2048, "saml + experts", 8.0, dense=2.0, bitsandbytes=0.2),
-    ]  # fmt: skip
-    model = {"contender": "saml", "seconds": 12.5, "quartiles": [12.0, 13.0], "wer": 7.1}
-    return {
-        "about": {
-            "device": "Some GPU", "type": "cuda", "date": "2026-01-02",
-            "versions": {"torch": "2.13.0"},
-        },
-        "works": {
-            "P2": {"title": "decoding", "rows": layers, "skipped": {"GemLite INT4": "absent"}},
-            "P7": {"title": "transcription", "rows": [model], "skipped": {}},
-        },
-    }  # fmt: skip
-
-
-def test_markdown_by_hand():
-    text = markdown([fixture()])
-    assert text == (
-        "**Some GPU**, 2026-01-02, torch 2.13.0:\n\n"
-        "| layers with experts | of the roofline | / dense | / bitsandbytes | / + gated PEFT "
-        "| / 1 speaker | memory / + gated PEFT |\n|---|---|---|---|---|---|---|\n"
-        "| decoding, graph, 1 token, 4 experts of rank 16 | 0.25 (0.12 to 0.50) "
-        "| 1.00 (0.50 to 2.00) | 0.40 (0.20 to 0.80) | - | - | 0.25 |\n\n"
-        "| P7: transcription | seconds | quartiles | WER % |\n|---|---|---|---|\n"
-        "| saml | 12.5 | 12 to 13 | 7.1 |\n\n"
-        "Not run: GemLite INT4 (absent).\n"
-    )
-    assert geometric([0.5, 2.0]) == pytest.approx(1.0)
-
-
-def test_only_the_newest_of_a_device_and_no_gpu_is_said():
-    old, new = fixture(), fixture()
-    old["about"]["date"] = "2025-12-31"
-    for data in (old, new):
-        data["about"]["type"] = "cpu"
-    text = markdown([new, old])
-    assert "2026-01-02" in text and "2025-12-31" not in text
-    assert "GPU rows: not run" in text and "gpu_check.py" in text
-
-
-def test_the_readme_is_written_between_its_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    text = markdown([fixture()])
-    assert write_readme(readme, text) and not write_readme(readme, text)
-    assert readme.read_text() == f"before\n{BEGIN}\n{text.strip()}\n{END}\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(SAMLError, match="holds no line"):
-        write_readme(readme, text)
-
-
-def test_this_repositorys_readme_is_what_its_results_say():
-    root = Path(__file__).resolve().parent.parent
-    files = sorted((root / "bench" / "results").glob("*.json"))
-    timed = [f for f in files if "works" in json.loads(f.read_text())]
-    table = (root / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
-    assert table.strip() == markdown(load(timed)).strip()
-
-
-def test_graphs_and_eager_calls_are_told_apart():
-    data = fixture()
-    rows = data["works"]["P2"]["rows"]
-    rows += [r | {"mode": "eager", "ratios": {"dense": 3.0}} for r in rows]
-    told = {what.partition(",")[0]: _cells(own, rows)[1] for _, what, own in subjects(data)}
-    assert told == {"graph": "1.00 (0.50 to 2.00)", "eager": "3.00 (3.00 to 3.00)"}
-    axes = Figure().subplots()
-    _bars(axes, data, {})
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["P2\ngraph", "P2\neager"]
-    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axes.containers}
-    assert heights["dense"] == pytest.approx([1.0, 3.0])
-
-
-def test_tables_and_figures(tmp_path):
-    data = fixture()
-    titles = [t.title for t in tables(data) if t.title]
-    assert titles == ["P2: decoding; Some GPU", "P7: transcription"]
-    assert plot_layers(data, tmp_path / "layers.png")
-    models = {**data, "works": {"P7": data["works"]["P7"]}}
-    assert not plot_layers(models, tmp_path / "models.png")
-    assert not (tmp_path / "models.png").exists()
-    wer = {"full_precision": 7.0, "quantised": 8.0, "experts": 7.5, "adapted": 6.0}
-    size = {"full_bytes": 150e6, "quantised_bytes": 19e6, "saml_bytes": 20e6}
-    plot_wer([("train-clean-5", {"wer": wer, "size": size})], tmp_path / "wer.png")
-    for name in ("layers.png", "wer.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"about": {}}', '{"about": {"device": "x"}}'])
-def test_what_is_no_file_of_results_is_refused(tmp_path, text):
-    path = tmp_path / "other.json"
-    path.write_text(text)
-    with pytest.raises(SAMLError, match="not a file of benchmark results"):
-        load([path])
 
 
 def test_graphs_share_the_train(monkeypatch):

@@ -1,0 +1,22 @@
+"""Which clips of a corpus are heard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.corpora import Utterance
+
+__all__ = ["LONGEST", "at_once", "spread"]
+
+LONGEST = 30 * SAMPLE_RATE  # samples that Whisper hears at once
+
+
+def at_once(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Those that fit in one window."""
+    return [u for u in utterances if len(u.load()) <= LONGEST]
+
+
+def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
+    """At most `count` of them, evenly over the corpus."""
+    return list(utterances[:: max(1, len(utterances) // count)][:count])
