@@ -1,10 +1,10 @@
-"""Figures from the files of results, and the README's table from the same, never by hand.
+"""Figures from the files of results, and the tables of README and docs from the same.
 
-    python bench/report.py [--results bench/results] [--readme README.md]
+    python bench/report.py [--results bench/results] [PAGE ...]
 
-<device>-<date>.json (of `saml bench`, `pytest bench`, the rest) become PNGs,
-wer-*.json (`saml evaluate --json`) one of WER against bytes. The README gets the newest file of
-each device.
+<device>-<date>.json (of `saml bench`, `pytest bench`, the rest) become PNGs, wer-*.json (`saml
+evaluate --json`) one of WER against bytes. A page gets a table wherever it has a pair of lines
+`<!-- results: NAME -->` and `<!-- results: end -->`; without PAGE, README.md and docs/ do.
 """
 
 from __future__ import annotations
@@ -16,28 +16,34 @@ from typing import Annotated
 import typer
 
 from saml_models.bench.figures import plot_layers, plot_wer
-from saml_models.bench.report import load, markdown, write_readme
+from saml_models.bench.report import has_tables, load, timed_files, write_tables
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def pages() -> list[Path]:
+    """The pages of this repository that have tables of results."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if has_tables(page)]
 
 
 def main(
+    page: Annotated[list[Path] | None, typer.Argument(help="Default: README.md, docs/.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = HERE / "results",
-    readme: Annotated[Path, typer.Option()] = HERE.parent / "README.md",
 ) -> None:
-    files = sorted(results.glob("*.json"))
-    timed = [f for f in files if "works" in json.loads(f.read_text())]
+    timed = timed_files(results)
     for path, data in zip(timed, load(timed), strict=True):
         if plot_layers(data, path.with_suffix(".png")):
             print(f"figure: {path.with_suffix('.png')}")
-    scored = [f for f in files if f.stem.startswith("wer-")]
+    scored = sorted(results.glob("wer-*.json"))
     if scored:
         figure = results / "wer-bytes.png"
         read = [(f.stem.removeprefix("wer-"), json.loads(f.read_text())) for f in scored]
         plot_wer(read, figure)
         print(f"figure: {figure}")
-    changed = write_readme(readme, markdown(load(timed)))
-    print(f"{readme}: {'rewritten' if changed else 'unchanged'}")
+    for path in page or pages():
+        print(f"{path}: {'rewritten' if write_tables(path, results) else 'unchanged'}")
 
 
 if __name__ == "__main__":
