@@ -250,6 +250,16 @@ def _wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     return "\n".join(lines)
 
 
+def _sizes(results: Path) -> str:
+    """Megabytes of a model on disk, by how much of it is there."""
+    found = [_read(results / f"{file}-test-other.json") for file in ("wer", "wer-base")]
+    keys = ("full_bytes", "quantised_bytes", "saml_bytes")
+    rows = [
+        [f"Whisper {d['model']}", *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found
+    ]
+    return "\n".join(_markdown_table(["model", "float32", "quantised", "with experts"], rows))
+
+
 # Rows of `variants`: an entry of defaults-tiny.en.json and its label. The default's own row is that
 # of wer-*.json: the file's entries of these three names were trained with the recipe before it.
 VARIANTS = {
@@ -348,6 +358,7 @@ def _launches(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: _wer("wer", tuple(SPEECH), results),
     "wer-base": lambda results: _wer("wer-base", ("test-other", "speechocean762"), results),
+    "sizes": _sizes,
     "variants": _variants,
     "profiles": _profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
