@@ -287,7 +287,7 @@ def _variants(results: Path) -> str:
 
 PROFILES = {
     "experts": "pretrained experts", "gates": "gates alone", "adapted": "own experts",
-    "unsupervised": "own experts, without transcripts", "pruned": "own experts, half of them",
+    "unsupervised": "own experts, without transcripts (one round)", "pruned": "own experts, half of them",
 }  # fmt: skip
 
 
