@@ -286,9 +286,12 @@ def _variants(results: Path) -> str:
 
 
 PROFILES = {
-    "experts": "pretrained experts", "gates": "gates alone", "adapted": "own experts",
-    "unsupervised": "own experts, without transcripts (one round)", "pruned": "own experts, half of them",
-}  # fmt: skip
+    "experts": "pretrained experts",
+    "gates": "gates alone",
+    "adapted": "own experts",
+    "unsupervised": "own experts, without transcripts (one round)",
+    "pruned": "own experts, half of them",
+}
 
 
 def _profiles(results: Path) -> str:
