@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-oldest bench fuzz sanitize emulate wheel wheel-aarch64 lint format clean
+.PHONY: demo test test-oldest bench fuzz sanitize emulate wheel wheel-aarch64 lint format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
@@ -65,6 +65,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation into site/; a warning is an error. Reads the source, imports nothing of it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The pinned torch comes first: a CPU is enough, and nothing later may replace it.
 $(VENV)/.base: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -95,5 +99,11 @@ $(VENV)/.wheel: pyproject.toml
 	$(BIN)/pip install --quiet --group wheel
 	touch $@
 
+$(VENV)/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) build dist site *.egg-info

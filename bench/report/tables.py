@@ -1,10 +1,16 @@
-"""Tables of results: on a terminal, and in the README between its markers."""
+"""Tables of results: on a terminal, and in the README and docs/ between markers.
+
+A page asks for a table with a pair of comments, `<!-- results: NAME -->` and
+`<!-- results: end -->`; `write_tables` fills what lies between them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,21 @@ from rich.table import Table
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
-__all__ = ["geometric", "load", "markdown", "subjects", "tables", "write_readme"]
+__all__ = [
+    "TABLES",
+    "geometric",
+    "has_tables",
+    "load",
+    "markdown",
+    "subjects",
+    "tables",
+    "timed_files",
+    "write_tables",
+]
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+END = "<!-- results: end -->"
+_BLOCK = re.compile(rf"(<!-- results: (?!end -->)(\S+) -->\n)(.*?)({END})", re.DOTALL)
+_OPENING = re.compile(r"<!-- results: (?!end -->)")
 BARS = {
     "dense": "dense", "bitsandbytes": "bitsandbytes", "bitsandbytes + gated PEFT": "+ gated PEFT",
     "saml, 1 speaker": "1 speaker",
@@ -147,7 +165,7 @@ def _show(value: Any) -> str:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The README's tables: the newest results of each device, layers then whole models."""
+    """Markdown of the newest results of each device: layers, then whole models."""
     by_date = sorted(results, key=lambda d: str(d["about"]["date"]))
     newest = {data["about"]["device"]: data for data in by_date}
     lines: list[str] = []
@@ -176,7 +194,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             told = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
             lines += [f"Not run: {told}.", ""]
     if not any(d["about"]["type"] == "cuda" for d in newest.values()):
-        lines += ["GPU rows: not run, no GPU so far; `python -m bench gpu` writes them.", ""]
+        lines += ["GPU rows: not run; `python -m bench gpu` writes them.", ""]
     return "\n".join(lines)
 
 
@@ -187,20 +205,201 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def write_readme(readme: Path, text: str) -> bool:
-    """Put `text` between the README's markers; whether that changed the file.
+def timed_files(results: Path) -> list[Path]:
+    """The files of a folder of results that hold times (those of `saml bench` and its like)."""
+    return [f for f in sorted(results.glob("*.json")) if "works" in json.loads(f.read_text())]
+
+
+# The sets of speech that wer-*.json is about: who speaks, and the protocol.
+SPEECH = {
+    "train-clean-5": ("readers", "20 utterances to adapt"),
+    "test-other": ("readers", "two-fold, 5 utterances to adapt"),
+    "speechocean762": ("learners of English", "two-fold, 10 utterances to adapt"),
+}
+SYSTEMS = {
+    "full_precision": "full precision", "quantised": "quantised", "experts": "+ experts",
+    "adapted": "+ adaptation", "other_speaker": "another's profile",
+}  # fmt: skip
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SAMLError(f"{path}: cannot be read as results ({error})") from error
+
+
+def _wer(prefix: str, sets: Sequence[str], results: Path) -> str:
+    """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
+    found = {name: _read(results / f"{prefix}-{name}.json") for name in sets}
+    rows = []
+    for name, data in found.items():
+        who, how = SPEECH[name]
+        cells = [f"{data['wer'][system]:.2f}" for system in SYSTEMS]
+        low, high = data["relative"]["interval_95"]
+        ratio = f"{data['relative']['adapted_to_full_precision']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells, ratio])
+    lines = _markdown_table(["speech", *SYSTEMS.values(), "adapted / full (95 %)"], rows)
+    about, size = data, data["size"]
+    lines.append(
+        f"Whisper {about['model']}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
+        f"{size['quantised_bytes'] / 1e6:.1f} MB quantised, {size['saml_bytes'] / 1e6:.1f} MB with "
+        f"experts ({size['ratio']:.2f}x smaller). Measured on: {about['device']}; "
+        f"torch {about['versions']['torch']}; {about['date']}."
+    )
+    return "\n".join(lines)
+
+
+def _sizes(results: Path) -> str:
+    """Megabytes of a model on disk, by how much of it is there."""
+    found = [_read(results / f"{file}-test-other.json") for file in ("wer", "wer-base")]
+    keys = ("full_bytes", "quantised_bytes", "saml_bytes")
+    rows = [
+        [f"Whisper {d['model']}", *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found
+    ]
+    return "\n".join(_markdown_table(["model", "float32", "quantised", "with experts"], rows))
+
+
+# Rows of `variants`: an entry of defaults-tiny.en.json and its label. The default's own row is that
+# of wer-*.json: the file's entries of these three names were trained with the recipe before it.
+VARIANTS = {
+    "one LoRA of rank 17": "one LoRA of rank 17, no router",
+    "the paper's": "the paper's: attention only, 10 of rank 1, merged, shared routers",
+    "token": "earlier recipe, router of the token",
+    "utterance": "earlier recipe, router of the utterance",
+    "speaker": "earlier recipe, a learnt vector of gates",
+}
+
+
+def _variants(results: Path) -> str:
+    """WER of the experts alone and adapted, by what the experts and the router are."""
+    scored = {name: _read(results / f"wer-{name}.json") for name in SPEECH}
+    default = [f"{d['wer']['experts']:.2f}, {d['wer']['adapted']:.2f}" for d in scored.values()]
+    ratio = min(d["size"]["ratio"] for d in scored.values())
+    rows = [["default: 4 experts of rank 4, router of the token", f"{ratio:.2f}x", *default]]
+    found = _read(results / "defaults-tiny.en.json")
+    for name, label in VARIANTS.items():
+        wer, size = found[name]["wer"], found[name]["ratio"]
+        cells = [f"{wer['experts'][s]:.2f}, {wer['adapted'][s]:.2f}" for s in SPEECH]
+        rows.append([label, f"{size:.2f}x", *cells])
+    return "\n".join(_markdown_table(["experts", "smaller", *SPEECH], rows))
+
+
+PROFILES = {
+    "experts": "pretrained experts",
+    "gates": "gates alone",
+    "adapted": "own experts",
+    "unsupervised": "own experts, without transcripts (one round)",
+    "pruned": "own experts, half of them",
+}
+
+
+def _profiles(results: Path) -> str:
+    """WER and bytes by kind of profile, and what many speakers in a batch cost."""
+    data = _read(results / "voices-tiny.en.json")
+    rows = []
+    for kind, label in PROFILES.items():
+        own = [speaker[kind] for speaker in data["speakers"].values()]
+        size = statistics.mean(row["bytes"] for row in own)
+        seconds = statistics.median(row["seconds"] for row in own)
+        took = f"{seconds:.0f}" if kind in ("gates", "adapted", "unsupervised") else "-"
+        rows.append([label, f"{data['wer'][kind]:.2f}", f"{size:,.0f}", took])
+    lines = _markdown_table(["profile", "WER %", "bytes", "seconds to adapt (median)"], rows)
+    speed = data["throughput"]
+    lines.append(
+        f"Sixteen clips of sixteen speakers in one batch: "
+        f"{speed['throughput_of_sixteen_to_one']:.2f} of the throughput of sixteen clips of one "
+        f"speaker ({speed['threads']} threads). Loading a profile: "
+        f"{speed['milliseconds_to_load_a_profile']:.0f} ms."
+    )
+    return "\n".join(lines)
+
+
+def _cpu_operator(file: str, results: Path) -> str:
+    """Time of the operator with experts over float32 `F.linear` without, by shape and cache."""
+    data = _read(results / file)
+    found = {(r["in"], r["out"], r["rows"], r["warm"]): r for r in data["rows"]}
+    shapes = list(dict.fromkeys((r["in"], r["out"]) for r in data["rows"]))
+    rows = []
+    for count, warm in sorted({key[2:] for key in found}, key=lambda key: (key[0], not key[1])):
+        own = [found.get((*shape, count, warm)) for shape in shapes]
+        over = [r["experts_over_bitsandbytes"] for r in own if r]
+        cells = [f"{r['experts']:.2f}" if r else "-" for r in own]
+        peer = f"{min(over):.2f} to {max(over):.2f}"
+        rows.append([str(count), "warm" if warm else "cold", *cells, peer])
+    heads = ["rows", "caches", *(f"{k} -> {n}" for k, n in shapes), "/ bitsandbytes"]
+    return "\n".join([*_markdown_table(heads, rows), f"{data['about']}."])
+
+
+def _host(results: Path) -> str:
+    """Microseconds that Python takes for a call, launches replaced by nothing."""
+    data = _read(results / "host-amd-epyc.json")
+    gating = {"layer": "`SAMLLinear`", "router": "`saml_linear_routed`", "gates": "`saml_linear`"}
+    rows = [
+        [
+            row["path"], gating[row["gating"]], str(row["speakers"]),
+            f"{row['forward_us']:.1f} ({row['forward_ratio']:.2f})",
+            f"{row['both_us']:.1f} ({row['both_ratio']:.2f})",
+        ]
+        for row in data["host"] if not row["autocast"]
+    ]  # fmt: skip
+    heads = ["kernels", "call", "speakers", "forward, us", "forward and backward, us"]
+    return "\n".join(_markdown_table(heads, rows)).strip()
+
+
+def _launches(results: Path) -> str:
+    """What a routed call of one speaker launches, by its number of rows."""
+    data = _read(results / "host-amd-epyc.json")
+    plain = {"gating": "router", "speakers": 1, "autocast": False}
+    rows = [
+        [str(row["rows"]), ", ".join(row["forward"]), ", ".join(row["backward"])]
+        for row in data["operations"] if all(row[k] == v for k, v in plain.items())
+    ]  # fmt: skip
+    return "\n".join(_markdown_table(["rows", "forward", "backward"], rows)).strip()
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "wer": lambda results: _wer("wer", tuple(SPEECH), results),
+    "wer-base": lambda results: _wer("wer-base", ("test-other", "speechocean762"), results),
+    "sizes": _sizes,
+    "variants": _variants,
+    "profiles": _profiles,
+    "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
+    "cpu-operator-avx2": lambda results: _cpu_operator("cpu-operator-avx2.json", results),
+    "host": _host,
+    "launches": _launches,
+    "benchmark": lambda results: markdown(load(timed_files(results))),
+}
+"""Markdown of a table from a folder of results, by the name that a page's marker has."""
+
+
+def has_tables(page: Path) -> bool:
+    """Whether a page asks for a table."""
+    return _OPENING.search(page.read_text()) is not None
+
+
+def write_tables(page: Path, results: Path) -> bool:
+    """Write the tables of `TABLES` between a page's markers; whether that changed the file.
 
     Raises:
-        SAMLError: the markers are not there.
+        SAMLError: the page has no markers, one without its end or with a name that is not in
+            `TABLES`; or a file of results that a table needs is missing or damaged.
     """
-    old = readme.read_text()
-    before, found, rest = old.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise SAMLError(f"{readme}: holds no line {BEGIN} and {END}; put them where the table goes")
-    new = f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+    old = page.read_text()
+
+    def filled(match: re.Match[str]) -> str:
+        opening, name, _, end = match.groups()
+        if name not in TABLES:
+            raise SAMLError(f"{page}: asks for a table {name}; there are {', '.join(TABLES)}")
+        return f"{opening}{TABLES[name](results).strip()}\n{end}"
+
+    new, found = _BLOCK.subn(filled, old)
+    if found == 0 or found != len(_OPENING.findall(old)) or found != old.count(END):
+        raise SAMLError(
+            f"{page}: needs pairs of lines <!-- results: NAME --> and {END} where its tables go"
+        )
     if new == old:
         return False
-    with atomic_path(readme) as temporary:
+    with atomic_path(page) as temporary:
         temporary.write_text(new)
     return True

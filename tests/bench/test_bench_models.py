@@ -110,17 +110,17 @@ def test_the_gpu_check_says_that_there_is_none(tmp_path):
     assert done.stderr.strip() == "bench gpu: no CUDA device; run it on a machine that has one"
 
 
-def test_report_writes_figures_and_readme(tmp_path):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+def test_report_writes_figures_and_pages(tmp_path):
+    results, page = tmp_path / "results", tmp_path / "page.md"
     results.mkdir()
-    readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
+    page.write_text("<!-- results: benchmark -->\n<!-- results: end -->\n")
     row = {"contender": "saml", "seconds": 2.0, "quartiles": [1.5, 2.5], "peak_megabytes": 3.0}
     record("P8", "adapting", ([row], {}), results, CPU, torch.get_num_threads())
     for path in RESULTS.glob("wer-*.json"):
         (results / path.name).write_text(path.read_text())
-    done = door("report", "--results", "results", "--readme", readme, cwd=tmp_path)
+    done = door("report", "--results", "results", page, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "| saml | 2 | 1.5 to 2.5 | 3 |" in readme.read_text()
+    assert "| saml | 2 | 1.5 to 2.5 | 3 |" in page.read_text()
     assert {p.suffix for p in results.iterdir()} == {".json", ".png"}
     assert (results / "wer-bytes.png").is_file()
 

@@ -5,18 +5,17 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from bench.place import REPOSITORY, RESULTS
 from bench.report.figures import _bars, plot_layers, plot_wer
 from bench.report.tables import (
-    BEGIN,
-    END,
+    TABLES,
     _cells,
     geometric,
+    has_tables,
     load,
     markdown,
     subjects,
     tables,
-    write_readme,
+    write_tables,
 )
 from saml_kernels import SAMLError
 
@@ -74,22 +73,65 @@ def test_only_the_newest_of_a_device_and_no_gpu_is_said():
     assert "GPU rows: not run" in text and "python -m bench gpu" in text
 
 
-def test_the_readme_is_written_between_its_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    text = markdown([fixture()])
-    assert write_readme(readme, text) and not write_readme(readme, text)
-    assert readme.read_text() == f"before\n{BEGIN}\n{text.strip()}\n{END}\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(SAMLError, match="holds no line"):
-        write_readme(readme, text)
+def test_tables_are_written_between_markers(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    monkeypatch.setitem(TABLES, "one", lambda results: f"| {results.name} |\n")
+    page.write_text("before\n<!-- results: one -->\nold\n<!-- results: end -->\nafter\n")
+    assert write_tables(page, tmp_path / "r") and not write_tables(page, tmp_path / "r")
+    assert page.read_text() == (
+        "before\n<!-- results: one -->\n| r |\n<!-- results: end -->\nafter\n"
+    )
+    assert has_tables(page)
 
 
-def test_this_repositorys_readme_is_what_its_results_say():
-    files = sorted(RESULTS.glob("*.json"))
-    timed = [f for f in files if "works" in json.loads(f.read_text())]
-    table = (REPOSITORY / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
-    assert table.strip() == markdown(load(timed)).strip()
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no markers", "needs pairs of lines"),
+        ("<!-- results: wer -->\n", "needs pairs of lines"),
+        ("<!-- results: end -->\n", "needs pairs of lines"),
+        ("<!-- results: other -->\n<!-- results: end -->\n", "asks for a table other"),
+        ("<!-- results: wer -->\n<!-- results: end -->\n", "cannot be read as results"),
+        (
+            "<!-- results: wer -->\n<!-- results: wer -->\n<!-- results: end -->\n",
+            "needs pairs of lines|cannot be read",
+        ),
+    ],
+)
+def test_a_page_whose_tables_cannot_be_written_stays(tmp_path, text, message):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(SAMLError, match=message):
+        write_tables(page, tmp_path)
+    assert page.read_text() == text
+
+
+def test_tables_of_results_by_hand(tmp_path):
+    wer = {"full_precision": 8.0, "quantised": 9.0, "experts": 7.0, "adapted": 6.0,
+           "other_speaker": 7.5}  # fmt: skip
+    data = {
+        "model": "tiny.en", "device": "a machine", "date": "2026-01-02", "wer": wer,
+        "versions": {"torch": "2.13.0"}, "speakers": {"1": {}, "2": {}},
+        "relative": {"adapted_to_full_precision": 0.75, "interval_95": [0.5, 1.0]},
+        "size": {"full_bytes": 10e6, "quantised_bytes": 2e6, "saml_bytes": 2.5e6, "ratio": 4.0},
+    }  # fmt: skip
+    for name in ("train-clean-5", "test-other", "speechocean762"):
+        (tmp_path / f"wer-{name}.json").write_text(json.dumps(data))
+    lines = TABLES["wer"](tmp_path).splitlines()
+    assert lines[2] == (
+        "| train-clean-5, 2 readers, 20 utterances to adapt | 8.00 | 9.00 | 7.00 | 6.00 | 7.50 "
+        "| 0.75 (0.50 to 1.00) |"
+    )
+    assert lines[-1] == (
+        "Whisper tiny.en: 10.0 MB in float32, 2.0 MB quantised, 2.5 MB with experts (4.00x "
+        "smaller). Measured on: a machine; torch 2.13.0; 2026-01-02."
+    )
+    row = {"in": 64, "out": 32, "rows": 1, "experts": 0.5, "experts_over_bitsandbytes": 0.25}
+    rows = [row | {"warm": True}, row | {"warm": False, "experts": 0.75}]
+    (tmp_path / "cpu-operator.json").write_text(json.dumps({"about": "a CPU", "rows": rows}))
+    assert TABLES["cpu-operator"](tmp_path).splitlines()[2:] == [
+        "| 1 | warm | 0.50 | 0.25 to 0.25 |", "| 1 | cold | 0.75 | 0.25 to 0.25 |", "", "a CPU."
+    ]  # fmt: skip
 
 
 def test_graphs_and_eager_calls_are_told_apart():
