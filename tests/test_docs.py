@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from bench.report.tables import has_tables, write_tables
 
 import saml_kernels
 import saml_models
+from bench.report.tables import has_tables, write_tables
+from saml_models.cli.main import app as saml_app
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -78,13 +79,6 @@ def blocks() -> list[Piece]:
     return [piece for piece in pieces() if piece.language == "python"]
 
 
-def saml_app() -> typer.Typer:
-    """The application behind the console script."""
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, _, name = scripts["saml"].partition(":")
-    return getattr(importlib.import_module(module), name).__globals__["app"]
-
-
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -110,7 +104,7 @@ def test_pages_hold_what_these_tests_look_for():
 
 @pytest.mark.parametrize(("piece", "arguments"), commands("saml"), ids=ids)
 def test_commands_parse(piece, arguments):
-    command, name = typer.main.get_command(saml_app()), "saml"
+    command, name = typer.main.get_command(saml_app), "saml"
     while arguments and hasattr(command, "commands"):
         name, *arguments = arguments
         assert name in command.commands, f"{piece}: no command {name}"

@@ -1,4 +1,4 @@
-"""Figures from the files of results, and the tables of README and docs from the same.
+"""Figures and tables from the files of results, for README and docs.
 
     python -m bench report [--results bench/results] [PAGE ...]
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bench.app import COMMANDS, app
 from bench.place import REPOSITORY, as_module, environment
 
-SAML = [sys.executable, "-c", "from saml_models.cli.main import main; main()"]
+SAML = [sys.executable, "-c", "from saml_models.cli.__main__ import main; main()"]
 
 
 def plain(text):
