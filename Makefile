@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
 TESTS ?= test
+# Kernels of Triton run by its interpreter; on a GPU they are compiled.
+INTERPRETED = tests/kernels/backends/triton
 BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -13,8 +15,8 @@ demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --durations=5 --ignore=tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 tests/kernels tests/test_speaker_index.py tests/test_routed.py
+	$(BIN)/python -m pytest --durations=5 --ignore=$(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 $(INTERPRETED) tests/kernels/backends/test_speaker_index.py tests/kernels/backends/test_routed.py
 
 # The same on the oldest versions that pyproject.toml allows, in an environment of their own.
 PYTHON312 ?= python3.12
@@ -29,7 +31,7 @@ bench: $(VENV)/.bench
 # Random shapes through every kernel; CI runs 30, this as many as asked for.
 N ?= 1000
 fuzz: $(VENV)/.test
-	FUZZ=$(N) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -k random_shapes
+	FUZZ=$(N) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) -k random_shapes
 
 # The native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs gcc.
 sanitize: $(VENV)/.test

@@ -26,4 +26,4 @@ import os
 assert saml_kernels.__file__.startswith(os.environ["PYTHONPATH"]), saml_kernels.__file__
 print(native_status())
 CHECK
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_backend.py tests/test_cpu_properties.py
+"$python" -m pytest -q -p no:cacheprovider tests/kernels/backends/cpu

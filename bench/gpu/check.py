@@ -11,7 +11,7 @@ Steps, each a process of its own with a limit of its own, in the order of their 
 stops another, and one that there is no time for says so:
 
 * shapes (checks.py): the shapes of real models by every route, output and gradients against
-  float64; suite: tests/kernels compiled for this device, on all cores.
+  float64; suite: the Triton kernels' tests compiled for this device, on all cores.
 * host: what a call costs before the device starts, `python -m bench host`.
 * P1 to P5, P9 to P11: layers beside every peer that is installed (`pip install --group bench-gpu`).
 * models (models.py): the encoder, a token, a training step; speech: 24 clips, an adaptation.
@@ -192,11 +192,11 @@ def _shapes(name: str, setting: Setting) -> tuple[int, str]:
 
 def _checked(name: str, setting: Setting) -> tuple[int, str]:
     """Steps that are one call."""
-    from bench.gpu.checks import check_kernels, recomputation, sanitize
+    from bench.gpu.checks import SUITE, check_kernels, recomputation, sanitize
     from bench.gpu.counters import counters
     from bench.gpu.results import Sheet
 
-    only = ["tests/kernels/test_operator.py::test_zero_rows"] if setting.small else []
+    only = [f"{SUITE}/test_operator.py::test_zero_rows"] if setting.small else []
     run: dict[str, Callable[[], Any]] = {
         "suite": lambda: check_kernels(setting.seconds, only), "sanitizers": sanitize,
         "counters": counters, "recomputation": recomputation,

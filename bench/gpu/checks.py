@@ -29,10 +29,20 @@ from saml_kernels.backends.triton.tuning import Problem
 from saml_kernels.timing import timed
 
 __all__ = [
-    "REAL_SHAPES", "Shape", "check_kernels", "check_shape", "check_shapes", "collected",
-    "recomputation", "sanitize", "small_case", "verdict",
+    "REAL_SHAPES",
+    "SUITE",
+    "Shape",
+    "check_kernels",
+    "check_shape",
+    "check_shapes",
+    "collected",
+    "recomputation",
+    "sanitize",
+    "small_case",
+    "verdict",
 ]  # fmt: skip
 
+SUITE = "tests/kernels/backends/triton"
 SANITIZER_SECONDS = 75
 COMPILE_SECONDS = 180  # of the small case without one
 FOUND = 9  # a sanitizer's exit code
@@ -41,7 +51,17 @@ SUMMARIES = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"\((\d+) e
 FUZZ = 8  # random shapes of each kind in each process
 PLAIN = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 # Without pyproject's -q: a second one makes --collect-only count tests instead of naming them.
-PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-p", "no:cacheprovider"]
+PYTEST = [  # fmt: skip
+    sys.executable,
+    "-m",
+    "pytest",
+    "-o",
+    "addopts=--import-mode=importlib",
+    "-q",
+    "-x",
+    "-p",
+    "no:cacheprovider",
+]
 
 NAMES = ("y", "dx", "da", "db", "dgates")
 TOLERANCE = {"float16": 1e-2, "bfloat16": 4e-2, "float32": 1e-3}  # relative to the norm
@@ -199,7 +219,7 @@ def _named(row: dict[str, Any]) -> str:
 def collected() -> tuple[list[str], str]:
     """Names of the kernels' tests (none where that fails), and all that pytest said."""
     listed = subprocess.run(
-        [*PYTEST, "--collect-only", "tests/kernels", "tests/test_lookup.py"],
+        [*PYTEST, "--collect-only", SUITE, "tests/kernels/backends/test_lookup.py"],
         capture_output=True, text=True, env=PLAIN, cwd=REPOSITORY,
     )  # fmt: skip
     names = [line for line in listed.stdout.splitlines() if "::" in line]
@@ -207,7 +227,7 @@ def collected() -> tuple[list[str], str]:
 
 
 def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
-    """tests/kernels, shared out among processes (compiling takes long); "passed" or what else.
+    """The kernels' tests, shared out among processes (compiling takes long); "passed" or what else.
 
     `only` names tests to run in place of all, under Triton's interpreter where that is on.
     """
@@ -222,8 +242,7 @@ def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
     workers = max(1, min(16, (os.cpu_count() or 2) - 1))
     shares = [[*PYTEST, *fixed[i::workers]] for i in range(workers)]
     shares += [
-        [*PYTEST, "tests/kernels", "-k", "random_shapes", f"--hypothesis-seed={i}"]
-        for i in range(workers)
+        [*PYTEST, SUITE, "-k", "random_shapes", f"--hypothesis-seed={i}"] for i in range(workers)
     ]
     deadline = started + seconds
 

@@ -14,29 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_voices import CONFIG, make, speak_as
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
-from saml_models.compress.apply import apply_saml
 from saml_models.runtime.tensors import read_tensors
 from saml_models.speakers.profile import SpeakerProfile
-
-CONFIG = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
-
-
-def make(seed: int = 0, config: SAMLConfig = CONFIG, voice: int | None = None) -> Any:
-    model = small_whisper(seed)
-    apply_saml(model, config)
-    if voice is not None:
-        speak_as(model, voice)
-    return model
-
-
-def speak_as(model: Any, voice: int) -> None:
-    torch.manual_seed(voice)
-    with torch.no_grad():
-        for parameter in model.saml.experts().values():
-            parameter.copy_(torch.randn_like(parameter) * 0.05)
 
 
 def experts(model: Any) -> list[torch.Tensor]:
@@ -207,8 +190,9 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 SAVE_AND_KILL = """
 import os, random, select, signal, sys, time
-sys.path.insert(0, os.path.join(os.getcwd(), "tests"))
-from test_speakers import SpeakerProfile, make
+sys.path.insert(0, os.getcwd())
+from small_voices import make
+from saml_models.speakers.profile import SpeakerProfile
 path = sys.argv[1]
 profiles = [SpeakerProfile.of(make(voice=v), speaker=str(v)) for v in (1, 2)]
 random.seed(0)
@@ -231,8 +215,8 @@ for _ in range(20):
 def test_killed_while_saving_the_old_file_is_whole(tmp_path: Path) -> None:
     """SIGKILL at twenty random moments of processes that save over and over."""
     command = [sys.executable, "-c", SAVE_AND_KILL, tmp_path / "p.safetensors"]
-    here = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    tests = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     # Kills came before, during and after a save: the file is now the one, now the other.
     assert len(done.stdout.split()) == 20 and set(done.stdout.split()) == {"1", "2"}

@@ -11,7 +11,7 @@ REASON = backend.why_unavailable()
 @pytest.fixture(autouse=True)
 def runnable():
     if REASON:
-        pytest.skip(f"{REASON}; run TRITON_INTERPRET=1 pytest tests/kernels")
+        pytest.skip(f"{REASON}; run TRITON_INTERPRET=1 pytest tests/kernels/backends/triton")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The CPU backend has the properties of the Triton kernels, on the cases of tests/kernels."""
+"""The CPU backend has the properties of the Triton kernels, on their cases (triton/cases.py)."""
 
 from __future__ import annotations
 

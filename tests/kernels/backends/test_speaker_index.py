@@ -15,7 +15,7 @@ from saml_kernels.ops.library import parts_of
 
 BACKENDS = [b for b in ("reference", "cpu", "triton") if b in available_backends()]
 if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-    BACKENDS = [b for b in BACKENDS if b != "triton"]  # on a GPU, tests/kernels has it
+    BACKENDS = [b for b in BACKENDS if b != "triton"]  # on a GPU, triton/ has it
 
 
 def make(m, speakers, dtype=torch.float32, n=24, k=64, experts=2, rank=3, seed=0):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_voices import CONFIG, make
 from synthetic import small_whisper
-from test_speakers import CONFIG, make
 from typer.testing import CliRunner
 
 from saml_kernels import SAMLError
