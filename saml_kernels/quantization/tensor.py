@@ -177,7 +177,7 @@ class QuantizedTensor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are."""
+        """The device that the codes are on."""
         return self.codes.device
 
     @property

@@ -89,12 +89,12 @@ class Problem:
         self.turn = 0
 
     def weight(self) -> QuantizedTensor:
-        """The next in the rotation."""
+        """The next of several equal weights, so that none is read from the cache."""
         self.turn += 1
         return self.weights[self.turn % len(self.weights)]
 
     def forward(self, route: str | Config | None = None) -> Tensor:
-        """y [M, N]."""
+        """One forward of the operator: y [M, N]."""
         rest = (self.a, self.b, self.gates, self.bias, 1.0)
         return forward(self.x, self.weight(), *rest, route=route)
 
@@ -126,7 +126,7 @@ class Problem:
 
 
 def candidates(direction: str, m: int) -> Iterator[Config]:
-    """What is tried for `m` tokens."""
+    """The routes and tiles that are measured for `m` tokens."""
     forwards = direction == "forward"
     rows = [b for b in (16, 32, 64, 128) if b < 2 * max(16, m)][-2:]
     widths, depths = (32, 64, 128), (64,) if forwards else (32, 64)
