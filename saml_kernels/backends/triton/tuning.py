@@ -37,6 +37,7 @@ from saml_kernels.backends.triton.facts import weight_parts
 from saml_kernels.backends.triton.launcher import triton_errors
 from saml_kernels.backends.triton.plan import backward_plan
 from saml_kernels.errors import SAMLError
+from saml_kernels.files import write_json
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 from saml_kernels.timing import current, timed
 
@@ -208,7 +209,7 @@ def tune(
                 r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
             ]
             table[direction] = [row, *others]
-            _write(path, table)
+            write_json(path, table)
             done += 1
             if on_row:
                 on_row(done, len(plan), {"direction": direction, **row})
@@ -282,10 +283,3 @@ def _fastest(
     if best is None:
         raise SAMLError(f"{direction} of {problem.m} tokens: no configuration runs on this device")
     return {**asdict(best[1]), "microseconds": best[0]}
-
-
-def _write(path: Path, table: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(table, indent=1))
-    temporary.replace(path)
