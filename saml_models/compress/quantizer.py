@@ -112,7 +112,6 @@ class SAMLQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self,
         model: Any,
-        dtype: torch.dtype | None = None,
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -133,7 +132,7 @@ class SAMLQuantizer(HfQuantizer):
         compression_of(model).config = config
         if stored is not None:
             _check_fits(model, stored)
-            _keep_dtypes(model, stored, dtype)
+            _keep_dtypes(model, stored)
             self._whole = stored.keys() <= model.state_dict().keys()
         for module in model.modules():
             if module._non_persistent_buffers_set:
@@ -208,10 +207,10 @@ def _check_fits(model: Any, stored: dict[str, TensorHeader]) -> None:
             )
 
 
-def _keep_dtypes(model: nn.Module, stored: dict[str, TensorHeader], dtype: Any) -> None:
-    """Loaded in the dtype that it has, a model keeps parameters of other dtypes as they are."""
+def _keep_dtypes(model: Any, stored: dict[str, TensorHeader]) -> None:
+    """Asked for in the dtype that it has, a model keeps parameters of other dtypes as they are."""
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if n in stored}
     first = next(name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter))
-    if stored[first].dtype == dtype:
+    if stored[first].dtype == model.config.dtype:
         for name, tensor in tensors.items():
             tensor.data = torch.empty_like(tensor, dtype=stored[name].dtype)
