@@ -49,7 +49,7 @@ def adjust_methods(model: nn.Module) -> None:
 
 def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
     raise SAMLError(
-        f"{method}: cannot hold a part of a model with low-bit weights; save the whole model, and "
+        f"{method}: holds low-bit weights of a whole model of transformers only; save that, or "
         "SpeakerProfile.of(model).save(file) for the experts alone"
     )
 
