@@ -72,18 +72,18 @@ def logits(model: Any, family: str = "whisper") -> Tensor:
     return model.eval()(input_features=features, decoder_input_ids=IDS).logits.float()
 
 
-def same(found: Any, wanted: Any) -> None:
+def same(model: Any, wanted: Any) -> None:
     """Every tensor, what trains, and the state of `model.saml`."""
     state = wanted.state_dict()
-    assert list(found.state_dict()) == list(state)
-    for name, tensor in found.state_dict().items():
+    assert list(model.state_dict()) == list(state)
+    for name, tensor in model.state_dict().items():
         assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
-    trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (found, wanted)]
+    trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, wanted)]
     assert trains[0] == trains[1]
     for name in ("config", "short_windows", "margin"):
-        assert getattr(found.saml, name) == getattr(wanted.saml, name)
-    assert found.saml.weight_hash() == wanted.saml.weight_hash()
-    assert found.saml.experts_hash() == wanted.saml.experts_hash()
+        assert getattr(model.saml, name) == getattr(wanted.saml, name)
+    assert model.saml.weight_hash() == wanted.saml.weight_hash()
+    assert model.saml.experts_hash() == wanted.saml.experts_hash()
 
 
 def one_line(act: Callable[[], Any], *words: str) -> None:

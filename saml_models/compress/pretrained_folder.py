@@ -112,5 +112,5 @@ def is_pretrained_folder(folder: Path) -> bool:
     """Whether `save_pretrained` wrote a folder of a model with low-bit weights."""
     if not (folder / CONFIG).is_file():
         return False
-    found = read_json(folder / CONFIG).get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
+    config = read_json(folder / CONFIG).get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == METHOD

@@ -189,20 +189,20 @@ def _tie(model: Any, stored: Collection[str]) -> None:
 def _check_fits(model: Any, stored: dict[str, TensorHeader]) -> None:
     """Before memory is taken: every tensor is in the file, in its shape, and codes are codes."""
     for name, wanted in model.state_dict().items():
-        found = stored.get(name)
-        if found is None and name in model.all_tied_weights_keys:
+        header = stored.get(name)
+        if header is None and name in model.all_tied_weights_keys:
             continue
-        if found is None:
+        if header is None:
             saved = ", ".join(model.config.architectures or ()) or "another model"
             raise SAMLError(
                 f"{name}: not in the weights' file, which is of {saved}; load that class, or copy "
                 "the folder again"
             )
-        floats = found.dtype.is_floating_point and wanted.dtype.is_floating_point
+        floats = header.dtype.is_floating_point and wanted.dtype.is_floating_point
         fixed = name.rpartition(".")[0] in compression_of(model).weights or not floats
-        if found.shape != wanted.shape or (fixed and found.dtype != wanted.dtype):
+        if header.shape != wanted.shape or (fixed and header.dtype != wanted.dtype):
             raise SAMLError(
-                f"{name}: {found.dtype} {tuple(found.shape)} in the weights' file; expected "
+                f"{name}: {header.dtype} {tuple(header.shape)} in the weights' file; expected "
                 f"{wanted.dtype} {tuple(wanted.shape)}: config.json and the file are of two models"
             )
 

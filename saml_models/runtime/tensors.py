@@ -62,7 +62,7 @@ def read_headers(path: str | os.PathLike[str]) -> dict[str, TensorHeader]:
     """
     if not Path(path).is_file():
         raise SAMLError(f"{path}: no such file")
-    found = {}
+    headers = {}
     try:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
@@ -71,10 +71,10 @@ def read_headers(path: str | os.PathLike[str]) -> dict[str, TensorHeader]:
                     raise SAMLError(
                         f"{path}: {name} is {piece.get_dtype()}; expected a plain dtype"
                     )
-                found[name] = TensorHeader(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+                headers[name] = TensorHeader(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    return found
+    return headers
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> SAMLError:

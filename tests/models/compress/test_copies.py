@@ -143,7 +143,7 @@ def test_what_was_loaded_says_the_same_words(speech_root: Any, tmp_path: Any, co
         key=len,
     )
     words = decode_clips(bind(model, processor), [clip])
-    assert all(words) and decode_clips(copied(model), copied(processor), [clip]) == words
+    assert all(words) and decode_clips(bind(copied(model), copied(processor)), [clip]) == words
 
 
 def _answer(model: nn.Module, mel: Tensor, results: Any) -> None:
