@@ -42,6 +42,8 @@ from saml_models.models.whisper.loading import load_whisper
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 
+REPOSITORY = Path(__file__).resolve().parents[3]
+
 IDS = torch.tensor([[1, 5, 9, 7]])
 FEATURES = {
     "whisper": torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1)),
@@ -156,7 +158,7 @@ def fresh(first: str, folder: Path, out: Path) -> subprocess.CompletedProcess[st
     code = FRESH.format(first=first)
     return subprocess.run(
         [sys.executable, "-c", code, folder, out.parent / "inputs.pt", out],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY,
     )  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def test_without_the_import_transformers_says_what_it_does_not_know(tmp_path: Pa
     )
     loaded = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "m"],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert len(loaded.stdout.splitlines()) == 1
 
