@@ -27,7 +27,13 @@ class SAMLEmbedding(nn.Module):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config: SAMLConfig) -> SAMLEmbedding:
-        """Quantise `embedding` [V, d]; the original is left alone."""
+        """Quantise `embedding` [V, d]; the original is left alone.
+
+        Example:
+            >>> table = SAMLEmbedding.from_embedding(nn.Embedding(100, 64), SAMLConfig())
+            >>> table(torch.tensor([3, 1])).shape
+            torch.Size([2, 64])
+        """
         weight = quantize(
             embedding.weight.detach(), config.format, config.block_size, config.double_quant
         )
