@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from saml_kernels import SAMLConfig
@@ -11,7 +13,9 @@ from saml_models.compress.replacement import CompressionReport, replace_layers
 __all__ = ["CompressionReport", "apply_saml"]
 
 
-def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
+def apply_saml(
+    model: nn.Module, config: SAMLConfig, formats: Mapping[str, str] | None = None
+) -> CompressionReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
@@ -26,6 +30,11 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     The methods `save_pretrained` and `from_pretrained` of a model of transformers write and read
     the result from here on; see `saml_models.hf`.
 
+    Args:
+        model: any module with layers to replace.
+        config: of all of them.
+        formats: of single layers, by their path in the model, in place of `config.format`.
+
     Raises:
         SAMLError: the model was treated before, is a single layer or has none to replace, has PEFT
             adapters or parameters without a shape, or holds NaN, infinity or values beyond
@@ -36,7 +45,7 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
         >>> apply_saml(model, SAMLConfig(num_experts=2, rank=4)).replaced
         {'SAMLLinear': 2}
     """
-    report = replace_layers(model, config)
+    report = replace_layers(model, config, formats)
     if is_pretrained(model):
         # Its import registers it; a model without transformers does not wait for transformers.
         import saml_models.compress.quantizer  # noqa: F401

@@ -3,7 +3,9 @@
 `model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
 as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What can be
 computed (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
-configurations. Tokeniser and feature extractor are saved beside them by transformers.
+configurations and, by path, the formats of layers that have one of their own; a list of
+`{"rows": n, "format": f}` in its place is kept for embeddings whose rows have several, which this
+version refuses. Tokeniser and feature extractor are saved beside them by transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["load_saml", "save_saml"]
 
-VERSION = 1
+VERSION, MIXED_VERSION = 1, 2  # of the description; 2 where layers have formats of their own
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "saml.json"
 
@@ -54,13 +56,15 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     saml = compression_of(model)
     saml.round_experts()
     tensors = _stored_form(model, type(bind(model, processor)))
+    formats = saml.formats()
     description = {
-        "saml_version": VERSION,
+        "saml_version": MIXED_VERSION if formats else VERSION,
         "saml": saml.config.to_dict(),
         "short_windows": saml.short_windows,
         "model": _plain(model.config.to_diff_dict()),
         "generation": model.generation_config.to_diff_dict(),
         "weight_hash": saml.weight_hash(),
+        **({"formats": formats} if formats else {}),
     }
     write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_path(target / DESCRIPTION) as temporary:
@@ -108,6 +112,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
         _check_version(description.get("saml_version"), source)
         config = _configuration(description["saml"], source)
+        formats = dict(description.get("formats", {}))
         kind = kind_named(description["model"]["model_type"])
         model_config = kind.config_class.from_dict(description["model"])
         generation = GenerationConfig.from_dict(description["generation"])
@@ -123,7 +128,10 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         raise SAMLError(f"{source}: cannot be loaded ({reason}); copy it again") from error
     model.eval()
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
-    apply_saml(model, replace(config, expert_init="lora"))
+    try:
+        apply_saml(model, replace(config, expert_init="lora"), formats)
+    except SAMLError as error:
+        raise SAMLError(f"{source / DESCRIPTION}: {error}") from error
     model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     saml: Any = model.saml
     saml.config = config
@@ -144,10 +152,10 @@ def _check_version(version: Any, source: Path) -> None:
         raise SAMLError(
             f"{source / DESCRIPTION}: saml_version {version!r}; expected a number: copy it again"
         )
-    if version > VERSION:
+    if version > MIXED_VERSION:
         raise SAMLError(
             f"{source / DESCRIPTION}: saml_version {version}, of a newer saml-kernels; this one "
-            f"reads up to {VERSION}: upgrade it"
+            f"reads up to {MIXED_VERSION}: upgrade it"
         )
 
 

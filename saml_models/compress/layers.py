@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext
+from saml_kernels.layers.conv import SAMLPointwiseConv1d
 from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.layers.routers import Router
 from saml_kernels.quantization.tensor import QuantizedTensor
@@ -58,6 +59,8 @@ class Compression:
             if isinstance(module, SAMLLinear) and module.router is not None:
                 self.layers[name], self.routers[name] = module, module.router
         modules = dict(model.named_modules())
+        inner = (f"{n}.linear" for n, m in modules.items() if isinstance(m, SAMLPointwiseConv1d))
+        self._inner = frozenset(inner)
         self._experts: list[tuple[str, nn.Module, str]] = []
         for name, _ in model.named_parameters():
             place, _, own = name.rpartition(".")
@@ -72,6 +75,16 @@ class Compression:
         """The experts and routers by name: what training changes and a profile holds."""
         parameters = {name: getattr(module, own) for name, module, own in self._experts}
         return {name: parameter for name, parameter in parameters.items() if parameter.numel()}
+
+    def formats(self) -> dict[str, str]:
+        """Formats of the layers that have not `config.format`, by their path in the model."""
+        formats = {}
+        for name, weight in self.weights.items():
+            path = name.removesuffix(".weight")
+            if weight.format != self.config.format:
+                own = path.removesuffix(".linear") if path in self._inner else path
+                formats[own] = weight.format
+        return formats
 
     @property
     def can_mix(self) -> bool:

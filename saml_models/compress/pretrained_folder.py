@@ -101,6 +101,7 @@ def describe(saml: Compression) -> dict[str, Any]:
         "quant_method": METHOD,
         "version": VERSION,
         "saml": saml.config.to_dict(),
+        "formats": saml.formats(),
         "short_windows": saml.short_windows,
         "margin": saml.margin,
         "weight_hash": saml.weight_hash(),

@@ -34,6 +34,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         saml: `SAMLConfig` as plain values.
+        formats: of single layers, as for `apply_saml`.
         version: of the format.
         short_windows, margin: as in `Compression`.
         weight_hash: of the saved weights; None where there are none yet.
@@ -43,6 +44,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         saml: SAMLConfig | dict[str, Any] | None = None,
+        formats: dict[str, Any] | None = None,
         version: int = VERSION,
         short_windows: bool = False,
         margin: float | None = None,
@@ -65,6 +67,8 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
                 f"quantization_config: version {version}, of a newer saml-kernels; this one reads "
                 f"up to {VERSION}: upgrade it"
             )
+        if formats is not None and not isinstance(formats, dict):
+            raise SAMLError(f"quantization_config: formats={formats!r}; expected layers' formats")
         if saml is not None and not isinstance(saml, SAMLConfig | dict):
             raise SAMLError(f"quantization_config: saml={saml!r}; expected SAMLConfig's values")
         if type(short_windows) is not bool:
@@ -79,7 +83,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
             raise SAMLError(f"quantization_config: weight_hash={weight_hash!r}; expected a hash")
         config = SAMLConfig.from_dict(saml) if isinstance(saml, dict) else saml or SAMLConfig()
         self.quant_method: Any = METHOD
-        self.saml = config.to_dict()
+        self.saml, self.formats = config.to_dict(), dict(formats or {})
         self.version, self.note = version, note
         self.short_windows, self.margin, self.weight_hash = short_windows, margin, weight_hash
 
@@ -128,7 +132,7 @@ class SAMLQuantizer(HfQuantizer):
             )
         _tie(model, stored or {})
         # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
-        replace_layers(model, replace(config, expert_init="lora"))
+        replace_layers(model, replace(config, expert_init="lora"), self.quantization_config.formats)
         compression_of(model).config = config
         if stored is not None:
             _check_fits(model, stored)
@@ -143,7 +147,7 @@ class SAMLQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         about = self.quantization_config
         if not self.pre_quantized:
-            replace_layers(model, SAMLConfig.from_dict(about.saml))
+            replace_layers(model, SAMLConfig.from_dict(about.saml), about.formats)
         saml = compression_of(model)
         saml.short_windows, saml.margin = about.short_windows, about.margin
         if not self.pre_quantized:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -83,7 +84,9 @@ def _grouped(kept: dict[str, str]) -> str:
     )
 
 
-def replace_layers(model: nn.Module, config: SAMLConfig) -> CompressionReport:
+def replace_layers(
+    model: nn.Module, config: SAMLConfig, formats: Mapping[str, Any] | None = None
+) -> CompressionReport:
     """`apply_saml`, for any module: transformers is told nothing of it.
 
     Raises:
@@ -101,6 +104,7 @@ def replace_layers(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     if not places:
         kept = _grouped(in_full_precision(model, (), reasons)) or "no weights"
         raise SAMLError(f"{kind}: has no layer that could be replaced; it has {kept}")
+    own = _formats_of(formats or {}, [place.path for place in places], config)
     unique = {storage(p): p for p in model.parameters()}
     report = CompressionReport(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
@@ -110,7 +114,7 @@ def replace_layers(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     model.requires_grad_(False)
     context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, context, blocks)
+    made = _replacements(model, places, config, own, context, blocks)
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
@@ -129,6 +133,26 @@ def replace_layers(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     tensors = {storage(t): t for t in model.state_dict().values() if t.numel()}
     report.memory_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     return report
+
+
+def _formats_of(
+    formats: Mapping[str, Any], paths: Collection[str], config: SAMLConfig
+) -> dict[str, SAMLConfig]:
+    """The configuration of the layers that have a format of their own, by path."""
+    own = {}
+    for path, format in formats.items():
+        if path not in paths:
+            raise SAMLError(f"formats: {path}: no layer of that name is put in low bits")
+        if isinstance(format, list):
+            raise SAMLError(
+                f"formats: {path}: its rows are in several formats, which this version of "
+                "saml-kernels cannot read; upgrade it"
+            )
+        try:
+            own[path] = replace(config, format=format)
+        except (SAMLError, TypeError) as error:
+            raise SAMLError(f"formats: {path}: {error}") from error
+    return own
 
 
 def _round_to_half(model: nn.Module) -> None:
@@ -153,6 +177,7 @@ def _replacements(
     model: Any,
     places: list[Place],
     config: SAMLConfig,
+    own: dict[str, SAMLConfig],
     context: BatchContext,
     blocks: dict[str, BlockGates],
 ) -> dict[nn.Module, nn.Module]:
@@ -162,24 +187,28 @@ def _replacements(
     tables = {tie(p.layer) for p in places if isinstance(p.layer, nn.Embedding)}
     made: dict[nn.Module, nn.Module] = {}
     tied: dict[int, SAMLEmbedding] = {}
-    heads = []
+    heads: dict[nn.Module, str] = {}
     for place in places:
         layer: Any = place.layer
         if layer in made or layer in heads:  # registered twice
             continue
         if isinstance(layer, nn.Linear) and (layer is head or tie(layer) in tables):
-            heads.append(layer)
+            heads[layer] = place.path
             continue
         block = blocks.get(place.path.rpartition(".")[0])
-        made[layer] = new = _replacement(place.path, layer, config, context, block, width)
+        made[layer] = new = _replacement(
+            place.path, layer, own.get(place.path, config), context, block, width
+        )
         if isinstance(new, SAMLEmbedding):
             tied[tie(layer)] = new
-    for layer in heads:
+    for layer, path in heads.items():
         embedding = tied.get(tie(layer))
         if embedding is not None:
             made[layer] = TiedHead(embedding, layer.bias)
         else:
-            made[layer] = SAMLLinear.from_linear(layer, _without_experts(config), context)
+            made[layer] = SAMLLinear.from_linear(
+                layer, _without_experts(own.get(path, config)), context
+            )
     for layer, new in made.items():
         new.train(layer.training)
     return made

@@ -165,10 +165,15 @@ def test_an_unwritten_part_is_found():
 
 
 def test_one_call_is_timed_in_a_train(monkeypatch):
-    ran = []
-    found = timing.timed(lambda: ran.append(1), rounds=3, device="cpu")
-    assert found["low_us"] <= found["median_us"] <= found["high_us"]
-    assert len(ran) == 2 + timing.LONGEST * (3 + timing.WARM_UP)  # too quick for a short one
+    trains = []
+    for _ in range(5):  # another program may hold one of them up
+        ran = []
+        found = timing.timed(lambda ran=ran: ran.append(1), rounds=3, device="cpu")
+        assert found["low_us"] <= found["median_us"] <= found["high_us"]
+        train, rest = divmod(len(ran) - 2, 3 + timing.WARM_UP)
+        assert rest == 0 and train >= 1
+        trains.append(train)
+    assert max(trains) == timing.LONGEST  # too quick for a short one
 
 
 def test_peak_memory_counts_what_is_held_at_once():

@@ -95,9 +95,41 @@ def test_a_newer_file_is_refused(processor: Any, tmp_path: Path) -> None:
     path = tmp_path / "saml.json"
     written = json.loads(path.read_text())
     assert written["saml_version"] == 1
-    for version, reason in [(2, "of a newer saml-kernels; .* upgrade"), ("1", "expected a number")]:
+    for version, reason in [(3, "of a newer saml-kernels; .* upgrade"), ("1", "expected a number")]:
         # What newer files call their settings is not known here.
         path.write_text(json.dumps({"saml_version": version, "model": written["model"]}))
+        with pytest.raises(SAMLError, match=reason):
+            load_saml(tmp_path)
+
+
+def test_layers_with_formats_of_their_own(processor: Any, tmp_path: Path) -> None:
+    formats = {
+        "model.decoder.embed_tokens": "int8",
+        "model.encoder.conv1": "fp4",
+        "model.encoder.layers.0.fc1": "int8",
+    }
+    model: Any = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2), formats)
+    assert model.saml.formats() == formats
+    assert model.model.encoder.layers[0].fc1.weight.codes.dtype == torch.int8
+    save_saml(trained(model), processor, tmp_path)
+    path = tmp_path / "saml.json"
+    written = json.loads(path.read_text())
+    assert written["saml_version"] == 2 and written["formats"] == formats
+    again: Any = load_saml(tmp_path)[0]
+    assert again.saml.formats() == formats and again.saml.weight_hash() == model.saml.weight_hash()
+    features, ids = torch.randn(1, 80, 3000), torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        ours, theirs = (m(features, decoder_input_ids=ids).logits for m in (model, again))
+    assert torch.equal(ours, theirs)
+    rows = [{"rows": 100, "format": "int8"}, {"rows": 200, "format": "nf4"}]
+    for bad, reason in (
+        ({"model.decoder.embed_tokens": rows}, "rows are in several formats, .* upgrade"),
+        ({"model.nothing": "int8"}, "model.nothing: no layer"),
+        ({"model.encoder.conv1": "int3"}, "model.encoder.conv1: format"),
+        ({"model.encoder.conv1": 4}, "model.encoder.conv1: "),
+    ):
+        path.write_text(json.dumps(written | {"formats": bad}))
         with pytest.raises(SAMLError, match=reason):
             load_saml(tmp_path)
 
