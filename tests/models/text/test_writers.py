@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from saml_kernels import SAMLError
+from saml_models.cli import transcribe
+from saml_models.text import writers
 from saml_models.text.writers import FORMATS, render, write_transcript
 from saml_models.transcription.recordings import Segment, Transcript, Word
 
@@ -95,3 +97,7 @@ def test_unknown_format_is_refused(tmp_path: Path):
     with pytest.raises(SAMLError, match="docx"):
         write_transcript(TRANSCRIPT, tmp_path, "talk", "docx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_offers_what_there_is() -> None:
+    assert (*writers.FORMATS, "all") == transcribe.FORMATS
