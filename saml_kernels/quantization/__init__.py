@@ -1,0 +1,1 @@
+"""Low-bit weights: how they are rounded."""
