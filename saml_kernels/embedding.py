@@ -29,11 +29,13 @@ class SAMLEmbedding(nn.Module):
         self.compute: Tensor
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: SAMLConfig) -> SAMLEmbedding:
-        """Quantise `embedding` [V, d]; the original is left alone."""
-        weight = quantize(
-            embedding.weight.detach(), config.format, config.block_size, config.double_quant
-        )
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: SAMLConfig, weight: QuantizedTensor | None = None
+    ) -> SAMLEmbedding:
+        """Quantise `embedding` [V, d], if `weight` is not given; the original is left alone."""
+        if weight is None:
+            source = embedding.weight.detach()
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, embedding.padding_idx)
         layer.compute = embedding.weight.new_empty(0)
         return layer
@@ -93,15 +95,24 @@ class _QuantizedConv(nn.Module):
 
     convolve: Any
 
-    def __init__(self, conv: nn.Conv1d | nn.Conv2d, config: SAMLConfig) -> None:
-        """Quantise `conv` (weight [N, K / groups, *kernel]); the original is left alone.
+    def __init__(
+        self,
+        conv: nn.Conv1d | nn.Conv2d,
+        config: SAMLConfig,
+        weight: QuantizedTensor | None = None,
+    ) -> None:
+        """Quantise `conv` (weight [N, K / groups, *kernel]), if `weight` is not given.
 
         A block never straddles two filters' rows if K * kernel is a multiple of the block; where
         it is not, blocks run on as in bitsandbytes.
         """
         nn.Module.__init__(self)
-        self.weight: Any = quantize(
-            conv.weight.detach(), config.format, config.block_size, config.double_quant
+        self.weight: Any = (
+            weight
+            if weight is not None
+            else quantize(
+                conv.weight.detach(), config.format, config.block_size, config.double_quant
+            )
         )
         self.bias: Any = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
         self.kernel_size: Any = conv.kernel_size

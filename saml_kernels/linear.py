@@ -115,14 +115,21 @@ class SAMLLinear(nn.Module):
         *,
         clip_width: int | None = None,
         block: BlockGates | None = None,
+        weight: QuantizedTensor | None = None,
     ) -> SAMLLinear:
         """Quantise `linear` and surround it with experts; the layer itself is left alone.
+
+        Args:
+            linear: weight [N, K].
+            config, routing, clip_width, block: as for the constructor.
+            weight: what stands for the layer's weight; None rounds it with `quantize`.
 
         Raises:
             SAMLError: the weight holds NaN or infinity.
         """
         source = linear.weight.detach()
-        weight = quantize(source, config.format, config.block_size, config.double_quant)
+        if weight is None:
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, linear.bias, config, routing, clip_width=clip_width, block=block)
         layer.to(source.device)
         if config.expert_init == "loftq" and config.num_experts:
@@ -296,15 +303,22 @@ class SAMLPointwiseConv1d(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv1d, config: SAMLConfig, routing: Routing | None = None
+        cls,
+        conv: nn.Conv1d,
+        config: SAMLConfig,
+        routing: Routing | None = None,
+        weight: QuantizedTensor | None = None,
     ) -> SAMLPointwiseConv1d:
-        """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group."""
+        """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group.
+
+        With `weight` [N, K], that stands for the convolution's.
+        """
         out_features, in_features, _ = conv.weight.shape
         linear = nn.Linear(in_features, out_features, conv.bias is not None, device="meta")
         linear.weight = nn.Parameter(conv.weight.detach().squeeze(-1), requires_grad=False)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-        return cls(SAMLLinear.from_linear(linear, config, routing))
+        return cls(SAMLLinear.from_linear(linear, config, routing, weight=weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, T] -> [B, N, T]."""

@@ -243,6 +243,9 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         "generation": model.generation_config.to_diff_dict(),
         "weight_hash": weight_hash(model),
     }
+    calibration = getattr(model, "saml_calibration", None)
+    if calibration is not None:
+        description["calibration"] = calibration
     write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_path(target / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
@@ -303,6 +306,8 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     model.saml_config = config
     model.saml_short_windows = description.get("short_windows") is True
     model.generation_config = generation
+    if isinstance(description.get("calibration"), dict):
+        model.saml_calibration = description["calibration"]
     _fill(model, family, stored, source)
     if weight_hash(model) != description.get("weight_hash"):
         raise SAMLError(f"{source / WEIGHTS}: does not match its description; copy it again")

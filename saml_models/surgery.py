@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -15,6 +16,7 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.linear import BlockGates, SAMLPointwiseConv1d
 from saml_kernels.quant import QuantizedTensor
 from saml_kernels.routing import Router, Routing, SharedRouter
+from saml_models.compress.calibration import Calibration, check_calibration
 from saml_models.pretrained_methods import adjust_methods
 from saml_models.replaceable import (
     LAYERS,
@@ -89,7 +91,9 @@ def _grouped(kept: dict[str, str]) -> str:
     )
 
 
-def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
+def apply_saml(
+    model: nn.Module, config: SAMLConfig, calibration: Calibration | None = None
+) -> SurgeryReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
@@ -101,8 +105,14 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
     from a file. Frozen floating parameters and norms' statistics are rounded to float16, as they
     are stored, so that a saved model gives the same logits bit for bit.
 
+    Args:
+        model: at full precision.
+        config: of the layers.
+        calibration: weights to take in place of plainly rounded ones, from `calibrate` with the
+            same model and format.
+
     Raises:
-        SAMLError: the model was treated before, is a single layer or has none to replace, has PEFT
+        SAMLError: the calibration is of another model or format; the model was treated before, is a single layer or has none to replace, has PEFT
             adapters or parameters without a shape, or holds NaN, infinity or values beyond
             float16. The model is then as it was.
     """
@@ -123,12 +133,21 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> SurgeryReport:
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
+    weights: Mapping[str, QuantizedTensor] = {}
+    if calibration is not None:
+        check_calibration(calibration, model, {place.path for place in places}, config)
+        weights = calibration.weights
     _round_to_half(model)
+    if calibration is not None:
+        with torch.no_grad():
+            for name, value in calibration.parameters.items():
+                model.get_parameter(name).copy_(value)
+        model.saml_calibration = calibration.about  # type: ignore[assignment]
     model.requires_grad_(False)
     routing = Routing()
     model.saml_config, model.saml_routing = config, routing  # type: ignore[assignment]
     blocks = _attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, routing, blocks)
+    made = _replacements(model, places, config, routing, blocks, weights)
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
@@ -171,6 +190,7 @@ def _replacements(
     config: SAMLConfig,
     routing: Routing,
     blocks: dict[str, BlockGates],
+    weights: Mapping[str, QuantizedTensor],
 ) -> dict[nn.Module, nn.Module]:
     """Old layer -> new one; output heads last, as they ask the embedding that they are tied to."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -187,7 +207,9 @@ def _replacements(
             heads.append(layer)
             continue
         block = blocks.get(place.path.rpartition(".")[0])
-        made[layer] = new = _replacement(place.path, layer, config, routing, block, width)
+        made[layer] = new = _replacement(
+            place.path, layer, config, routing, block, width, weights.get(place.path)
+        )
         if isinstance(new, SAMLEmbedding):
             tied[tie(layer)] = new
     for layer in heads:
@@ -215,6 +237,7 @@ def _replacement(
     routing: Routing,
     block: BlockGates | None,
     width: int | None,
+    weight: QuantizedTensor | None,
 ) -> nn.Module:
     name = path.rsplit(".", 1)[-1]
     if isinstance(layer, nn.Linear):
@@ -227,18 +250,20 @@ def _replacement(
             ("encoder_attn.k_proj", "encoder_attn.v_proj")
         )
         clip_width = width if decoder else None
-        return SAMLLinear.from_linear(layer, own, routing, clip_width=clip_width, block=block)
+        return SAMLLinear.from_linear(
+            layer, own, routing, clip_width=clip_width, block=block, weight=weight
+        )
     if isinstance(layer, nn.Conv1d):
         bare = layer.padding in ((0,), "same", "valid")
         if layer.kernel_size == (1,) and layer.stride == (1,) and bare:
             wanted = config.targets == "all" and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
-                layer, config if wanted else _without_experts(config), routing
+                layer, config if wanted else _without_experts(config), routing, weight
             )
-        return QuantizedConv1d(layer, config)
+        return QuantizedConv1d(layer, config, weight)
     if isinstance(layer, nn.Conv2d):
-        return QuantizedConv2d(layer, config)
-    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config)
+        return QuantizedConv2d(layer, config, weight)
+    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config, weight)
 
 
 def _without_experts(config: SAMLConfig) -> SAMLConfig:

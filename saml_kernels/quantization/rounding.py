@@ -4,8 +4,8 @@ For a layer y = x W^T, with x of second moment H = E[x x^T], the mean squared er
 tr((W - Q) H (W - Q)^T). `round_calibrated` makes it small in three steps, each of which may be left
 out; codes, scales and their double quantisation are those of `quantize`, byte for byte in size.
 
-1. Scales. A scale per block that minimises sum_k H_kk (W_k - Q_k)^2, from a grid below and above the
-   block's largest magnitude, then rounded as they are stored.
+1. Scales. A scale per block that minimises sum_k H_kk (W_k - Q_k)^2, found on a grid around the
+   block's largest magnitude, then rounded as it is stored.
 2. Codes. GPTQ (arXiv 2210.17323) with the scales fixed: column by column in the order of falling
    H_kk ("act-order"), what is lost in one is made good in those that follow.
 3. Refinement. Coordinate descent on the error itself: each scale in turn, among the values that its

@@ -1,0 +1,1 @@
+"""A full-precision model in low bits."""
