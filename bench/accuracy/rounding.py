@@ -1,6 +1,6 @@
 """What rounding costs, and what calibrated rounding gives back: WER and KL to full precision.
 
-    python -m bench.accuracy.rounding --data ../shared/data --json bench/results/rounding-tiny.en.json
+    python -m bench.accuracy.rounding --data ../shared/data --json rounding-tiny.en.json
     python -m bench.accuracy.rounding ... --only calibrated-0 --kl-only
 
 Variants: full precision, today's rounding, and calibrated rounding with several draws of the
@@ -80,21 +80,23 @@ def training_speech(data: Path) -> list[Utterance]:
     return found
 
 
-def measured_speech(data: Path, one: Set) -> list[Utterance]:
+def measured_speech(data: Path, one: Set, most: int) -> list[Utterance]:
     """Evenly spread over the manifest, so that every speaker is heard."""
     found = load_corpus(data / one.manifest)
-    count = min(one.clips, len(found))
+    count = min(one.clips, most, len(found))
     return [found[i * len(found) // count] for i in range(count)]
 
 
 class Bench:
     """The full model and what it says, for one variant after the other."""
 
-    def __init__(self, name: str, data: Path, results: dict[str, Any], show: Progress) -> None:
+    def __init__(
+        self, name: str, data: Path, most: int, results: dict[str, Any], show: Progress
+    ) -> None:
         self.name, self.data, self.results, self.show = name, data, results, show
         self.full, self.processor = load_whisper(name)
         self.family = family_of(self.full)
-        self.speech = {key: measured_speech(data, one) for key, one in SETS.items()}
+        self.speech = {key: measured_speech(data, one, most) for key, one in SETS.items()}
         self.hidden: dict[str, list[torch.Tensor]] = {}
         self.tokens: dict[str, list[tuple[list[int], int]]] = {}
 
@@ -201,7 +203,7 @@ class Bench:
     def divergence(
         self, model: Any, key: str, label: str
     ) -> tuple[list[float], list[int], list[int]]:
-        """Of each clip: KL in nats summed over tokens, tokens, and those with the same likeliest."""
+        """Of each clip: KL summed over tokens (nats), tokens, those with the same likeliest."""
         self.prepare(key)
         sums, counts, agreed = [], [], []
         for own, other in zip(self.hidden[key], self.states(model, key, label), strict=True):
@@ -274,16 +276,17 @@ def main(
     draws: Annotated[int, typer.Option(min=1, help="Of the calibration clips.")] = 3,
     only: Annotated[str | None, typer.Option(help="Variants, by commas.")] = None,
     sets: Annotated[str, typer.Option(help="By commas.")] = ",".join(SETS),
+    clips: Annotated[int, typer.Option(min=1, help="Of a set at most; fewer are quicker.")] = 160,
     kl_only: Annotated[bool, typer.Option("--kl-only", help="Leave WER for later.")] = False,
 ) -> None:
     """Measure variants, one after the other, and print the table."""
     quiet_libraries()
     results: dict[str, Any] = json.loads(json_file.read_text()) if json_file.exists() else {}
-    results["about"] = about(torch.device("cpu")) | {"model": model}
+    results["about"] = about(torch.device("cpu")) | {"model": model, "clips": clips}
     names = only.split(",") if only else [FULL, PLAIN, *(f"calibrated-{i}" for i in range(draws))]
     console = Console()
     with Progress(console=console, transient=True) as show:
-        bench = Bench(model, data, results, show)
+        bench = Bench(model, data, clips, results, show)
         for name in names:
             done = results.setdefault(name, {})
             missing = [

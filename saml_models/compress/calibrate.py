@@ -67,6 +67,7 @@ class Recipe:
             decoder's cross-attention keys and values go with the encoder); else at W x'.
         biases: move biases by the mean of what is left.
         shift: subtract a vector from the embedding's rows.
+        residual: what share of the error of the stream that a block adds to it should make good.
     """
 
     damping: float = 0.05
@@ -77,6 +78,7 @@ class Recipe:
     decoder_target: bool = True
     biases: bool = True
     shift: bool = True
+    residual: float = 0.0
 
 
 @torch.no_grad()
@@ -402,8 +404,11 @@ class _Run:
             wanted.append(put_out)
 
         def outputs() -> Pairs:
-            for clip, have, want in zip(self.clips, mixed, wanted, strict=True):
-                yield rows(clip, have), rows(clip, want)
+            for clip, have, want, x, y in zip(
+                self.clips, mixed, wanted, self.x, self.y, strict=True
+            ):
+                missing = self.recipe.residual * (x - y)
+                yield rows(clip, have), rows(clip, want + missing)
 
         self._stage([f"{at}.{kind}.out_proj"], outputs, aimed=aimed, outputs=True)
         project_rounded = getattr(rounded, kind).out_proj
@@ -428,8 +433,9 @@ class _Run:
 
         def outputs() -> Pairs:
             for clip, x, y in zip(self.clips, self.x, self.y, strict=True):
-                have, other = inside(rounded, rows(clip, y)), inside(full, rows(clip, x))
-                yield have, F.linear(other, full.fc2.weight)
+                x, y = rows(clip, x), rows(clip, y)
+                want = F.linear(inside(full, x), full.fc2.weight)
+                yield inside(rounded, y), want + self.recipe.residual * (x - y)
 
         self._stage([f"{at}.fc1"], inputs, aimed=aimed)
         self._stage([f"{at}.fc2"], outputs, aimed=aimed, outputs=True)
