@@ -112,9 +112,9 @@ def apply_saml(
             same model and format.
 
     Raises:
-        SAMLError: the calibration is of another model or format; the model was treated before, is a single layer or has none to replace, has PEFT
-            adapters or parameters without a shape, or holds NaN, infinity or values beyond
-            float16. The model is then as it was.
+        SAMLError: the calibration is of another model or format; the model was treated before, is
+            a single layer or has none to replace, has PEFT adapters or parameters without a shape,
+            or holds NaN, infinity or values beyond float16. The model is then as it was.
     """
     kind = type(model).__name__
     if quantised_tensors(model):

@@ -1,4 +1,4 @@
-"""Calibrated rounding of a whole Whisper: side by side with the full model, kept and found again."""
+"""Calibrated rounding of a whole Whisper: nearer to the full model, and resumed."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_calibration_of_something_else_is_refused(model: Any, calibration: Any
     with pytest.raises(SAMLError, match="no such layer"):
         apply_saml(other, CONFIG, calibration)
     fresh = copy.deepcopy(model)
-    with pytest.raises(SAMLError, match="calibrated as nf4.*expected int4"):
+    with pytest.raises(SAMLError, match=r"calibrated as nf4.*expected int4"):
         apply_saml(fresh, SAMLConfig(num_experts=0, format="int4"), calibration)
     assert not quantised_tensors(fresh)
     with pytest.raises(SAMLError, match="full precision"):

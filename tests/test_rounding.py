@@ -15,7 +15,7 @@ DAMPING = 0.05
 
 
 def realistic(width: int, seed: int = 0) -> Tensor:
-    """A second moment as a layer's inputs have it: directions of very unequal strength, outliers."""
+    """A second moment as layers' inputs have it: unequal directions, outlying channels."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)[:, None]
     x = torch.randn(6 * width, width, generator=generator) @ mix / width**0.5
@@ -249,7 +249,7 @@ def test_blocks_of_zeros_stay_zero(format: str, double_quant: bool) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     weight, moment = weights(4, 32), realistic(32)
-    with pytest.raises(SAMLError, match="proj: moment .*32 inputs"):
+    with pytest.raises(SAMLError, match=r"proj: moment .*32 inputs"):
         round_calibrated(weight, realistic(16), name="proj")
     with pytest.raises(SAMLError, match="NaN"):
         round_calibrated(weight, moment * float("nan"))

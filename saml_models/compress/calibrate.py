@@ -48,9 +48,9 @@ __all__ = ["Recipe", "calibrate"]
 
 MARGIN = 10.0  # seconds of silence after a clip, as a quantised Whisper hears it
 AFTER = 1.0  # seconds after the speech that count fully
+_CODES = ".weight.codes"
 SPARSE = 10  # of the frames later on, one in so many is looked at
 EMBEDDING = "model.decoder.embed_tokens"
-PARTS = ("codes", "absmax", "nested_absmax", "offset")
 POSITIONS = "model.decoder.embed_positions.weight"
 
 
@@ -67,7 +67,6 @@ class Recipe:
             decoder's cross-attention keys and values go with the encoder); else at W x'.
         biases: move biases by the mean of what is left.
         shift: subtract a vector from the embedding's rows.
-        residual: what share of the error of the stream that a block adds to it should make good.
     """
 
     damping: float = 0.05
@@ -78,7 +77,6 @@ class Recipe:
     decoder_target: bool = True
     biases: bool = True
     shift: bool = True
-    residual: float = 0.0
 
 
 @torch.no_grad()
@@ -404,11 +402,8 @@ class _Run:
             wanted.append(put_out)
 
         def outputs() -> Pairs:
-            for clip, have, want, x, y in zip(
-                self.clips, mixed, wanted, self.x, self.y, strict=True
-            ):
-                missing = self.recipe.residual * (x - y)
-                yield rows(clip, have), rows(clip, want + missing)
+            for clip, have, want in zip(self.clips, mixed, wanted, strict=True):
+                yield rows(clip, have), rows(clip, want)
 
         self._stage([f"{at}.{kind}.out_proj"], outputs, aimed=aimed, outputs=True)
         project_rounded = getattr(rounded, kind).out_proj
@@ -433,9 +428,8 @@ class _Run:
 
         def outputs() -> Pairs:
             for clip, x, y in zip(self.clips, self.x, self.y, strict=True):
-                x, y = rows(clip, x), rows(clip, y)
-                want = F.linear(inside(full, x), full.fc2.weight)
-                yield inside(rounded, y), want + self.recipe.residual * (x - y)
+                want = inside(full, rows(clip, x))
+                yield inside(rounded, rows(clip, y)), F.linear(want, full.fc2.weight)
 
         self._stage([f"{at}.fc1"], inputs, aimed=aimed)
         self._stage([f"{at}.fc2"], outputs, aimed=aimed, outputs=True)
@@ -526,11 +520,17 @@ def _read_stage(
     if about.get("fingerprint") != mark:
         return None
     weights = {}
-    for key in [k for k in tensors if k.endswith(".weight.codes")]:
-        name = key.removesuffix(".weight.codes")
-        parts = [tensors.pop(f"{name}.weight.{p}", None) for p in PARTS]
-        shape = model.get_submodule(name).weight.shape
-        weights[name] = QuantizedTensor(*parts, shape, config.format, config.block_size).validate(
-            name
+    names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
+    for name in names:
+        weight = QuantizedTensor.empty(
+            model.get_submodule(name).weight.shape,
+            config.format,
+            config.block_size,
+            config.double_quant,
         )
+        parts = {part: tensors.pop(f"{name}.weight.{part}", None) for part in weight.state_dict()}
+        if any(part is None for part in parts.values()):
+            return None
+        weight.load_state_dict(parts)
+        weights[name] = weight
     return weights, tensors
