@@ -426,15 +426,16 @@ class _Run:
         def inside(layer: Any, hidden: Tensor) -> Tensor:
             return layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
 
+        wanted = [F.linear(inside(full, x), full.fc2.weight) for x in self.x]
+
         def outputs() -> Pairs:
-            for clip, x, y in zip(self.clips, self.x, self.y, strict=True):
-                want = inside(full, rows(clip, x))
-                yield inside(rounded, rows(clip, y)), F.linear(want, full.fc2.weight)
+            for clip, y, want in zip(self.clips, self.y, wanted, strict=True):
+                yield inside(rounded, rows(clip, y)), rows(clip, want)
 
         self._stage([f"{at}.fc1"], inputs, aimed=aimed)
         self._stage([f"{at}.fc2"], outputs, aimed=aimed, outputs=True)
-        for layer, own in ((full, self.x), (rounded, self.y)):
-            own[:] = [hidden + layer.fc2(inside(layer, hidden)) for hidden in own]
+        self.x = [x + want + full.fc2.bias for x, want in zip(self.x, wanted, strict=True)]
+        self.y = [y + rounded.fc2(inside(rounded, y)) for y in self.y]
 
 
 def _half(value: Tensor) -> Tensor:
