@@ -26,11 +26,13 @@ class SAMLEmbedding(nn.Module):
         self.compute: Tensor
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: SAMLConfig) -> SAMLEmbedding:
-        """Quantise `embedding` [V, d]; the original is left alone."""
-        weight = quantize(
-            embedding.weight.detach(), config.format, config.block_size, config.double_quant
-        )
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: SAMLConfig, weight: QuantizedTensor | None = None
+    ) -> SAMLEmbedding:
+        """Quantise `embedding` [V, d], if `weight` is not given; the original is left alone."""
+        if weight is None:
+            source = embedding.weight.detach()
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, embedding.padding_idx)
         layer.compute = embedding.weight.new_empty(0)
         return layer

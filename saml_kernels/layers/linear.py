@@ -84,14 +84,21 @@ class SAMLLinear(nn.Module):
         *,
         clip_width: int | None = None,
         block: BlockGates | None = None,
+        weight: QuantizedTensor | None = None,
     ) -> SAMLLinear:
         """Quantise `linear` and surround it with experts; the layer itself is left alone.
+
+        Args:
+            linear: weight [N, K].
+            config, routing, clip_width, block: as for the constructor.
+            weight: what stands for the layer's weight; None rounds it with `quantize`.
 
         Raises:
             SAMLError: the weight holds NaN or infinity.
         """
         source = linear.weight.detach()
-        weight = quantize(source, config.format, config.block_size, config.double_quant)
+        if weight is None:
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, linear.bias, config, context, clip_width=clip_width, block=block)
         layer.to(source.device)
         if config.expert_init == "loftq" and config.num_experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext, BlockGates
 from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
+from saml_kernels.quantization.tensor import QuantizedTensor
+from saml_models.compress.calibration import Calibration, check_calibration
 from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
     POSITION_PROJECTIONS,
@@ -83,7 +86,9 @@ def _grouped(kept: dict[str, str]) -> str:
     )
 
 
-def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
+def apply_saml(
+    model: nn.Module, config: SAMLConfig, calibration: Calibration | None = None
+) -> CompressionReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
     Linear layers become `SAMLLinear` (with experts where `config.targets` says so), convolutions
@@ -95,10 +100,16 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     from a file. Frozen floating parameters and norms' statistics are rounded to float16, as they
     are stored, so that a saved model gives the same logits bit for bit.
 
+    Args:
+        model: at full precision.
+        config: of the layers.
+        calibration: weights to take in place of plainly rounded ones, from `calibrate` with the
+            same model and format.
+
     Raises:
-        SAMLError: the model was treated before, is a single layer or has none to replace, has PEFT
-            adapters or parameters without a shape, or holds NaN, infinity or values beyond
-            float16. The model is then as it was.
+        SAMLError: the calibration is of another model or format; the model was treated before, is
+            a single layer or has none to replace, has PEFT adapters or parameters without a shape,
+            or holds NaN, infinity or values beyond float16. The model is then as it was.
     """
     kind = type(model).__name__
     if quantised_tensors(model):
@@ -117,11 +128,19 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
+    weights: Mapping[str, QuantizedTensor] = {}
+    if calibration is not None:
+        check_calibration(calibration, model, {place.path for place in places}, config)
+        weights = calibration.weights
     _round_to_half(model)
+    if calibration is not None:
+        with torch.no_grad():
+            for name, value in calibration.parameters.items():
+                model.get_parameter(name).copy_(value)
     model.requires_grad_(False)
     context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, context, blocks)
+    made = _replacements(model, places, config, context, blocks, weights)
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
@@ -131,6 +150,7 @@ def apply_saml(model: nn.Module, config: SAMLConfig) -> CompressionReport:
     watch_encoder(model, context)
     adjust_methods(model)
     saml = Compression(model, config, context)
+    saml.calibration = None if calibration is None else calibration.about
     model.saml = saml  # type: ignore[assignment]
     experts = saml.experts()
     for parameter in experts.values():
@@ -166,6 +186,7 @@ def _replacements(
     config: SAMLConfig,
     context: BatchContext,
     blocks: dict[str, BlockGates],
+    weights: Mapping[str, QuantizedTensor],
 ) -> dict[nn.Module, nn.Module]:
     """Old layer -> new one; output heads last, as they ask the embedding that they are tied to."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -182,7 +203,9 @@ def _replacements(
             heads.append(layer)
             continue
         block = blocks.get(place.path.rpartition(".")[0])
-        made[layer] = new = _replacement(place.path, layer, config, context, block, width)
+        made[layer] = new = _replacement(
+            place.path, layer, config, context, block, width, weights.get(place.path)
+        )
         if isinstance(new, SAMLEmbedding):
             tied[tie(layer)] = new
     for layer in heads:
@@ -203,6 +226,7 @@ def _replacement(
     context: BatchContext,
     block: BlockGates | None,
     width: int | None,
+    weight: QuantizedTensor | None,
 ) -> nn.Module:
     name = path.rsplit(".", 1)[-1]
     if isinstance(layer, nn.Linear):
@@ -215,18 +239,20 @@ def _replacement(
             ("encoder_attn.k_proj", "encoder_attn.v_proj")
         )
         clip_width = width if decoder else None
-        return SAMLLinear.from_linear(layer, own, context, clip_width=clip_width, block=block)
+        return SAMLLinear.from_linear(
+            layer, own, context, clip_width=clip_width, block=block, weight=weight
+        )
     if isinstance(layer, nn.Conv1d):
         bare = layer.padding in ((0,), "same", "valid")
         if layer.kernel_size == (1,) and layer.stride == (1,) and bare:
             wanted = config.targets == "all" and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
-                layer, config if wanted else _without_experts(config), context
+                layer, config if wanted else _without_experts(config), context, weight
             )
-        return QuantizedConv1d(layer, config)
+        return QuantizedConv1d(layer, config, weight)
     if isinstance(layer, nn.Conv2d):
-        return QuantizedConv2d(layer, config)
-    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config)
+        return QuantizedConv2d(layer, config, weight)
+    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config, weight)
 
 
 def _without_experts(config: SAMLConfig) -> SAMLConfig:

@@ -62,6 +62,8 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         "generation": model.generation_config.to_diff_dict(),
         "weight_hash": saml.weight_hash(),
     }
+    if saml.calibration is not None:
+        description["calibration"] = saml.calibration
     write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_path(target / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
@@ -123,6 +125,8 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     saml: Any = model.saml
     saml.config = config
     saml.short_windows = description.get("short_windows") is True
+    if isinstance(description.get("calibration"), dict):
+        saml.calibration = description["calibration"]
     model.generation_config = generation
     _fill(model, kind, stored, source)
     if saml.weight_hash() != description.get("weight_hash"):
