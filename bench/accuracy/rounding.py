@@ -1,20 +1,20 @@
 """What rounding costs, and what calibrated rounding gives back: WER and KL to full precision.
 
-    python -m bench.accuracy.rounding --data ../shared/data --json rounding-tiny.en.json
-    python -m bench.accuracy.rounding ... --only calibrated-0 --kl-only
+    python -m bench rounding --data DATA --json bench/results/rounding-tiny.en.json
+    python -m bench rounding ... --draws 0,1 --kl-only
 
-Variants: full precision, today's rounding, and calibrated rounding with several draws of the
-calibration clips. Clips come from the training sets alone. KL is the mean over text tokens of
-KL(full precision || variant), the decoder given the reference in the model's own style; WER is
-greedy. Results are written after each set of each variant, and what is in the file is not measured
-again. On two cores a variant takes about ten minutes, one without WER three.
+Variants: full precision, plain rounding, and calibrated rounding with several draws of the
+calibration clips, which come from the training sets and from nobody who is measured. KL is the mean
+over text tokens of KL(full precision || variant), the decoder given the reference in the model's
+own style; WER is greedy. Results are written after each set, and what is in the file is not
+measured again; with --work a calibration that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,23 +26,25 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.accuracy.speech import READERS
+from bench.models.clips import spread
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.calibrate import Recipe, calibrate
+from saml_models.compress.calibrate import calibrate
 from saml_models.compress.calibration_speech import choose_utterances, prepare_clips
+from saml_models.compress.layers import compression_of
+from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, load_corpus
-from saml_models.models.registry import family_of
-from saml_models.models.whisper.loading import load_whisper
-from saml_models.models.whisper.windows import audio_window, clip_window, log_mel
+from saml_models.evaluation.divergence import Divergence, divergences
+from saml_models.models.interface import SpeechModel
+from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.text.style import in_model_style
 from saml_models.text.wer import word_errors
 from saml_models.transcription.clips import decode_clips
 
-# Readers of train-clean-5 that adaptation is measured on: no calibration on them.
-READERS = ("163", "332", "1867", "3526", "7859", "8629")
 TRAINING = (
     "librispeech-first-utterances",
     "librispeech-dev-clean-mp3",
@@ -51,221 +53,228 @@ TRAINING = (
     "kathleen",
     "ljspeech",
 )
-FULL, PLAIN = "full precision", "as today"
+FULL, PLAIN, CALIBRATED = "full precision", "plain", "calibrated"
 
 
 @dataclass(frozen=True)
 class Set:
-    """What is measured: a manifest, how many of its clips, and the window they are heard in."""
+    """What is measured: a manifest, and the seconds of silence after a clip; None: 30 s in all."""
 
     manifest: str
-    clips: int
-    margin: float | None  # seconds after a clip; None: 30 s
+    margin: float | None
 
 
 SETS = {
-    "vctk": Set("vctk/dev.jsonl", 160, None),
-    "voicebank-noisy": Set("voicebank-noisy/dev.jsonl", 160, None),
-    "speechocean762": Set("speechocean762/test.jsonl", 140, 10.0),
-    "librispeech-readers": Set("librispeech-readers/dev.jsonl", 120, None),
+    "vctk": Set("vctk/dev.jsonl", None),
+    "voicebank-noisy": Set("voicebank-noisy/dev.jsonl", None),
+    "speechocean762": Set("speechocean762/test.jsonl", 10.0),
+    "librispeech-readers": Set("librispeech-readers/dev.jsonl", None),
 }
 
 
 def training_speech(data: Path) -> list[Utterance]:
     """Of speakers that nothing is reported on."""
+    measured = {u.speaker for one in SETS.values() for u in load_corpus(data / one.manifest)}
     found = load_corpus(data / "LibriSpeech" / "train-clean-5")
-    found = [u for u in found if u.speaker not in READERS]
     for part in TRAINING:
         found += load_corpus(data / part / "train.jsonl")
-    return found
-
-
-def measured_speech(data: Path, one: Set, most: int) -> list[Utterance]:
-    """Evenly spread over the manifest, so that every speaker is heard."""
-    found = load_corpus(data / one.manifest)
-    count = min(one.clips, most, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
+    return [u for u in found if u.speaker not in {*READERS, *measured}]
 
 
 class Bench:
-    """The full model and what it says, for one variant after the other."""
+    """The full model and its variants on the same speech."""
 
-    def __init__(
-        self, name: str, data: Path, most: int, results: dict[str, Any], show: Progress
-    ) -> None:
-        self.name, self.data, self.results, self.show = name, data, results, show
-        self.full, self.processor = load_whisper(name)
-        self.family = family_of(self.full)
-        self.speech = {key: measured_speech(data, one, most) for key, one in SETS.items()}
-        self.hidden: dict[str, list[torch.Tensor]] = {}
-        self.tokens: dict[str, list[tuple[list[int], int]]] = {}
+    def __init__(self, name: str, data: Path, work: Path | None, show: Progress) -> None:
+        self.name, self.data, self.work, self.show = name, data, work, show
+        self.full = self.load()
+        vocabulary: int = self.full.network.config.vocab_size
+        self.language = None if vocabulary <= 51864 else "en"
 
-    def made(self, variant: str) -> tuple[Any, dict[str, Any]]:
-        """The model of a variant and what making it took."""
-        model, _ = load_whisper(self.name)
-        if variant == FULL:
-            return model, {}
-        config = SAMLConfig(num_experts=0)
-        if variant == PLAIN:
-            report = apply_saml(model, config)
-            return model, {"memory_bytes": report.memory_bytes}
-        seed = int(variant.removeprefix("calibrated-"))
+    def load(self) -> SpeechModel:
+        """The model as released."""
+        return bind(*load_model(self.name))
+
+    def bar(self, title: str, total: int | None = None) -> Callable[[int], None]:
+        """Advances by what it is called with; gone when it is full."""
+        task = self.show.add_task(title, total=total)
+
+        def advance(count: int) -> None:
+            self.show.advance(task, count)
+            if self.show.tasks[self.show.task_ids.index(task)].finished:
+                self.show.remove_task(task)
+
+        return advance
+
+    def make(self, variant: str) -> tuple[SpeechModel, dict[str, Any]]:
+        """The model of a variant, and what making it took."""
+        speech, config = self.load(), SAMLConfig(num_experts=0)
         started, cpu = time.monotonic(), time.process_time()
-        chosen = choose_utterances(training_speech(self.data), seed=seed)
-        bar = self.show.add_task(f"{variant}: hearing the clips", total=len(chosen))
-        clips = prepare_clips(
-            self.full,
-            self.processor,
-            chosen,
-            seed,
-            on_done=lambda count: self.show.advance(bar, count),
-        )
-        self.show.remove_task(bar)
-        bar = self.show.add_task(f"{variant}: calibrating")
-        calibration = calibrate(
-            model,
-            self.processor,
-            clips,
-            config,
-            Recipe(),
-            on_progress=lambda done, total, _: self.show.update(bar, completed=done, total=total),
-        )
-        self.show.remove_task(bar)
-        report = apply_saml(model, config, calibration)
-        return model, {
+        calibration = None
+        if variant != PLAIN:
+            seed = int(variant.removeprefix(f"{CALIBRATED} "))
+            chosen = choose_utterances(training_speech(self.data), seed=seed)
+            clips = prepare_clips(
+                speech, chosen, seed, on_done=self.bar(f"{variant}: texts", len(chosen))
+            )
+            calibration = calibrate(
+                speech,
+                clips,
+                config,
+                about={"seed": seed},
+                folder=None if self.work is None else self.work / f"{self.name}-{seed}",
+                on_progress=self.stages(variant),
+            )
+        report = apply_saml(speech.network, config, calibration)
+        return speech, {
             "memory_bytes": report.memory_bytes,
+            "weight_hash": compression_of(speech.network).weight_hash(),
             "seconds": round(time.monotonic() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
-            "calibration": calibration.about,
+            "threads": torch.get_num_threads(),
+            "calibration": None if calibration is None else calibration.about,
         }
 
-    def measure(self, model: Any, key: str, kl_only: bool, label: str) -> dict[str, Any]:
-        """KL, and WER if asked for, of one set."""
-        model.saml_margin = SETS[key].margin
-        found: dict[str, Any] = {"speakers": [u.speaker for u in self.speech[key]]}
-        found["kl"], found["tokens"], found["agreement"] = self.divergence(model, key, label)
-        if not kl_only:
-            found["heard"] = self.hear(model, key, label)
-            counted = word_errors([u.text for u in self.speech[key]], found["heard"])
-            found["errors"] = [one.errors for one in counted]
-            found["words"] = [one.words for one in counted]
-        return found
+    def stages(self, variant: str) -> Callable[[int, int, str], None]:
+        """A bar for a calibration."""
+        task = self.show.add_task(f"{variant}: calibrating")
 
-    def hear(self, model: Any, key: str, label: str) -> list[str]:
-        """Greedy transcripts of a set."""
-        clips = [u.load() for u in self.speech[key]]
-        bar = self.show.add_task(f"{label}: {key}, WER", total=len(clips))
+        def advance(done: int, total: int, title: str) -> None:
+            self.show.update(task, completed=done, total=total)
+            if done == total:
+                self.show.remove_task(task)
+
+        return advance
+
+    def hear(self, speech: SpeechModel, key: str, title: str, said: list[Utterance]) -> Any:
+        """Greedy transcripts and their errors; the full model always hears 30 s."""
+        if speech is not self.full:
+            compression_of(speech.network).margin = SETS[key].margin
         heard = decode_clips(
-            model,
-            self.processor,
-            clips,
+            speech,
+            [u.load() for u in said],
             language="en",
-            on_done=lambda count: self.show.advance(bar, count),
+            batch_size=6,
+            on_done=self.bar(f"{title}: {key}, WER", len(said)),
         )
-        self.show.remove_task(bar)
-        return heard
+        errors = word_errors([u.text for u in said], heard)
+        return {"errors": [one.errors for one in errors], "heard": heard}
 
-    def prepare(self, key: str) -> None:
-        """References in the model's style, and the full model's last hidden states for them."""
-        if key in self.hidden:
-            return
-        self.full.saml_margin = SETS[key].margin
-        first = self.results.get(FULL, {}).get(key, {})
-        heard = first.get("heard") or self.results.get("style", {}).get(key)
-        if not heard:
-            heard = self.hear(self.full, key, FULL)
-            self.results.setdefault("style", {})[key] = heard
-        language = "en" if self.full.config.vocab_size > 51864 else None
-        self.tokens[key] = [
-            self.family.token_ids(self.processor, in_model_style(u.text, text), language)
-            for u, text in zip(self.speech[key], heard, strict=True)
-        ]
-        self.hidden[key] = list(self.states(self.full, key, FULL))
-
-    @torch.inference_mode()
-    def states(self, model: Any, key: str, label: str) -> Iterable[torch.Tensor]:
-        """Last hidden states of each clip's text tokens: [T, d]."""
-        bar = self.show.add_task(f"{label}: {key}, KL", total=len(self.tokens[key]))
-        for utterance, (tokens, prompt) in zip(self.speech[key], self.tokens[key], strict=True):
-            clip = utterance.load()
-            frames = clip_window(model, len(clip))
-            features = log_mel(self.processor, [clip], frames)
-            with audio_window(model, frames):
-                yield model.model(
-                    input_features=features,
-                    decoder_input_ids=torch.tensor([tokens[:-1]]),
-                    use_cache=False,
-                ).last_hidden_state[0, prompt - 1 :]
-            self.show.advance(bar)
-        self.show.remove_task(bar)
-
-    @torch.inference_mode()
-    def divergence(
-        self, model: Any, key: str, label: str
-    ) -> tuple[list[float], list[int], list[int]]:
-        """Of each clip: KL summed over tokens (nats), tokens, those with the same likeliest."""
-        self.prepare(key)
-        sums, counts, agreed = [], [], []
-        for own, other in zip(self.hidden[key], self.states(model, key, label), strict=True):
-            full = self.full.proj_out(own).log_softmax(dim=-1)
-            rounded = model.proj_out(other).log_softmax(dim=-1)
-            sums.append(round(float((full.exp() * (full - rounded)).sum()), 6))
-            counts.append(len(own))
-            agreed.append(int((full.argmax(dim=-1) == rounded.argmax(dim=-1)).sum()))
-        return sums, counts, agreed
+    def compare(
+        self, models: list[SpeechModel], key: str, said: list[Utterance], heard: list[str]
+    ) -> list[Divergence]:
+        """KL of each model on one set."""
+        return divergences(
+            self.full,
+            models,
+            [u.load() for u in said],
+            [in_model_style(u.text, text) for u, text in zip(said, heard, strict=True)],
+            margin=SETS[key].margin,
+            language=self.language,
+            on_done=self.bar(f"{key}, KL of {len(models)}", len(said)),
+        )
 
 
-def mean_kl(found: dict[str, Any]) -> float:
-    """Nats a token."""
-    return float(sum(found["kl"]) / sum(found["tokens"]))
+def measure(
+    bench: Bench,
+    results: dict[str, Any],
+    save: Callable[[], None],
+    variants: list[str],
+    clips: int,
+    kl_only: bool,
+) -> None:
+    """Whatever of these variants is not in the results yet, set by set."""
+    made: dict[str, SpeechModel] = {}
+
+    def model(variant: str) -> SpeechModel:
+        if variant not in made:
+            made[variant], results["variants"][variant]["made"] = bench.make(variant)
+            save()
+        return made[variant]
+
+    for variant in (FULL, *variants):
+        results["variants"].setdefault(variant, {"sets": {}})
+    everyone = {key: spread(load_corpus(bench.data / SETS[key].manifest), clips) for key in SETS}
+    own = {name: one["sets"] for name, one in results["variants"].items()}
+    for key, said in everyone.items():
+        if key not in own[FULL]:
+            words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
+            results["speech"][key] = {"speakers": [u.speaker for u in said], "words": words}
+            own[FULL][key] = bench.hear(bench.full, key, FULL, said)
+            save()
+    for key, said in everyone.items():
+        missing = [variant for variant in variants if "kl" not in own[variant].get(key, {})]
+        if missing:
+            models = [model(variant) for variant in missing]
+            heard = own[FULL][key]["heard"]
+            for variant, found in zip(
+                missing, bench.compare(models, key, said, heard), strict=True
+            ):
+                own[variant].setdefault(key, {}).update(found.to_dict())
+            save()
+    for key, said in everyone.items():
+        for variant in variants:
+            if not kl_only and "errors" not in own[variant].get(key, {}):
+                own[variant][key] |= bench.hear(model(variant), key, variant, said)
+                save()
 
 
-def wer(found: dict[str, Any]) -> float:
+def wer(results: dict[str, Any], variant: str, key: str) -> float:
     """Per cent."""
-    return 100.0 * sum(found["errors"]) / sum(found["words"])
+    errors = results["variants"][variant]["sets"][key]["errors"]
+    return 100.0 * sum(errors) / sum(results["speech"][key]["words"])
+
+
+def mean_kl(results: dict[str, Any], variant: str, key: str) -> float:
+    """Nats a token."""
+    return Divergence(**_divergence(results, variant, key)).mean
+
+
+def _divergence(results: dict[str, Any], variant: str, key: str) -> dict[str, Any]:
+    one = results["variants"][variant]["sets"][key]
+    return {name: one[name] for name in ("kl", "tokens", "agreed")}
 
 
 def pooled_ratio(
-    one: dict[str, Any], other: dict[str, Any], samples: int = 2000, seed: int = 0
+    results: dict[str, Any], variant: str, other: str, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
     """WER of one variant to that of another, all sets pooled, and its 95 % interval over speakers.
 
     Speakers are drawn with replacement, with all that they say, the same ones for both variants.
     """
     counts: dict[str, np.ndarray] = {}
-    for key in SETS:
-        speakers = one[key]["speakers"]
-        for i, speaker in enumerate(speakers):
-            row = np.array([one[key]["errors"][i], other[key]["errors"][i]], dtype=float)
-            counts[speaker] = counts.get(speaker, 0) + row
+    for key, speech in results["speech"].items():
+        errors = [results["variants"][v]["sets"][key]["errors"] for v in (variant, other)]
+        for speaker, *row in zip(speech["speakers"], *errors, strict=True):
+            name = f"{key} {speaker}"
+            counts[name] = counts.get(name, np.zeros(2)) + np.array(row)
     table = np.stack(list(counts.values()))
     draws = np.random.default_rng(seed).integers(len(table), size=(samples, len(table)))
     sums = table[draws].sum(axis=1)
-    ratios = sums[:, 0] / np.maximum(sums[:, 1], 1)
+    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), (0.025, 0.975))
     total = table.sum(axis=0)
-    low, high = np.quantile(ratios, (0.025, 0.975))
     return float(total[0] / max(total[1], 1)), float(low), float(high)
 
 
-def table(results: dict[str, Any]) -> Table:
+def has_wer(results: dict[str, Any], variant: str) -> bool:
+    """Whether words were counted on every set."""
+    sets = results["variants"][variant]["sets"]
+    return all("errors" in sets.get(key, {}) for key in SETS)
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
     """WER and KL by variant and set, and the pooled WER to that of full precision."""
-    found = Table(title="WER %, KL in nats a token")
-    found.add_column("variant")
-    for key in SETS:
-        found.add_column(key, justify="right")
-    found.add_column("WER to full precision", justify="right")
-    variants = {k: v for k, v in results.items() if k not in ("style", "about")}
-    for name, sets in variants.items():
+    found = []
+    for variant, one in results["variants"].items():
         cells = []
         for key in SETS:
-            one = sets.get(key)
-            heard = f"{wer(one):.2f}, " if one and "errors" in one else ""
-            cells.append(f"{heard}{mean_kl(one):.4f}" if one else "")
-        whole = all("errors" in v.get(k, {}) for v in (sets, variants.get(FULL, {})) for k in SETS)
-        last = (
-            "{:.3f} ({:.3f} to {:.3f})".format(*pooled_ratio(sets, variants[FULL])) if whole else ""
-        )
-        found.add_row(name, *cells, last)
+            measured = one["sets"].get(key, {})
+            parts = [f"{wer(results, variant, key):.2f}"] if "errors" in measured else []
+            parts += [f"{mean_kl(results, variant, key):.4f}"] if "kl" in measured else []
+            cells.append(", ".join(parts))
+        last = ""
+        if variant != FULL and has_wer(results, variant) and has_wer(results, FULL):
+            last = "{:.3f} ({:.3f} to {:.3f})".format(*pooled_ratio(results, variant, FULL))
+        found.append([variant, *cells, last])
     return found
 
 
@@ -273,36 +282,24 @@ def main(
     data: Annotated[Path, typer.Option(help="Holds vctk/, LibriSpeech/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
     model: Annotated[str, typer.Option()] = "tiny.en",
-    draws: Annotated[int, typer.Option(min=1, help="Of the calibration clips.")] = 3,
-    only: Annotated[str | None, typer.Option(help="Variants, by commas.")] = None,
-    sets: Annotated[str, typer.Option(help="By commas.")] = ",".join(SETS),
-    clips: Annotated[int, typer.Option(min=1, help="Of a set at most; fewer are quicker.")] = 160,
+    draws: Annotated[str, typer.Option(help="Seeds of the clips' choice, by commas.")] = "0,1,2",
+    clips: Annotated[int, typer.Option(min=1, help="Of a set at most.")] = 1000,
     kl_only: Annotated[bool, typer.Option("--kl-only", help="Leave WER for later.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Keeps unfinished calibrations.")] = None,
 ) -> None:
-    """Measure variants, one after the other, and print the table."""
     quiet_libraries()
-    results: dict[str, Any] = json.loads(json_file.read_text()) if json_file.exists() else {}
-    results["about"] = about(torch.device("cpu")) | {"model": model, "clips": clips}
-    names = only.split(",") if only else [FULL, PLAIN, *(f"calibrated-{i}" for i in range(draws))]
+    results: dict[str, Any] = {"speech": {}, "variants": {}}
+    if json_file.exists():
+        results = json.loads(json_file.read_text())
+    results["about"] = about(torch.device("cpu")) | {"model": model}
     console = Console()
-    with Progress(console=console, transient=True) as show:
-        bench = Bench(model, data, clips, results, show)
-        for name in names:
-            done = results.setdefault(name, {})
-            missing = [
-                key
-                for key in sets.split(",")
-                if key not in done or not (kl_only or "errors" in done[key])
-            ]
-            if not missing:
-                continue
-            network, made = bench.made(name)
-            results[name] |= {"made": made}
-            for key in missing:
-                done[key] = bench.measure(network, key, kl_only, name)
-                write_json(json_file, results)
-    console.print(table(results))
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as show:
+        bench = Bench(model, data, work, show)
+        variants = [PLAIN, *(f"{CALIBRATED} {int(seed)}" for seed in draws.split(","))]
+        measure(bench, results, lambda: write_json(json_file, results), variants, clips, kl_only)
+    table = Table(title=f"{model}: WER %, KL in nats a token")
+    for name in ("variant", *SETS, "WER to full precision"):
+        table.add_column(name, justify="right")
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)
