@@ -32,8 +32,7 @@ from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.calibrate import calibrate
-from saml_models.compress.calibration_speech import choose_utterances, prepare_clips
+from saml_models.compress.calibrate import calibrate_on
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, load_corpus
@@ -112,15 +111,11 @@ class Bench:
         calibration = None
         if variant != PLAIN:
             seed = int(variant.removeprefix(f"{CALIBRATED} "))
-            chosen = choose_utterances(training_speech(self.data), seed=seed)
-            clips = prepare_clips(
-                speech, chosen, seed, on_done=self.bar(f"{variant}: texts", len(chosen))
-            )
-            calibration = calibrate(
+            calibration = calibrate_on(
                 speech,
-                clips,
+                training_speech(self.data),
                 config,
-                about={"seed": seed},
+                seed=seed,
                 folder=None if self.work is None else self.work / f"{self.name}-{seed}",
                 on_progress=self.stages(variant),
             )

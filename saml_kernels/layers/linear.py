@@ -90,18 +90,21 @@ class SAMLLinear(nn.Module):
 
         Args:
             linear: weight [N, K].
-            config, routing, clip_width, block: as for the constructor.
-            weight: what stands for the layer's weight; None rounds it with `quantize`.
+            config, context, clip_width, block: as for the constructor.
+            weight: what stands for the layer's weight; None rounds it with `quantize`. Experts
+                then start as a LoRA does: a weight that was rounded for the layer's outputs is not
+                made better by what it lacks of the original.
 
         Raises:
             SAMLError: the weight holds NaN or infinity.
         """
         source = linear.weight.detach()
+        rounded = weight is None
         if weight is None:
             weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, linear.bias, config, context, clip_width=clip_width, block=block)
         layer.to(source.device)
-        if config.expert_init == "loftq" and config.num_experts:
+        if rounded and config.expert_init == "loftq" and config.num_experts:
             layer.start_at_quantisation_error(source)
         return layer
 

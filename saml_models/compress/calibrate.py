@@ -39,14 +39,21 @@ from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.rounding import round_together
 from saml_models.compress.calibration import Calibration
-from saml_models.compress.calibration_speech import CalibrationClip, clips_hash
+from saml_models.compress.calibration_speech import (
+    CLIPS,
+    CalibrationClip,
+    choose_utterances,
+    clips_hash,
+    prepare_clips,
+)
 from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.corpora import Utterance
 from saml_models.models.interface import QUANTISED_MARGIN, SHORT_WINDOW_MARGIN, SpeechModel
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.models.whisper.windows import FRAMES_PER_SECOND, log_mel, window_frames
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
-__all__ = ["Recipe", "calibrate", "check_can_calibrate"]
+__all__ = ["Recipe", "calibrate", "calibrate_on", "check_can_calibrate"]
 
 LONG = 4  # one clip in so many has a window as a quantised Whisper is given, the others a short one
 AFTER = 1.0  # seconds after the speech that count fully
@@ -112,6 +119,62 @@ def calibrate(
         raise SAMLError("calibration: no clips; see prepare_clips")
     run = _Run(speech, clips, config or SAMLConfig(), recipe or Recipe(), dict(about or {}))
     return run.whole(folder, on_progress)
+
+
+def calibrate_on(
+    speech: SpeechModel,
+    utterances: Sequence[Utterance],
+    config: SAMLConfig | None = None,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    count: int = CLIPS,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> Calibration:
+    """`calibrate` on some of the utterances and copies of them in noise.
+
+    Args:
+        speech, config, recipe, folder: as for `calibrate`.
+        utterances: of which `choose_utterances` takes some; those without text are given the
+            model's own.
+        seed: of their choice and of the noise.
+        count: of the clips, copies not counted.
+        on_progress: called with clips and stages done, their number and the name of the last one.
+
+    Raises:
+        SAMLError: as `calibrate`, `choose_utterances` and `prepare_clips`.
+    """
+    check_can_calibrate(speech)
+    chosen = choose_utterances(utterances, count, seed)
+    stages, heard = _stages(speech.network), 0
+
+    def on_clip(done: int) -> None:
+        nonlocal heard
+        heard += done
+        if on_progress:
+            on_progress(heard, len(chosen) + stages, "what is said")
+
+    def on_stage(done: int, total: int, title: str) -> None:
+        if on_progress:
+            on_progress(len(chosen) + done, len(chosen) + total, title)
+
+    clips = prepare_clips(speech, chosen, seed, on_done=on_clip)
+    return calibrate(
+        speech,
+        clips,
+        config,
+        recipe,
+        about={"seed": seed},
+        folder=folder,
+        on_progress=on_stage,
+    )
+
+
+def _stages(network: Any) -> int:
+    """How many steps a calibration has."""
+    config = network.config
+    return 4 + 4 * config.encoder_layers + 6 * config.decoder_layers
 
 
 def check_can_calibrate(speech: SpeechModel) -> None:
@@ -227,8 +290,7 @@ class _Run:
         self, folder: Path | None, on_progress: Callable[[int, int, str], None] | None
     ) -> Calibration:
         """All stages in their order."""
-        layers = self.full.config.encoder_layers, self.full.config.decoder_layers
-        self.total, self.done = 2 + 4 * layers[0] + 2 + 6 * layers[1], 0
+        self.total, self.done = _stages(self.full), 0
         self.on_progress, self.folder = on_progress, folder
         self.mark = _fingerprint(self.full, self.made.about)
         self._decoder(self._encoder())
@@ -565,11 +627,13 @@ def _read_stage(
         return None
     if about.get("fingerprint") != mark:
         return None
-    weights = {}
+    weights, layers = {}, dict(model.named_modules())
     names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
     for name in names:
+        if name not in layers:
+            return None
         weight = QuantizedTensor.empty(
-            model.get_submodule(name).weight.shape,
+            layers[name].weight.shape,
             config.format,
             config.block_size,
             config.double_quant,
@@ -579,4 +643,7 @@ def _read_stage(
             return None
         weight.load_state_dict(parts)
         weights[name] = weight
+    known = {name: value.shape for name, value in model.named_parameters()}
+    if any(known.get(name) != value.shape for name, value in tensors.items()):
+        return None
     return weights, tensors

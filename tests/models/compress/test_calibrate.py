@@ -210,6 +210,14 @@ def test_on_disk_and_back(model: Any, tiny_en: Any, calibration: Any, tmp_path: 
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_experts_beside_calibrated_weights_start_at_nothing(model: Any, calibration: Any) -> None:
+    made = copy.deepcopy(model)
+    apply_saml(made, SAMLConfig(num_experts=2, rank=2), calibration)
+    assert made.saml.layers
+    for layer in made.saml.layers.values():
+        assert torch.count_nonzero(layer.lora_b) == 0 and torch.count_nonzero(layer.lora_a) > 0
+
+
 def test_a_calibration_of_something_else_is_refused(model: Any, calibration: Any) -> None:
     other = small_whisper(layers=1, vocabulary=51864)
     with pytest.raises(SAMLError, match="no such layer"):
