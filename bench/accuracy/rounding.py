@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.accuracy.rounding_rows import FULL, HEADS, rows
 from bench.accuracy.speech import READERS
 from bench.models.clips import spread
 from bench.report.environment import about
@@ -52,7 +52,7 @@ TRAINING = (
     "kathleen",
     "ljspeech",
 )
-FULL, PLAIN, CALIBRATED = "full precision", "plain", "calibrated"
+PLAIN, CALIBRATED = "plain", "calibrated"
 
 
 @dataclass(frozen=True)
@@ -213,66 +213,6 @@ def measure(
                 save()
 
 
-def wer(results: dict[str, Any], variant: str, key: str) -> float:
-    """Per cent."""
-    errors = results["variants"][variant]["sets"][key]["errors"]
-    return 100.0 * sum(errors) / sum(results["speech"][key]["words"])
-
-
-def mean_kl(results: dict[str, Any], variant: str, key: str) -> float:
-    """Nats a token."""
-    return Divergence(**_divergence(results, variant, key)).mean
-
-
-def _divergence(results: dict[str, Any], variant: str, key: str) -> dict[str, Any]:
-    one = results["variants"][variant]["sets"][key]
-    return {name: one[name] for name in ("kl", "tokens", "agreed")}
-
-
-def pooled_ratio(
-    results: dict[str, Any], variant: str, other: str, samples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """WER of one variant to that of another, all sets pooled, and its 95 % interval over speakers.
-
-    Speakers are drawn with replacement, with all that they say, the same ones for both variants.
-    """
-    counts: dict[str, np.ndarray] = {}
-    for key, speech in results["speech"].items():
-        errors = [results["variants"][v]["sets"][key]["errors"] for v in (variant, other)]
-        for speaker, *row in zip(speech["speakers"], *errors, strict=True):
-            name = f"{key} {speaker}"
-            counts[name] = counts.get(name, np.zeros(2)) + np.array(row)
-    table = np.stack(list(counts.values()))
-    draws = np.random.default_rng(seed).integers(len(table), size=(samples, len(table)))
-    sums = table[draws].sum(axis=1)
-    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), (0.025, 0.975))
-    total = table.sum(axis=0)
-    return float(total[0] / max(total[1], 1)), float(low), float(high)
-
-
-def has_wer(results: dict[str, Any], variant: str) -> bool:
-    """Whether words were counted on every set."""
-    sets = results["variants"][variant]["sets"]
-    return all("errors" in sets.get(key, {}) for key in SETS)
-
-
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """WER and KL by variant and set, and the pooled WER to that of full precision."""
-    found = []
-    for variant, one in results["variants"].items():
-        cells = []
-        for key in SETS:
-            measured = one["sets"].get(key, {})
-            parts = [f"{wer(results, variant, key):.2f}"] if "errors" in measured else []
-            parts += [f"{mean_kl(results, variant, key):.4f}"] if "kl" in measured else []
-            cells.append(", ".join(parts))
-        last = ""
-        if variant != FULL and has_wer(results, variant) and has_wer(results, FULL):
-            last = "{:.3f} ({:.3f} to {:.3f})".format(*pooled_ratio(results, variant, FULL))
-        found.append([variant, *cells, last])
-    return found
-
-
 def main(
     data: Annotated[Path, typer.Option(help="Holds vctk/, LibriSpeech/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
@@ -293,7 +233,7 @@ def main(
         variants = [PLAIN, *(f"{CALIBRATED} {int(seed)}" for seed in draws.split(","))]
         measure(bench, results, lambda: write_json(json_file, results), variants, clips, kl_only)
     table = Table(title=f"{model}: WER %, KL in nats a token")
-    for name in ("variant", *SETS, "WER to full precision"):
+    for name in (HEADS[0], *results["speech"], HEADS[1]):
         table.add_column(name, justify="right")
     for row in rows(results):
         table.add_row(*row)

@@ -51,7 +51,7 @@ SUMMARIES = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"\((\d+) e
 FUZZ = 8  # random shapes of each kind in each process
 PLAIN = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 # Without pyproject's -q: a second one makes --collect-only count tests instead of naming them.
-PYTEST = [  # fmt: skip
+PYTEST = [
     sys.executable,
     "-m",
     "pytest",
