@@ -10,7 +10,6 @@ no Triton, SAML_KERNELS=OUT (or `load_kernels(OUT)`) uses them.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from saml_kernels.backends.triton.launcher import interpreting, kernel, load_ker
 from saml_kernels.backends.triton.prebuilt import MANIFEST
 from saml_kernels.backends.triton.signature import ALIGNMENT, Launch, key_of, signature
 from saml_kernels.errors import SAMLError, needs
+from saml_kernels.files import write_json
 from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
@@ -139,9 +139,7 @@ def build(
         "arch": arch, "model": model, "triton": triton.__version__,
         "kernels": [asdict(k) for k in done.values()],
     }  # fmt: skip
-    temporary = out / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(out / MANIFEST)
+    write_json(out / MANIFEST, manifest)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ class SAMLEmbedding(nn.Module):
             source = embedding.weight.detach()
             weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, embedding.padding_idx)
-        layer.compute = embedding.weight.new_empty(0)
+        # Never on the meta device: it is in no file, so nothing would bring it from there.
+        device = "cpu" if embedding.weight.is_meta else embedding.weight.device
+        layer.compute = torch.empty(0, dtype=embedding.weight.dtype, device=device)
         return layer
 
     def forward(self, x: Tensor, *, attend: bool = False) -> Tensor:

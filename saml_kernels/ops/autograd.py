@@ -57,7 +57,7 @@ class Operator(torch.autograd.Function):
         bias: Tensor | None,
         call: Call,
     ) -> Tensor:
-        """y [..., N]."""
+        """Run the call and keep what its gradients need: y [..., N]."""
         y, kept = call.forward(x, lora_a, lora_b, gates, bias)
         ctx.save_for_backward(lora_a, lora_b, gates, *kept)
         ctx.call, ctx.bias_dtype = call, None if bias is None else bias.dtype

@@ -177,7 +177,7 @@ class QuantizedTensor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are."""
+        """The device that the codes are on."""
         return self.codes.device
 
     @property
@@ -408,7 +408,8 @@ def quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     grid = nested_lookup(centred.device)
     position = ((scaled + 1.0) * 0.5 * (len(grid) - 1) + 0.5).int()
     codes = torch.where(nested.unsqueeze(-1) > 0, grid[position], 0).reshape(-1)[:count]
-    return codes.to(torch.uint8), nested
+    # A copy: the padding would stay in memory, and safetensors refuses a part of a tensor's memory.
+    return codes.to(torch.uint8, copy=True), nested
 
 
 def pack_codes(codes: Tensor) -> Tensor:

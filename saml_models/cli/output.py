@@ -68,7 +68,7 @@ def print_result(network: Any, profile: Any, out: Path) -> None:
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
-    """Two columns."""
+    """Names and values, the values aligned, on standard output."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")

@@ -18,7 +18,7 @@ Who = Annotated[str, typer.Argument(metavar="SPEAKER", help="An enrolled speaker
 
 
 def list_speakers(store: Store = None) -> None:
-    """Who is enrolled: one line each."""
+    """List the enrolled speakers, one line each."""
     from saml_kernels.errors import SAMLError
     from saml_models.speakers.profile import SpeakerProfile
     from saml_models.speakers.store import ProfileStore

@@ -17,8 +17,9 @@ from saml_models.cli.options import (
 )
 from saml_models.cli.output import progress
 from saml_models.runtime.quiet import quiet_libraries
+from saml_models.text import writers
 
-FORMATS = ("txt", "json", "srt", "vtt", "tsv", "all")
+FORMATS = (*writers.FORMATS, "all")
 
 
 def transcribe(
@@ -65,7 +66,6 @@ def transcribe(
     from saml_models.data.audio import load_audio
     from saml_models.recogniser import Recogniser
     from saml_models.speakers.choice import choose_speakers, read_map
-    from saml_models.text.writers import write_transcript
 
     if output_format not in FORMATS:
         raise SAMLError(f"--output_format {output_format}: expected one of {', '.join(FORMATS)}")
@@ -116,7 +116,7 @@ def transcribe(
         for file, transcript in zip(files, transcripts, strict=True):
             typer.echo(transcript.text if len(files) == 1 else f"{file}\t{transcript.text}")
             if writes:
-                write_transcript(transcript, output_dir, file.stem, output_format)
+                writers.write_transcript(transcript, output_dir, file.stem, output_format)
 
 
 def _note(text: str) -> None:

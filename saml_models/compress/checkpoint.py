@@ -58,7 +58,7 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         "saml_version": VERSION,
         "saml": saml.config.to_dict(),
         "short_windows": saml.short_windows,
-        "model": model.config.to_diff_dict(),
+        "model": _plain(model.config.to_diff_dict()),
         "generation": model.generation_config.to_diff_dict(),
         "weight_hash": saml.weight_hash(),
     }
@@ -69,6 +69,11 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
     processor.save_pretrained(target)
     return sum((target / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what `save_pretrained` says of the layers: `saml.json` has its own."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _stored_form(model: nn.Module, kind: type[SpeechModel]) -> dict[str, Tensor]:
@@ -162,8 +167,7 @@ def _check_size(
 ) -> None:
     """A description that asks for more than the file holds is refused before memory is taken."""
     held = sum(t.numel() for t in stored.values())
-    layers, positions = kind.extent(config)
-    fits = layers <= len(stored) and positions <= 2**16
+    fits = kind.fits(config, len(stored))
     if fits:
         with torch.device("meta"):
             skeleton = kind.network_class(config)

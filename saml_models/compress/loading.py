@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+import saml_models.compress.quantizer  # noqa: F401 (its import tells transformers)
+from saml_kernels.errors import SAMLError, one_line
+from saml_kernels.files import read_json
 from saml_models.compress.checkpoint import DESCRIPTION, load_saml
-from saml_models.compress.layers import compression_of
+from saml_models.compress.pretrained_folder import CONFIG, is_pretrained_folder
 from saml_models.models.conformer.loading import is_conformer, load_conformer
 from saml_models.models.interface import QUANTISED_MARGIN
+from saml_models.models.registry import kind_named
 from saml_models.models.whisper.loading import load_whisper
+from saml_models.runtime.tensors import read_headers
 
 __all__ = ["load_model"]
 
@@ -20,10 +25,12 @@ __all__ = ["load_model"]
 def load_model(
     name_or_path: str | os.PathLike[str], device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
-    """A folder that `save_saml` wrote, or what `load_whisper` or `load_conformer` know.
+    """A model with its processor, compressed where it was saved so.
 
     Args:
-        name_or_path: a name, a hub's id or a folder; a folder comes before a name.
+        name_or_path: a folder that `save_saml` or, with the processor's files beside the model's,
+            `save_pretrained` wrote; or what `load_whisper` or `load_conformer` know: a name, a
+            hub's id or a folder. A folder comes before a name.
         device: None is the CPU.
 
     Raises:
@@ -34,7 +41,27 @@ def load_model(
     if (folder / DESCRIPTION).is_file():
         model, processor = load_saml(folder, device)
         model.config._name_or_path = os.fspath(name_or_path)
-        compression_of(model).margin = QUANTISED_MARGIN
-        return model, processor
-    load = load_conformer if is_conformer(name_or_path) else load_whisper
-    return load(name_or_path, device)
+    else:
+        if is_pretrained_folder(folder):
+            _check_extent(folder)
+        load = load_conformer if is_conformer(name_or_path) else load_whisper
+        model, processor = load(name_or_path, device)
+    saml = getattr(model, "saml", None)
+    if saml is not None and saml.margin is None:
+        saml.margin = QUANTISED_MARGIN
+    return model, processor
+
+
+def _check_extent(folder: Path) -> None:
+    """A configuration that asks for more layers than its files hold is refused unbuilt."""
+    tensors = sum(len(read_headers(file)) for file in folder.glob("*.safetensors"))
+    values = read_json(folder / CONFIG)
+    kind = kind_named(values.get("model_type"))
+    try:
+        fits = kind.fits(kind.config_class.from_dict(values), tensors)
+    except Exception as error:  # whatever transformers makes of values it does not expect
+        raise SAMLError(f"{folder / CONFIG}: {one_line(error)}; copy it again") from error
+    if not fits:
+        raise SAMLError(
+            f"{folder / CONFIG}: asks for more weights than its files hold; copy the folder again"
+        )

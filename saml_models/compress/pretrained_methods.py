@@ -11,36 +11,47 @@ from torch import nn
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
+from saml_models.compress.pretrained_folder import save_pretrained
 
-__all__ = ["adjust_methods"]
+__all__ = ["adjust_methods", "is_pretrained"]
 
-_REFUSED = {
-    "save_pretrained": "cannot hold low-bit weights; use save_saml(model, processor, folder) or "
-    "`saml quantize`, and SpeakerProfile.of(model).save(file) for the experts alone",
-    "push_to_hub": "cannot hold low-bit weights; upload the folder that save_saml writes",
-}
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a model is transformers' `PreTrainedModel`, asked without importing transformers."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__ == "transformers.modeling_utils"
+        for kind in type(model).__mro__
+    )
 
 
 def adjust_methods(model: nn.Module) -> None:
     """Adjust what reads or writes weights to the layers that `model` has now, in place.
 
-    Saving and resizing are refused in one line, ties between layers that were replaced are
-    forgotten (the layers keep them), and a full-precision state dict is not half loaded.
+    The whole model is saved with a description of its layers; saving a part and resizing are
+    refused in one line, ties between layers that were replaced are forgotten (the layers keep
+    them), and a full-precision state dict is not half loaded.
     """
     module: Any
+    whole = is_pretrained(model)
     for module in model.modules():
-        for name, why in _REFUSED.items():
-            if hasattr(module, name):
-                setattr(module, name, partial(_refuse, name, why))
+        for name in ("save_pretrained", "push_to_hub"):
+            if hasattr(module, name) and not (whole and module is model):
+                setattr(module, name, partial(_refuse, name))
         if hasattr(module, "resize_token_embeddings"):
             module.resize_token_embeddings = partial(_resize, _embedding_of(module))
         module._is_hf_initialized = True  # what `init_weights` leaves alone
         _forget_ties(module)
+    if whole:
+        # No bound method: of one, pickle keeps the name alone.
+        setattr(model, "save_pretrained", partial(save_pretrained, model))  # noqa: B010
     model.register_load_state_dict_pre_hook(_refuse_full_precision)
 
 
-def _refuse(method: str, why: str, *args: Any, **kwargs: Any) -> None:
-    raise SAMLError(f"{method}: {why}")
+def _refuse(method: str, *args: Any, **kwargs: Any) -> None:
+    raise SAMLError(
+        f"{method}: holds low-bit weights of a whole model of transformers only; save that, or "
+        "SpeakerProfile.of(model).save(file) for the experts alone"
+    )
 
 
 def _embedding_of(model: Any) -> nn.Module | None:

@@ -67,11 +67,11 @@ class View(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """True: part of the protocol of binary files."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """True: part of the protocol of binary files."""
         return True
 
     def tell(self) -> int:
@@ -79,7 +79,7 @@ class View(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
+        """Move to a byte and give its place, as `io.RawIOBase.seek` does."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, base + offset)
         return self._at

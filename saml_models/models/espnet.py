@@ -92,7 +92,7 @@ class EspnetSpeechModel(ConformerSpeechModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the first parameter; ESPnet's models have no `dtype`."""
         return next(self.network.parameters()).dtype
 
     @torch.no_grad()

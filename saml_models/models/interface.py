@@ -193,6 +193,12 @@ class SpeechModel(ABC):
         """Number of layers, and the largest table made without a file's bytes, that config asks."""
 
     @classmethod
+    def fits(cls, config: Any, tensors: int) -> bool:
+        """Whether a file of so many tensors can be of this network, before it takes memory."""
+        layers, positions = cls.extent(config)
+        return layers <= tensors and positions <= 2**16
+
+    @classmethod
     @abstractmethod
     def load_processor(cls, folder: Path) -> Any:
         """The processor that was saved beside a network."""

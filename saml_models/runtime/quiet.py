@@ -66,8 +66,8 @@ def check_complete(name: object, report: Mapping[str, Iterable[str]], remedy: st
     missing = sorted(map(str, report["missing_keys"]))
     if missing and any(str(key).endswith(".weight.codes") for key in report["unexpected_keys"]):
         raise SAMLError(
-            f"{name}: save_pretrained wrote it of a model with low-bit weights, which it cannot "
-            "hold; save that model with save_saml or `saml quantize`"
+            f"{name}: holds low-bit weights; import saml_models.hf first if its config.json has a "
+            "quantization_config, else save that model again with save_pretrained or save_saml"
         )
     if missing:
         raise SAMLError(f"{name}: lacks {len(missing)} weights, such as {missing[0]}; {remedy}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
@@ -12,7 +14,20 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
-__all__ = ["read_tensors"]
+__all__ = ["TensorHeader", "read_headers", "read_tensors"]
+
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+
+
+class TensorHeader(NamedTuple):
+    """What a safetensors file says of a tensor before its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -36,4 +51,31 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return tensors, dict(handle.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise SAMLError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise _damaged(path, error) from error
+
+
+def read_headers(path: str | os.PathLike[str]) -> dict[str, TensorHeader]:
+    """The shapes and dtypes of a safetensors file's tensors, none of which is read.
+
+    Raises:
+        SAMLError: the file is missing or damaged, not safetensors, or holds another dtype.
+    """
+    if not Path(path).is_file():
+        raise SAMLError(f"{path}: no such file")
+    headers = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                piece = handle.get_slice(name)
+                if piece.get_dtype() not in _DTYPES:
+                    raise SAMLError(
+                        f"{path}: {name} is {piece.get_dtype()}; expected a plain dtype"
+                    )
+                headers[name] = TensorHeader(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return headers
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> SAMLError:
+    return SAMLError(f"{path}: not a whole safetensors file ({error}); copy it again")

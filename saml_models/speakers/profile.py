@@ -121,7 +121,7 @@ class SpeakerProfile:
 
     @property
     def name(self) -> str:
-        """Of the speaker."""
+        """The speaker's name, as the profile was made with."""
         return str(self.about.get("speaker", "?"))
 
     def save(self, path: str | os.PathLike[str]) -> None:

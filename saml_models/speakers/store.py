@@ -53,7 +53,7 @@ class ProfileStore:
         return self.folder / f"{check_name(name)}{SUFFIX}"
 
     def names(self) -> list[str]:
-        """Of the enrolled speakers, sorted."""
+        """Names of the enrolled speakers, sorted."""
         stems = [p.stem for p in self.folder.glob(f"*{SUFFIX}") if _NAME.fullmatch(p.stem)]
         return sorted(stems)
 

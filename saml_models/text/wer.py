@@ -25,7 +25,7 @@ class WordErrors:
 
     @property
     def words(self) -> int:
-        """Words of the reference."""
+        """Number of words of the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
@@ -41,7 +41,7 @@ class WordErrors:
         return 100.0 * self.errors / self.words
 
     def __add__(self, other: WordErrors) -> WordErrors:
-        """Counts of both."""
+        """Counts of two utterances together."""
         return WordErrors(
             self.substitutions + other.substitutions,
             self.deletions + other.deletions,

@@ -68,7 +68,7 @@ class Batch:
     words: tuple[tuple[int, int], ...]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in order."""
+        """The tensors of the batch, in the order in which `holding` takes them."""
         return self.features, self.mask, self.inputs, self.targets, self.kept
 
     def holding(self, tensors: Sequence[Tensor]) -> Batch:

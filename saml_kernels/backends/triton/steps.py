@@ -200,7 +200,7 @@ class Decode:
         speakers: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """y [M, N]."""
+        """Launch the kernel; gives y [M, N]."""
         f, split = self.facts, self.split
         router, given = (gates, None) if f.gating is not None else (None, gates)
         base = x.new_empty((split, f.m, f.n), dtype=torch.float32)

@@ -37,6 +37,7 @@ from saml_kernels.backends.triton.facts import weight_parts
 from saml_kernels.backends.triton.launcher import triton_errors
 from saml_kernels.backends.triton.plan import backward_plan
 from saml_kernels.errors import SAMLError
+from saml_kernels.files import write_json
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 from saml_kernels.timing import current, timed
 
@@ -89,12 +90,12 @@ class Problem:
         self.turn = 0
 
     def weight(self) -> QuantizedTensor:
-        """The next in the rotation."""
+        """The next of several equal weights, so that none is read from the cache."""
         self.turn += 1
         return self.weights[self.turn % len(self.weights)]
 
     def forward(self, route: str | Config | None = None) -> Tensor:
-        """y [M, N]."""
+        """One forward of the operator: y [M, N]."""
         rest = (self.a, self.b, self.gates, self.bias, 1.0)
         return forward(self.x, self.weight(), *rest, route=route)
 
@@ -126,7 +127,7 @@ class Problem:
 
 
 def candidates(direction: str, m: int) -> Iterator[Config]:
-    """What is tried for `m` tokens."""
+    """The routes and tiles that are measured for `m` tokens."""
     forwards = direction == "forward"
     rows = [b for b in (16, 32, 64, 128) if b < 2 * max(16, m)][-2:]
     widths, depths = (32, 64, 128), (64,) if forwards else (32, 64)
@@ -208,7 +209,7 @@ def tune(
                 r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
             ]
             table[direction] = [row, *others]
-            _write(path, table)
+            write_json(path, table)
             done += 1
             if on_row:
                 on_row(done, len(plan), {"direction": direction, **row})
@@ -282,10 +283,3 @@ def _fastest(
     if best is None:
         raise SAMLError(f"{direction} of {problem.m} tokens: no configuration runs on this device")
     return {**asdict(best[1]), "microseconds": best[0]}
-
-
-def _write(path: Path, table: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(table, indent=1))
-    temporary.replace(path)

@@ -50,7 +50,7 @@ class ConformerSpeechModel(SpeechModel):
         return features.input_features[0, : max(1, frames)].nan_to_num()
 
     def frames(self, prepared: Tensor) -> int:
-        """All of them."""
+        """Every frame of a prepared clip holds audio."""
         return len(prepared)
 
     def collate(
@@ -83,7 +83,7 @@ class ConformerSpeechModel(SpeechModel):
         return None
 
     def token_ids(self, text: str, language: str | None = None) -> tuple[list[int], int]:
-        """Prompt, text and end."""
+        """Canary's prompt, the text and the end token."""
         tokenizer, prompt = self.processor.tokenizer, self.prompt(language)
         words = plain_tokens(tokenizer, text.strip())
         return [*prompt, *words, tokenizer.eos_token_id], len(prompt)
@@ -166,7 +166,7 @@ class ConformerSpeechModel(SpeechModel):
         return [text.strip() for text in found]
 
     def no_speech(self, clip: Clip) -> float | None:
-        """It has no token for that."""
+        """None: a Canary has no token for silence."""
         return None
 
     def language_code(self, language: str | None, task: str) -> str:
@@ -224,7 +224,7 @@ class ConformerSpeechModel(SpeechModel):
 
     @classmethod
     def load_processor(cls, folder: Path) -> CanaryProcessor:
-        """Feature extractor and tokeniser."""
+        """Canary's feature extractor and tokeniser."""
         return CanaryProcessor.from_pretrained(folder, local_files_only=True)
 
 

@@ -302,7 +302,7 @@ class _Cursor:
         return value
 
     def string(self) -> str:
-        """One name."""
+        """A zero-terminated name, its length before it."""
         size = self.number("H")
         text = bytes(self.stream.read(self.skip(size), size))
         if not text.endswith(b"\0") or len(text) > 256:

@@ -62,7 +62,7 @@ class WhisperSpeechModel(SpeechModel):
         return torch.from_numpy(clip)
 
     def frames(self, prepared: Tensor) -> int:
-        """100 in a second."""
+        """Mel frames, 100 a second, at least one."""
         return max(1, len(prepared) * FRAMES_PER_SECOND // SAMPLE_RATE)
 
     def collate(
@@ -131,7 +131,7 @@ class WhisperSpeechModel(SpeechModel):
         return language_code(self.network, language, task)
 
     def detect_language(self, clip: Clip) -> str:
-        """By the model's own first token."""
+        """The likeliest language token after the start."""
         return detect_language(self.network, self.processor, clip)
 
     def segments(
@@ -162,7 +162,7 @@ class WhisperSpeechModel(SpeechModel):
 
     @classmethod
     def load_processor(cls, folder: Path) -> WhisperProcessor:
-        """Feature extractor and tokeniser."""
+        """Whisper's feature extractor and tokeniser."""
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
 
 

@@ -210,6 +210,15 @@ def test_on_disk_and_back(model: Any, tiny_en: Any, calibration: Any, tmp_path: 
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_saved_by_transformers_and_back(model: Any, calibration: Any, tmp_path: Path) -> None:
+    made = compressed(model, calibration)
+    made.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.saml.calibration == calibration.about
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def test_experts_beside_calibrated_weights_start_at_nothing(model: Any, calibration: Any) -> None:
     made = copy.deepcopy(model)
     apply_saml(made, SAMLConfig(num_experts=2, rank=2), calibration)

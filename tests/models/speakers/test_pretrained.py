@@ -27,7 +27,7 @@ def test_base_hears_english_in_short_windows_when_asked_to(speech_root: Path) ->
 
 def test_base_is_left_to_all_its_languages_by_default() -> None:
     model, _ = load_adaptable("base")
-    assert not getattr(model, "saml.short_windows", False)
+    assert not model.saml.short_windows
 
 
 def test_names_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

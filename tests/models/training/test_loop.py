@@ -260,7 +260,7 @@ def test_adapt_returns_a_profile_and_leaves_the_model_alone(
     options = replace(OPTIONS, epochs=1)
     profile = adapt(model, tiny_en[1], utterances, options)
     assert equal(weights(model), before)
-    assert not getattr(model, "saml.short_windows", False)
+    assert not model.saml.short_windows
     assert profile.about["speaker"] == utterances[0].speaker
     assert profile.about["utterances"] == 2
     assert profile.about["short_windows"] is True
