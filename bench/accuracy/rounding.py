@@ -1,4 +1,4 @@
-"""What rounding costs, and what calibrated rounding gives back: WER and KL to full precision.
+"""Plain and calibrated rounding beside full precision: WER and KL.
 
     python -m bench rounding --data DATA --json bench/results/rounding-tiny.en.json
     python -m bench rounding ... --draws 0,1 --kl-only
