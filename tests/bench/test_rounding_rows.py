@@ -1,4 +1,4 @@
-"""Figures of `python -m bench rounding`, against plain arithmetic; what is measured is not again."""
+"""Figures of `python -m bench rounding` by plain arithmetic; what is measured is not again."""
 
 from __future__ import annotations
 
