@@ -372,8 +372,10 @@ def load(
 ) -> Recogniser:
     """`Recogniser.load`.
 
-    >>> import saml_models as saml
-    >>> model = saml.load("tiny.en")  # doctest: +SKIP
+    Example:
+        >>> model = load("tiny.en")
+        >>> model.transcribe([0.0] * 16000).text
+        ''
     """
     return Recogniser.load(name_or_path, device, dtype, experts, compress=compress)
 

@@ -69,7 +69,12 @@ def why_unavailable(name: str) -> str | None:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that run on this machine, the specification first."""
+    """Names of the backends that run on this machine, the specification first.
+
+    Example:
+        >>> "reference" in available_backends()
+        True
+    """
     return tuple(name for name in BACKENDS if why_unavailable(name) is None)
 
 

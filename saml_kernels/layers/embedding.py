@@ -29,7 +29,13 @@ class SAMLEmbedding(nn.Module):
     def from_embedding(
         cls, embedding: nn.Embedding, config: SAMLConfig, weight: QuantizedTensor | None = None
     ) -> SAMLEmbedding:
-        """Quantise `embedding` [V, d], if `weight` is not given; the original is left alone."""
+        """Quantise `embedding` [V, d], if `weight` is not given; the original is left alone.
+
+        Example:
+            >>> table = SAMLEmbedding.from_embedding(nn.Embedding(100, 64), SAMLConfig())
+            >>> table(torch.tensor([3, 1])).shape
+            torch.Size([2, 64])
+        """
         if weight is None:
             source = embedding.weight.detach()
             weight = quantize(source, config.format, config.block_size, config.double_quant)

@@ -97,6 +97,11 @@ class SAMLLinear(nn.Module):
 
         Raises:
             SAMLError: the weight holds NaN or infinity.
+
+        Example:
+            >>> layer = SAMLLinear.from_linear(nn.Linear(64, 32), SAMLConfig(num_experts=2, rank=4))
+            >>> layer(torch.ones(5, 64)).shape
+            torch.Size([5, 32])
         """
         source = linear.weight.detach()
         rounded = weight is None

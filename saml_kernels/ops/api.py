@@ -48,6 +48,13 @@ def saml_linear(
 
     Raises:
         SAMLError: a shape, dtype or device does not fit, or the backend cannot run the call.
+
+    Example:
+        >>> weight = quantize(torch.eye(64))
+        >>> lora_a, lora_b = torch.ones(2, 4, 64), torch.zeros(2, 64, 4)
+        >>> gates = torch.full((3, 2), 0.5)
+        >>> saml_linear(torch.ones(3, 64), weight, lora_a, lora_b, gates).shape
+        torch.Size([3, 64])
     """
     return run(x, weight, lora_a, lora_b, gates, bias, scaling, None, backend, speakers)
 
@@ -81,6 +88,12 @@ def saml_linear_routed(
 
     Raises:
         SAMLError: as `saml_linear`; a top_k outside 1..E; a temperature that is not positive.
+
+    Example:
+        >>> weight = quantize(torch.eye(64))
+        >>> lora_a, lora_b, router = torch.ones(2, 4, 64), torch.zeros(2, 64, 4), torch.zeros(2, 64)
+        >>> saml_linear_routed(torch.ones(3, 64), weight, lora_a, lora_b, router).shape
+        torch.Size([3, 64])
     """
     if not 0.0 < temperature < float("inf"):
         raise SAMLError(f"temperature: {temperature}; expected a positive number")

@@ -330,6 +330,10 @@ def quantize(
     Raises:
         SAMLError: an unknown format or block size, an empty tensor, NaN or infinity, or values so
             large that the mean of their scales overflows under double quantisation.
+
+    Example:
+        >>> quantize(torch.ones(8, 64), "nf4").nbytes
+        272
     """
     check_settings(format, block_size)
     if not weight.is_floating_point() or weight.numel() == 0:

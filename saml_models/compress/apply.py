@@ -39,6 +39,11 @@ def apply_saml(
         SAMLError: the calibration is of another model or format; the model was treated before, is
             a single layer or has none to replace, has PEFT adapters or parameters without a shape,
             or holds NaN, infinity or values beyond float16. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> apply_saml(model, SAMLConfig(num_experts=2, rank=4)).replaced
+        {'SAMLLinear': 2}
     """
     report = replace_layers(model, config, calibration)
     if is_pretrained(model):

@@ -196,6 +196,10 @@ def evaluate(
         beam_size: of every system.
         on_stage: called with the name and the number of parts of each stage that begins.
         on_done: called with the number of parts done.
+
+    Example:
+        >>> folds = make_folds({"ann": load_corpus("my_clips/")}, 10, 2)  # doctest: +SKIP
+        >>> evaluate(full, quantised, saml, folds).wer("adapted")  # doctest: +SKIP
     """
     stage = on_stage or (lambda name, parts: None)
     done = on_done or (lambda parts: None)

@@ -80,6 +80,12 @@ def adapt(
 
     Raises:
         SAMLError: nothing to learn from, utterances of several speakers, or bad audio.
+
+    Example:
+        >>> model, processor = load_adaptable("tiny.en")
+        >>> clips = utterances_of([(np.zeros(16000, np.float32), "Yes.")])
+        >>> adapt(model, processor, clips, TrainingOptions(epochs=1)).about["utterances"]
+        1
     """
     if not utterances:
         raise SAMLError("adapt: no utterances; give at least one clip with its text")

@@ -70,6 +70,11 @@ def transcribe(
     Raises:
         SAMLError: audio that cannot be read, a language or task that the model does not know, a
             profile of another model, or not as many speakers as recordings.
+
+    Example:
+        >>> model, processor = load_whisper("tiny.en")
+        >>> transcribe(model, processor, np.zeros(16000, np.float32)).text
+        ''
     """
     many = isinstance(audio, list | tuple)
     recordings: Sequence[Any] = audio if many else [audio]  # type: ignore[assignment]

@@ -63,6 +63,11 @@ def load_whisper(
     Raises:
         SAMLError: the model cannot be found, is damaged, is a pickle, or is no Whisper; or the
             device is not there.
+
+    Example:
+        >>> model, processor = load_whisper("tiny.en")
+        >>> model.config.d_model
+        384
     """
     dtype = dtype or torch.float32
     name = os.fspath(name_or_path)

@@ -96,7 +96,7 @@ def test_sixteen_speakers_have_the_words_each_has_alone(experts, clips, profiles
     assert decode_clips(bind(*experts), clips, speakers=profiles) == expected
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = decode_clips(
-        *experts, [clips[i] for i in order], speakers=[profiles[i] for i in order]
+        bind(*experts), [clips[i] for i in order], speakers=[profiles[i] for i in order]
     )
     assert shuffled == [expected[i] for i in order]
     assert experts[0].saml.weight_hash() == before

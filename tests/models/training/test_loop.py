@@ -83,7 +83,8 @@ def test_the_loss_falls_and_only_experts_change(tiny_en: Any, samples: list[Samp
     frozen = {n: t.clone() for n, t in model.state_dict().items() if n not in weights(model)}
     before, seen = weights(model), []
     report = fit(
-        model, tiny_en[1], samples, replace(OPTIONS, epochs=12, average=0.0, learning_rate=1e-2),
+        bind(model, tiny_en[1]), samples,
+        replace(OPTIONS, epochs=12, average=0.0, learning_rate=1e-2),
         on_step=lambda done, steps, loss: seen.append((done, steps, loss)),
     )  # fmt: skip
     assert [s[:2] for s in seen] == [(i, 24) for i in range(1, 25)]

@@ -93,7 +93,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]:
             for mode in reversed(modes):
                 mode.__exit__(None, None, None)
 
-    fit(bind(*arguments), None, watch)
+    model, processor, *rest = arguments
+    fit(bind(model, processor), *rest, None, watch)
     return [found for mode in modes for found in mode.found]
 
 
