@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_folder, check_new_folder
 from saml_models.compress.apply import CompressionReport
+from saml_models.compress.calibrate import calibrate_on
+from saml_models.compress.calibration import Calibration
+from saml_models.compress.calibration_speech import CLIPS
 from saml_models.compress.checkpoint import save_saml
 from saml_models.compress.loading import load_model
 from saml_models.data.audio import SAMPLE_RATE, Audio, samples_of
@@ -294,16 +298,49 @@ class Recogniser:
             on_done=on_done,
         )
 
-    def quantize(self, experts: str | os.PathLike[str] | None = None) -> CompressionReport:
+    def quantize(
+        self,
+        experts: str | os.PathLike[str] | None = None,
+        *,
+        calibration: Speech | Calibration | None = None,
+        clips: int = CLIPS,
+        seed: int = 0,
+        work: str | os.PathLike[str] | None = None,
+        on_progress: Callable[[int, int, str], None] | None = None,
+    ) -> CompressionReport:
         """Give a model that was loaded at full precision low-bit weights and experts, in place.
 
         Args:
-            experts: as for `load`.
+            experts: as for `load`; with `calibration`, None takes new ones, since those that ship
+                were trained beside plainly rounded weights.
+            calibration: speech that a Whisper's rounding is chosen on, at the same bytes; its text
+                need not be there. Or what `compress.calibrate` found.
+            clips: how many of the speech are heard, each also in noise.
+            seed: of their choice and of the noise.
+            work: a folder for finished layers, from which an interrupted calibration goes on.
+            on_progress: called with steps of the calibration done, their number and a name.
 
         Raises:
-            SAMLError: the model is quantised already, or the experts do not fit it.
+            SAMLError: the model is quantised already, is no Whisper (`calibration`), there is no
+                clip of 1 to 30 s, or the experts do not fit it.
         """
-        return make_adaptable(self.model, self.name, experts=experts)
+        if calibration is None:
+            return make_adaptable(self.model, self.name, experts=experts)
+
+        def rounding(config: SAMLConfig) -> Calibration:
+            if isinstance(calibration, Calibration):
+                return calibration
+            return calibrate_on(
+                bind(self.model, self.processor),
+                utterances_of(calibration, need_text=False),
+                config,
+                seed=seed,
+                count=clips,
+                folder=None if work is None else Path(work),
+                on_progress=on_progress,
+            )
+
+        return make_adaptable(self.model, self.name, experts=experts, rounding=rounding)
 
     def save(self, folder: str | os.PathLike[str]) -> int:
         """Write the quantised model as a new folder, which `load` and `saml --model` take.

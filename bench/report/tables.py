@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.accuracy import rounding_rows
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
@@ -331,6 +332,22 @@ def _cpu_operator(file: str, results: Path) -> str:
     return "\n".join([*_markdown_table(heads, rows), f"{data['about']}."])
 
 
+def _rounding(results: Path) -> str:
+    """WER and KL of full precision, plain and calibrated rounding, from rounding-*.json."""
+    found = [_read(path) for path in sorted(results.glob("rounding-*.json"))]
+    lines = []
+    for data in found:
+        about = data["about"]
+        clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
+        first, last = rounding_rows.HEADS
+        lines += _markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
+        lines.append(
+            f"Whisper {about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
+            f"{about['versions']['torch']}; {about['date']}."
+        )
+    return "\n".join(lines)
+
+
 def _host(results: Path) -> str:
     """Microseconds that Python takes for a call, launches replaced by nothing."""
     data = _read(results / "host-amd-epyc.json")
@@ -366,6 +383,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "profiles": _profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
     "cpu-operator-avx2": lambda results: _cpu_operator("cpu-operator-avx2.json", results),
+    "rounding": _rounding,
     "host": _host,
     "launches": _launches,
     "benchmark": lambda results: markdown(load(timed_files(results))),

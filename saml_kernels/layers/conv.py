@@ -11,7 +11,7 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.ops.arguments import autocast_dtype
-from saml_kernels.quantization.tensor import quantize
+from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 
 __all__ = ["QuantizedConv1d", "QuantizedConv2d", "SAMLPointwiseConv1d"]
 
@@ -21,16 +21,24 @@ class _QuantizedConv(nn.Module):
 
     convolve: Any
 
-    def __init__(self, conv: nn.Conv1d | nn.Conv2d, config: SAMLConfig) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv1d | nn.Conv2d,
+        config: SAMLConfig,
+        weight: QuantizedTensor | None = None,
+    ) -> None:
         """Quantise `conv` (weight [N, K / groups, *kernel]); the original is left alone.
+
+        With `weight`, that stands for the convolution's.
 
         A block never straddles two filters' rows if K * kernel is a multiple of the block; where
         it is not, blocks run on as in bitsandbytes.
         """
         nn.Module.__init__(self)
-        self.weight: Any = quantize(
-            conv.weight.detach(), config.format, config.block_size, config.double_quant
-        )
+        if weight is None:
+            source = conv.weight.detach()
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
+        self.weight: Any = weight
         self.bias: Any = None if conv.bias is None else nn.Parameter(conv.bias.detach(), False)
         self.kernel_size: Any = conv.kernel_size
         self.stride: Any = conv.stride
@@ -83,15 +91,22 @@ class SAMLPointwiseConv1d(nn.Module):
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv1d, config: SAMLConfig, context: BatchContext | None = None
+        cls,
+        conv: nn.Conv1d,
+        config: SAMLConfig,
+        context: BatchContext | None = None,
+        weight: QuantizedTensor | None = None,
     ) -> SAMLPointwiseConv1d:
-        """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group."""
+        """Quantise an `nn.Conv1d` with kernel 1, stride 1, no padding, one group.
+
+        With `weight` [N, K, 1], that stands for the convolution's.
+        """
         out_features, in_features, _ = conv.weight.shape
         linear = nn.Linear(in_features, out_features, conv.bias is not None, device="meta")
         linear.weight = nn.Parameter(conv.weight.detach().squeeze(-1), requires_grad=False)
         if conv.bias is not None:
             linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
-        return cls(SAMLLinear.from_linear(linear, config, context))
+        return cls(SAMLLinear.from_linear(linear, config, context, weight=weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, K, T] -> [B, N, T]."""

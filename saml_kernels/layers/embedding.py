@@ -26,17 +26,19 @@ class SAMLEmbedding(nn.Module):
         self.compute: Tensor
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, config: SAMLConfig) -> SAMLEmbedding:
-        """Quantise `embedding` [V, d]; the original is left alone.
+    def from_embedding(
+        cls, embedding: nn.Embedding, config: SAMLConfig, weight: QuantizedTensor | None = None
+    ) -> SAMLEmbedding:
+        """Quantise `embedding` [V, d], if `weight` is not given; the original is left alone.
 
         Example:
             >>> table = SAMLEmbedding.from_embedding(nn.Embedding(100, 64), SAMLConfig())
             >>> table(torch.tensor([3, 1])).shape
             torch.Size([2, 64])
         """
-        weight = quantize(
-            embedding.weight.detach(), config.format, config.block_size, config.double_quant
-        )
+        if weight is None:
+            source = embedding.weight.detach()
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, embedding.padding_idx)
         # Never on the meta device: it is in no file, so nothing would bring it from there.
         device = "cpu" if embedding.weight.is_meta else embedding.weight.device

@@ -84,8 +84,16 @@ class SAMLLinear(nn.Module):
         *,
         clip_width: int | None = None,
         block: BlockGates | None = None,
+        weight: QuantizedTensor | None = None,
     ) -> SAMLLinear:
         """Quantise `linear` and surround it with experts; the layer itself is left alone.
+
+        Args:
+            linear: weight [N, K].
+            config, context, clip_width, block: as for the constructor.
+            weight: what stands for the layer's weight; None rounds it with `quantize`. Experts
+                then start as a LoRA does: a weight that was rounded for the layer's outputs is not
+                made better by what it lacks of the original.
 
         Raises:
             SAMLError: the weight holds NaN or infinity.
@@ -96,10 +104,12 @@ class SAMLLinear(nn.Module):
             torch.Size([5, 32])
         """
         source = linear.weight.detach()
-        weight = quantize(source, config.format, config.block_size, config.double_quant)
+        rounded = weight is None
+        if weight is None:
+            weight = quantize(source, config.format, config.block_size, config.double_quant)
         layer = cls(weight, linear.bias, config, context, clip_width=clip_width, block=block)
         layer.to(source.device)
-        if config.expert_init == "loftq" and config.num_experts:
+        if rounded and config.expert_init == "loftq" and config.num_experts:
             layer.start_at_quantisation_error(source)
         return layer
 

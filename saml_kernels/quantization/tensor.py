@@ -96,7 +96,7 @@ class QuantizedTensor(nn.Module):
         device: torch.device | str | None = None,
     ) -> QuantizedTensor:
         """Buffers of the right sizes, all zero, for `load_state_dict` to fill."""
-        _check_settings(format, block_size)
+        check_settings(format, block_size)
         _check_shape(shape)
         numel = math.prod(shape)
         blocks = -(-numel // block_size)
@@ -119,7 +119,7 @@ class QuantizedTensor(nn.Module):
         Raises:
             SAMLError: something does not fit; the message names it.
         """
-        _check_settings(self.format, self.block_size)
+        check_settings(self.format, self.block_size)
         wanted = QuantizedTensor.empty(
             self.shape, self.format, self.block_size, self.double_quant, device="meta"
         )
@@ -335,7 +335,7 @@ def quantize(
         >>> quantize(torch.ones(8, 64), "nf4").nbytes
         272
     """
-    _check_settings(format, block_size)
+    check_settings(format, block_size)
     if not weight.is_floating_point() or weight.numel() == 0:
         raise SAMLError(
             f"{name}: {weight.dtype} {tuple(weight.shape)}; expected a floating-point tensor "
@@ -353,16 +353,16 @@ def quantize(
     if format == "int8":
         codes = (scaled * 127).round().to(torch.int8)
     elif format == "int4":
-        codes = _pack((scaled * 7).round().to(torch.int16) + 8)
+        codes = pack_codes((scaled * 7).round().to(torch.int16) + 8)
     else:
         order, middles = sorted_codes(format, flat.device)
         rank = torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), middles, out_int32=True)
-        codes = _pack(rank if format == "nf4" else order[rank])
+        codes = pack_codes(rank if format == "nf4" else order[rank])
     nested = offset = None
     if double_quant:
         # On the CPU: a mean is summed in another order elsewhere, and a model's hash must not be.
         offset = absmax.cpu().mean().to(absmax.device)
-        absmax, nested = _quantise_scales(absmax - offset)
+        absmax, nested = quantise_scales(absmax - offset)
     tensor = QuantizedTensor(codes, absmax, nested, offset, weight.shape, format, block_size)
     if double_quant and not torch.isfinite(tensor.scales()).all():
         raise SAMLError(f"{name}: values too large to average; use double_quant=False")
@@ -374,7 +374,7 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise SAMLError(f"shape: {tuple(shape)}; expected positive sizes that fit in memory")
 
 
-def _check_settings(format: str, block_size: int) -> None:
+def check_settings(format: str, block_size: int) -> None:
     if format not in FORMATS:
         raise SAMLError(f"format: {format!r}; expected one of {', '.join(FORMATS)}")
     if block_size not in BLOCK_SIZES:
@@ -401,7 +401,7 @@ def _scale(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled, absmax
 
 
-def _quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Scales less their mean -> uint8 codes of the dynamic map, float32 scale per 256."""
     count = centred.numel()
     padded = F.pad(centred, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -416,7 +416,7 @@ def _quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8, copy=True), nested
 
 
-def _pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """Codes 0..15 [n] -> uint8 [ceil(n / 2)], the first of each pair in the high nibble."""
     codes = F.pad(codes.to(torch.uint8), (0, codes.numel() % 2))
     return (codes[::2] << 4) | codes[1::2]

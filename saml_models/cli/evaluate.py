@@ -59,6 +59,12 @@ def evaluate(
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
+    if found := result["divergence"]:
+        low, high = found["interval_95"]
+        console.print(
+            f"quantised to full precision: KL {found['kl']:.4f} nats a token ({low:.4f} to "
+            f"{high:.4f}), {100 * found['agreement']:.1f} % of {found['tokens']} tokens agree"
+        )
     if json_file is not None:
         write_json(json_file, result)
         console.print(f"JSON: {json_file}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from saml_kernels import SAMLConfig
+from saml_models.compress.calibration import Calibration
 from saml_models.compress.pretrained_methods import is_pretrained
 from saml_models.compress.replacement import CompressionReport, replace_layers
 
@@ -14,7 +15,11 @@ __all__ = ["CompressionReport", "apply_saml"]
 
 
 def apply_saml(
-    model: nn.Module, config: SAMLConfig, formats: Mapping[str, str] | None = None
+    model: nn.Module,
+    config: SAMLConfig,
+    *,
+    formats: Mapping[str, str] | None = None,
+    calibration: Calibration | None = None,
 ) -> CompressionReport:
     """Replace, in place, what `config` covers; everything else is frozen.
 
@@ -31,21 +36,24 @@ def apply_saml(
     the result from here on; see `saml_models.hf`.
 
     Args:
-        model: any module with layers to replace.
+        model: any module with layers to replace, at full precision.
         config: of all of them.
         formats: of single layers, by their path in the model, in place of `config.format`.
+        calibration: weights to take in place of plainly rounded ones, from `calibrate` with the
+            same model and format. Experts then start as a LoRA does.
 
     Raises:
-        SAMLError: the model was treated before, is a single layer or has none to replace, has PEFT
-            adapters or parameters without a shape, or holds NaN, infinity or values beyond
-            float16. The model is then as it was.
+        SAMLError: formats and a calibration are given, or that is of another model or format; the
+            model was treated before, is a single layer or has none to replace, has PEFT adapters or
+            parameters without a shape, or holds NaN, infinity or values beyond float16. The model
+            is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> apply_saml(model, SAMLConfig(num_experts=2, rank=4)).replaced
         {'SAMLLinear': 2}
     """
-    report = replace_layers(model, config, formats)
+    report = replace_layers(model, config, formats=formats, calibration=calibration)
     if is_pretrained(model):
         # Its import registers it; a model without transformers does not wait for transformers.
         import saml_models.compress.quantizer  # noqa: F401

@@ -66,6 +66,8 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         "weight_hash": saml.weight_hash(),
         **({"formats": formats} if formats else {}),
     }
+    if saml.calibration is not None:
+        description["calibration"] = saml.calibration
     write_tensors(target / WEIGHTS, tensors, {"format": "pt"})
     with atomic_path(target / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
@@ -129,13 +131,15 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     model.eval()
     # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
     try:
-        apply_saml(model, replace(config, expert_init="lora"), formats)
+        apply_saml(model, replace(config, expert_init="lora"), formats=formats)
     except SAMLError as error:
         raise SAMLError(f"{source / DESCRIPTION}: {error}") from error
     model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     saml: Any = model.saml
     saml.config = config
     saml.short_windows = description.get("short_windows") is True
+    if isinstance(description.get("calibration"), dict):
+        saml.calibration = description["calibration"]
     model.generation_config = generation
     _fill(model, kind, stored, source)
     if saml.weight_hash() != description.get("weight_hash"):

@@ -47,6 +47,7 @@ class Compression:
         short_windows: whether the experts know windows that end soon after a clip does.
         margin: seconds of silence after a clip for a model whose experts do not; None is Whisper's
             whole window.
+        calibration: how the weights were rounded, where not plainly: `Calibration.about`.
     """
 
     def __init__(self, model: nn.Module, config: SAMLConfig, context: BatchContext) -> None:
@@ -69,6 +70,7 @@ class Compression:
                 self._experts.append((name, modules[place], own))
         self.short_windows = False
         self.margin: float | None = None
+        self.calibration: dict[str, Any] | None = None
         self._hashes: dict[str, _Remembered] = {}
 
     def experts(self) -> dict[str, nn.Parameter]:

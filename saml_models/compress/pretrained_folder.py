@@ -97,6 +97,7 @@ def describe(saml: Compression) -> dict[str, Any]:
             "save_pretrained: the model speaks with a profile of gates, which are in no model's "
             "file; save the profile, and the model without it"
         )
+    calibrated = {} if saml.calibration is None else {"calibration": saml.calibration}
     return {
         "quant_method": METHOD,
         "version": VERSION,
@@ -106,6 +107,7 @@ def describe(saml: Compression) -> dict[str, Any]:
         "margin": saml.margin,
         "weight_hash": saml.weight_hash(),
         "note": NOTE,
+        **calibrated,
     }
 
 

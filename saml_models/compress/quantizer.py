@@ -36,7 +36,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
         saml: `SAMLConfig` as plain values.
         formats: of single layers, as for `apply_saml`.
         version: of the format.
-        short_windows, margin: as in `Compression`.
+        short_windows, margin, calibration: as in `Compression`.
         weight_hash: of the saved weights; None where there are none yet.
         note: what to do before loading, for who reads the file.
     """
@@ -50,6 +50,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
         margin: float | None = None,
         weight_hash: str | None = None,
         note: str = NOTE,
+        calibration: dict[str, Any] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
@@ -81,11 +82,15 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
             raise SAMLError(f"quantization_config: margin={margin!r}; expected seconds or null")
         if weight_hash is not None and not isinstance(weight_hash, str):
             raise SAMLError(f"quantization_config: weight_hash={weight_hash!r}; expected a hash")
+        if calibration is not None and not isinstance(calibration, dict):
+            raise SAMLError(f"quantization_config: calibration={calibration!r}; expected an object")
         config = SAMLConfig.from_dict(saml) if isinstance(saml, dict) else saml or SAMLConfig()
         self.quant_method: Any = METHOD
         self.saml, self.formats = config.to_dict(), dict(formats or {})
         self.version, self.note = version, note
         self.short_windows, self.margin, self.weight_hash = short_windows, margin, weight_hash
+        if calibration is not None:
+            self.calibration = calibration
 
 
 @register_quantizer(METHOD)
@@ -132,7 +137,9 @@ class SAMLQuantizer(HfQuantizer):
             )
         _tie(model, stored or {})
         # LoftQ's singular vectors would be overwritten by the stored experts: do not compute them.
-        replace_layers(model, replace(config, expert_init="lora"), self.quantization_config.formats)
+        replace_layers(
+            model, replace(config, expert_init="lora"), formats=self.quantization_config.formats
+        )
         compression_of(model).config = config
         if stored is not None:
             _check_fits(model, stored)
@@ -147,9 +154,10 @@ class SAMLQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         about = self.quantization_config
         if not self.pre_quantized:
-            replace_layers(model, SAMLConfig.from_dict(about.saml), about.formats)
+            replace_layers(model, SAMLConfig.from_dict(about.saml), formats=about.formats)
         saml = compression_of(model)
         saml.short_windows, saml.margin = about.short_windows, about.margin
+        saml.calibration = getattr(about, "calibration", None)
         if not self.pre_quantized:
             about.weight_hash = describe(saml)["weight_hash"]
             return

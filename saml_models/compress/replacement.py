@@ -14,6 +14,8 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext, BlockGates
 from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
 from saml_kernels.layers.embedding import TiedHead
+from saml_kernels.quantization.tensor import QuantizedTensor
+from saml_models.compress.calibration import Calibration, check_calibration
 from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
     POSITION_PROJECTIONS,
@@ -85,7 +87,11 @@ def _grouped(kept: dict[str, str]) -> str:
 
 
 def replace_layers(
-    model: nn.Module, config: SAMLConfig, formats: Mapping[str, Any] | None = None
+    model: nn.Module,
+    config: SAMLConfig,
+    *,
+    formats: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> CompressionReport:
     """`apply_saml`, for any module: transformers is told nothing of it.
 
@@ -104,17 +110,27 @@ def replace_layers(
     if not places:
         kept = _grouped(in_full_precision(model, (), reasons)) or "no weights"
         raise SAMLError(f"{kind}: has no layer that could be replaced; it has {kept}")
+    if formats and calibration is not None:
+        raise SAMLError("formats: a calibration has its own; give one of the two")
     own = _formats_of(formats or {}, [place.path for place in places], config)
     unique = {storage(p): p for p in model.parameters()}
     report = CompressionReport(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
+    weights: Mapping[str, QuantizedTensor] = {}
+    if calibration is not None:
+        check_calibration(calibration, model, {place.path for place in places}, config)
+        weights = calibration.weights
     _round_to_half(model)
+    if calibration is not None:
+        with torch.no_grad():
+            for name, value in calibration.parameters.items():
+                model.get_parameter(name).copy_(value)
     model.requires_grad_(False)
     context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, own, context, blocks)
+    made = _replacements(model, places, config, own, context, blocks, weights)
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
@@ -124,6 +140,7 @@ def replace_layers(
     watch_encoder(model, context)
     adjust_methods(model)
     saml = Compression(model, config, context)
+    saml.calibration = None if calibration is None else calibration.about
     model.saml = saml  # type: ignore[assignment]
     experts = saml.experts()
     for parameter in experts.values():
@@ -180,6 +197,7 @@ def _replacements(
     own: dict[str, SAMLConfig],
     context: BatchContext,
     blocks: dict[str, BlockGates],
+    weights: Mapping[str, QuantizedTensor],
 ) -> dict[nn.Module, nn.Module]:
     """Old layer -> new one; output heads last, as they ask the embedding that they are tied to."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -197,7 +215,13 @@ def _replacements(
             continue
         block = blocks.get(place.path.rpartition(".")[0])
         made[layer] = new = _replacement(
-            place.path, layer, own.get(place.path, config), context, block, width
+            place.path,
+            layer,
+            own.get(place.path, config),
+            context,
+            block,
+            width,
+            weights.get(place.path),
         )
         if isinstance(new, SAMLEmbedding):
             tied[tie(layer)] = new
@@ -221,6 +245,7 @@ def _replacement(
     context: BatchContext,
     block: BlockGates | None,
     width: int | None,
+    weight: QuantizedTensor | None,
 ) -> nn.Module:
     name = path.rsplit(".", 1)[-1]
     if isinstance(layer, nn.Linear):
@@ -233,18 +258,20 @@ def _replacement(
             ("encoder_attn.k_proj", "encoder_attn.v_proj")
         )
         clip_width = width if decoder else None
-        return SAMLLinear.from_linear(layer, own, context, clip_width=clip_width, block=block)
+        return SAMLLinear.from_linear(
+            layer, own, context, clip_width=clip_width, block=block, weight=weight
+        )
     if isinstance(layer, nn.Conv1d):
         bare = layer.padding in ((0,), "same", "valid")
         if layer.kernel_size == (1,) and layer.stride == (1,) and bare:
             wanted = config.targets == "all" and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
-                layer, config if wanted else _without_experts(config), context
+                layer, config if wanted else _without_experts(config), context, weight
             )
-        return QuantizedConv1d(layer, config)
+        return QuantizedConv1d(layer, config, weight)
     if isinstance(layer, nn.Conv2d):
-        return QuantizedConv2d(layer, config)
-    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config)
+        return QuantizedConv2d(layer, config, weight)
+    return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config, weight)
 
 
 def _without_experts(config: SAMLConfig) -> SAMLConfig:

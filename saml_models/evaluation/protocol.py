@@ -13,8 +13,12 @@ import numpy as np
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.corpora import Utterance
+from saml_models.evaluation.divergence import Divergence, divergences
+from saml_models.models.interface import SpeechModel
 from saml_models.models.registry import bind
+from saml_models.models.targets import target_limit
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.style import in_model_style
 from saml_models.text.wer import (
     WordErrors,
     bootstrap_interval,
@@ -60,6 +64,8 @@ class Evaluation:
     trainable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     audio_seconds: float = 0.0
+    divergence: Divergence | None = None  # of the quantised model from full precision
+    diverging: list[str] = field(default_factory=list)  # the speakers of its clips
 
     def wer(self, system: str, speaker: str | None = None) -> float:
         """Pooled word error rate in per cent, of all or of one speaker."""
@@ -95,6 +101,7 @@ class Evaluation:
         return {
             "wer": {s: round(self.wer(s), 3) if s in detail else None for s in SYSTEMS},
             "relative": relative,
+            "divergence": self._divergence(),
             "size": self.size,
             "speakers": {
                 speaker: {s: round(self.wer(s, speaker), 3) for s in systems}
@@ -113,6 +120,19 @@ class Evaluation:
                 }
                 for i in range(len(self.ids))
             ],
+        }
+
+    def _divergence(self) -> dict[str, Any] | None:
+        """Nats a token, with its interval over speakers, and the share of tokens that agree."""
+        found = self.divergence
+        if found is None:
+            return None
+        low, high = found.interval(self.diverging)
+        return {
+            "kl": round(found.mean, 5),
+            "interval_95": [round(low, 5), round(high, 5)],
+            "agreement": round(found.agreement, 5),
+            "tokens": sum(found.tokens),
         }
 
 
@@ -164,6 +184,8 @@ def evaluate(
 ) -> Evaluation:
     """Word error rates of the five systems on the same test utterances, decoded alike.
 
+    Also how far the quantised model's distribution is from full precision's; see `divergence`.
+
     Args:
         full: the full-precision model and its processor.
         quantised: a pair too: the same model quantised, without experts.
@@ -202,6 +224,9 @@ def evaluate(
         texts = decode_clips(bind(*candidate), clips, beam_size=beam_size, on_done=done)
         record(system, texts, started)
 
+    stage("distribution", len(clips))
+    _compare(bind(*full), bind(*quantised), clips, result, done)
+
     stage("adapting", len(folds))
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
@@ -223,6 +248,35 @@ def evaluate(
                 texts += decode_clips(bind(*saml), part, beam_size=beam_size, on_done=done)
         record(system, texts, started)
     return result
+
+
+def _compare(
+    full: SpeechModel,
+    quantised: SpeechModel,
+    clips: Sequence[np.ndarray],
+    result: Evaluation,
+    done: Callable[[int], None],
+) -> None:
+    """The quantised model's divergence, on texts that fit the decoder."""
+    language = full.prompt_language(clips)
+    heard = result.hypotheses["full_precision"]
+    texts = [in_model_style(*pair) for pair in zip(result.references, heard, strict=True)]
+    most = target_limit(full.network)
+    fits = [len(full.token_ids(text, language)[0]) <= most for text in texts]
+    chosen = [i for i, fit in enumerate(fits) if fit]
+    done(len(clips) - len(chosen))
+    if chosen:
+        with full.evaluating(), quantised.evaluating():
+            (result.divergence,) = divergences(
+                full,
+                [quantised],
+                [clips[i] for i in chosen],
+                [texts[i] for i in chosen],
+                margin=quantised.margin,
+                language=language,
+                on_done=done,
+            )
+        result.diverging = [result.speakers[i] for i in chosen]
 
 
 def with_word_errors(

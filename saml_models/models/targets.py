@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["check_target", "plain_tokens"]
+__all__ = ["check_target", "plain_tokens", "target_limit"]
 
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -29,6 +30,14 @@ def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     ]
 
 
+def target_limit(model: Any) -> float:
+    """Tokens that a model's decoder takes, prompt and end among them; infinity if there is none."""
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "decoder_config", config)
+    most = getattr(config, "max_target_positions", None)
+    return most or getattr(config, "max_position_embeddings", None) or math.inf
+
+
 def check_target(model: Any, name: str, tokens: list[int]) -> None:
     """Refuse a target longer than the decoder: cut, it would lose its end.
 
@@ -40,12 +49,9 @@ def check_target(model: Any, name: str, tokens: list[int]) -> None:
     Raises:
         SAMLError: with the clip and the number of its tokens.
     """
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "decoder_config", config)
-    most = getattr(config, "max_target_positions", None)
-    most = most or getattr(config, "max_position_embeddings", None)
+    most = target_limit(model)
     # The last token is only predicted, but the model's own decoding counts it too.
-    if most is not None and len(tokens) > most:
+    if len(tokens) > most:
         raise SAMLError(
             f"{name}: its text is {len(tokens)} tokens long, and the decoder takes {most}; "
             "check the text, or cut clip and text into shorter ones"

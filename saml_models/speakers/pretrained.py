@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models.compress.apply import CompressionReport, apply_saml
+from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
 from saml_models.models.interface import QUANTISED_MARGIN
@@ -106,6 +107,7 @@ def make_adaptable(
     name: str,
     config: SAMLConfig | None = None,
     experts: str | os.PathLike[str] | None = None,
+    rounding: Callable[[SAMLConfig], Calibration] | None = None,
 ) -> CompressionReport:
     """Give a full-precision model SAML layers and pretrained experts, in place.
 
@@ -113,6 +115,9 @@ def make_adaptable(
         model: as released; `name` is what it was loaded by.
         name: finds the experts that ship with the package.
         config, experts: as for `load_adaptable`.
+        rounding: of the weights, given the layers' configuration; None is plain rounding. The
+            experts that ship were trained beside plainly rounded weights: with it, none are taken
+            unless asked for.
 
     Raises:
         SAMLError: the model was treated before, or the experts do not fit it.
@@ -122,12 +127,19 @@ def make_adaptable(
         profile = pretrained_experts(name, experts)
     elif config is None:
         profile = shipped_experts(name)
+    calibration = None
+    if rounding is not None:
+        if config is None and profile is not None:
+            config = profile_config(profile)
+        if experts is None:
+            profile = None
+        calibration = rounding(config or SAMLConfig())
     if profile is None:
-        report = apply_saml(model, config or SAMLConfig())
+        report = apply_saml(model, config or SAMLConfig(), calibration=calibration)
     else:
         wanted = config or profile_config(profile)
         # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
-        report = apply_saml(model, replace(wanted, expert_init="lora"))
+        report = apply_saml(model, replace(wanted, expert_init="lora"), calibration=calibration)
         compression_of(model).config = wanted
         _apply(profile, model, experts or f"experts of {name}")
     compression_of(model).margin = QUANTISED_MARGIN

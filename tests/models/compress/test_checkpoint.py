@@ -109,7 +109,7 @@ def test_layers_with_formats_of_their_own(processor: Any, tmp_path: Path) -> Non
         "model.encoder.layers.0.fc1": "int8",
     }
     model: Any = small_whisper()
-    apply_saml(model, SAMLConfig(num_experts=2, rank=2), formats)
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2), formats=formats)
     assert model.saml.formats() == formats
     assert model.model.encoder.layers[0].fc1.weight.codes.dtype == torch.int8
     save_saml(trained(model), processor, tmp_path)

@@ -70,8 +70,9 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
         full, quantised, saml, folds, TrainingOptions(epochs=1, speeds=(1.0,)), on_done=parts.append
     )
     assert all((before[n] == p).all() for n, p in saml[0].saml.experts().items())
-    # Three plain systems and two adapted ones decode every clip; every fold adapts once.
-    assert sum(parts) == 5 * len(result.ids) + len(folds)
+    # Three plain systems and two adapted ones decode every clip, two tell their distributions of
+    # its text; every fold adapts once.
+    assert sum(parts) == 6 * len(result.ids) + len(folds)
     result.size = {"full_bytes": report.full_bytes, "saml_bytes": 1, "ratio": 1.0}
     path = tmp_path / "out.json"
     write_json(path, result.to_dict())
@@ -82,6 +83,9 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
     assert read["wer"]["full_precision"] == pytest.approx(100 * errors / total["words"], abs=1e-3)
     for row in read["utterances"]:
         assert row["reference"] and row["quantised"]
+    low, high = read["divergence"]["interval_95"]
+    assert 0 < low <= read["divergence"]["kl"] <= high < 2
+    assert 0.5 < read["divergence"]["agreement"] < 1
     plot_speakers(read, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,240 @@
+"""Plain and calibrated rounding beside full precision: WER and KL.
+
+    python -m bench rounding --data DATA --json bench/results/rounding-tiny.en.json
+    python -m bench rounding ... --draws 0,1 --kl-only
+
+Variants: full precision, plain rounding, and calibrated rounding with several draws of the
+calibration clips, which come from the training sets and from nobody who is measured. KL is the mean
+over text tokens of KL(full precision || variant), the decoder given the reference in the model's
+own style; WER is greedy. Results are written after each set, and what is in the file is not
+measured again; with --work a calibration that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.accuracy.rounding_rows import FULL, HEADS, rows
+from bench.accuracy.speech import READERS
+from bench.models.clips import spread
+from bench.report.environment import about
+from saml_kernels import SAMLConfig
+from saml_kernels.files import write_json
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.calibrate import calibrate_on
+from saml_models.compress.layers import compression_of
+from saml_models.compress.loading import load_model
+from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.evaluation.divergence import Divergence, divergences
+from saml_models.models.interface import SpeechModel
+from saml_models.models.registry import bind
+from saml_models.runtime.quiet import quiet_libraries
+from saml_models.text.style import in_model_style
+from saml_models.text.wer import word_errors
+from saml_models.transcription.clips import decode_clips
+
+TRAINING = (
+    "librispeech-first-utterances",
+    "librispeech-dev-clean-mp3",
+    "speechocean762",
+    "speechocean762-more",
+    "kathleen",
+    "ljspeech",
+)
+PLAIN, CALIBRATED = "plain", "calibrated"
+
+
+@dataclass(frozen=True)
+class Set:
+    """What is measured: a manifest, and the seconds of silence after a clip; None: 30 s in all."""
+
+    manifest: str
+    margin: float | None
+
+
+SETS = {
+    "vctk": Set("vctk/dev.jsonl", None),
+    "voicebank-noisy": Set("voicebank-noisy/dev.jsonl", None),
+    "speechocean762": Set("speechocean762/test.jsonl", 10.0),
+    "librispeech-readers": Set("librispeech-readers/dev.jsonl", None),
+}
+
+
+def training_speech(data: Path) -> list[Utterance]:
+    """Of speakers that nothing is reported on."""
+    measured = {u.speaker for one in SETS.values() for u in load_corpus(data / one.manifest)}
+    found = load_corpus(data / "LibriSpeech" / "train-clean-5")
+    for part in TRAINING:
+        found += load_corpus(data / part / "train.jsonl")
+    return [u for u in found if u.speaker not in {*READERS, *measured}]
+
+
+class Bench:
+    """The full model and its variants on the same speech."""
+
+    def __init__(self, name: str, data: Path, work: Path | None, show: Progress) -> None:
+        self.name, self.data, self.work, self.show = name, data, work, show
+        self.full = self.load()
+        vocabulary: int = self.full.network.config.vocab_size
+        self.language = None if vocabulary <= 51864 else "en"
+
+    def load(self) -> SpeechModel:
+        """The model as released."""
+        return bind(*load_model(self.name))
+
+    def bar(self, title: str, total: int | None = None) -> Callable[[int], None]:
+        """Advances by what it is called with; gone when it is full."""
+        task = self.show.add_task(title, total=total)
+
+        def advance(count: int) -> None:
+            self.show.advance(task, count)
+            if self.show.tasks[self.show.task_ids.index(task)].finished:
+                self.show.remove_task(task)
+
+        return advance
+
+    def make(self, variant: str) -> tuple[SpeechModel, dict[str, Any]]:
+        """The model of a variant, and what making it took."""
+        speech, config = self.load(), SAMLConfig(num_experts=0)
+        started, cpu = time.monotonic(), time.process_time()
+        calibration = None
+        if variant != PLAIN:
+            seed = int(variant.removeprefix(f"{CALIBRATED} "))
+            calibration = calibrate_on(
+                speech,
+                training_speech(self.data),
+                config,
+                seed=seed,
+                folder=None if self.work is None else self.work / f"{self.name}-{seed}",
+                on_progress=self.stages(variant),
+            )
+        report = apply_saml(speech.network, config, calibration=calibration)
+        return speech, {
+            "memory_bytes": report.memory_bytes,
+            "weight_hash": compression_of(speech.network).weight_hash(),
+            "seconds": round(time.monotonic() - started, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "threads": torch.get_num_threads(),
+            "calibration": None if calibration is None else calibration.about,
+        }
+
+    def stages(self, variant: str) -> Callable[[int, int, str], None]:
+        """A bar for a calibration."""
+        task = self.show.add_task(f"{variant}: calibrating")
+
+        def advance(done: int, total: int, title: str) -> None:
+            self.show.update(task, completed=done, total=total)
+            if done == total:
+                self.show.remove_task(task)
+
+        return advance
+
+    def hear(self, speech: SpeechModel, key: str, title: str, said: list[Utterance]) -> Any:
+        """Greedy transcripts and their errors; the full model always hears 30 s."""
+        if speech is not self.full:
+            compression_of(speech.network).margin = SETS[key].margin
+        heard = decode_clips(
+            speech,
+            [u.load() for u in said],
+            language="en",
+            batch_size=6,
+            on_done=self.bar(f"{title}: {key}, WER", len(said)),
+        )
+        errors = word_errors([u.text for u in said], heard)
+        return {"errors": [one.errors for one in errors], "heard": heard}
+
+    def compare(
+        self, models: list[SpeechModel], key: str, said: list[Utterance], heard: list[str]
+    ) -> list[Divergence]:
+        """KL of each model on one set."""
+        return divergences(
+            self.full,
+            models,
+            [u.load() for u in said],
+            [in_model_style(u.text, text) for u, text in zip(said, heard, strict=True)],
+            margin=SETS[key].margin,
+            language=self.language,
+            on_done=self.bar(f"{key}, KL of {len(models)}", len(said)),
+        )
+
+
+def measure(
+    bench: Bench,
+    results: dict[str, Any],
+    save: Callable[[], None],
+    variants: list[str],
+    clips: int,
+    kl_only: bool,
+) -> None:
+    """Whatever of these variants is not in the results yet, set by set."""
+    made: dict[str, SpeechModel] = {}
+
+    def model(variant: str) -> SpeechModel:
+        if variant not in made:
+            made[variant], results["variants"][variant]["made"] = bench.make(variant)
+            save()
+        return made[variant]
+
+    for variant in (FULL, *variants):
+        results["variants"].setdefault(variant, {"sets": {}})
+    everyone = {key: spread(load_corpus(bench.data / SETS[key].manifest), clips) for key in SETS}
+    own = {name: one["sets"] for name, one in results["variants"].items()}
+    for key, said in everyone.items():
+        if key not in own[FULL]:
+            words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
+            results["speech"][key] = {"speakers": [u.speaker for u in said], "words": words}
+            own[FULL][key] = bench.hear(bench.full, key, FULL, said)
+            save()
+    for key, said in everyone.items():
+        missing = [variant for variant in variants if "kl" not in own[variant].get(key, {})]
+        if missing:
+            models = [model(variant) for variant in missing]
+            heard = own[FULL][key]["heard"]
+            for variant, found in zip(
+                missing, bench.compare(models, key, said, heard), strict=True
+            ):
+                own[variant].setdefault(key, {}).update(found.to_dict())
+            save()
+    for key, said in everyone.items():
+        for variant in variants:
+            if not kl_only and "errors" not in own[variant].get(key, {}):
+                own[variant][key] |= bench.hear(model(variant), key, variant, said)
+                save()
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Holds vctk/, LibriSpeech/ and so on.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
+    model: Annotated[str, typer.Option()] = "tiny.en",
+    draws: Annotated[str, typer.Option(help="Seeds of the clips' choice, by commas.")] = "0,1,2",
+    clips: Annotated[int, typer.Option(min=1, help="Of a set at most.")] = 1000,
+    kl_only: Annotated[bool, typer.Option("--kl-only", help="Leave WER for later.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Keeps unfinished calibrations.")] = None,
+) -> None:
+    quiet_libraries()
+    results: dict[str, Any] = {"speech": {}, "variants": {}}
+    if json_file.exists():
+        results = json.loads(json_file.read_text())
+    results["about"] = about(torch.device("cpu")) | {"model": model}
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as show:
+        bench = Bench(model, data, work, show)
+        variants = [PLAIN, *(f"{CALIBRATED} {int(seed)}" for seed in draws.split(","))]
+        measure(bench, results, lambda: write_json(json_file, results), variants, clips, kl_only)
+    table = Table(title=f"{model}: WER %, KL in nats a token")
+    for name in (HEADS[0], *results["speech"], HEADS[1]):
+        table.add_column(name, justify="right")
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,68 @@
+"""Figures of `python -m bench rounding`: rates, divergences, and ratios with intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["FULL", "HEADS", "mean_kl", "pooled_ratio", "rows", "wer"]
+
+FULL = "full precision"
+HEADS = ("variant", "WER to full precision")  # before the sets of speech and after them
+
+
+def wer(results: dict[str, Any], variant: str, key: str) -> float:
+    """Per cent."""
+    errors = results["variants"][variant]["sets"][key]["errors"]
+    return 100.0 * sum(errors) / sum(results["speech"][key]["words"])
+
+
+def mean_kl(results: dict[str, Any], variant: str, key: str) -> float:
+    """Nats a token."""
+    one = results["variants"][variant]["sets"][key]
+    return float(sum(one["kl"]) / sum(one["tokens"]))
+
+
+def pooled_ratio(
+    results: dict[str, Any], variant: str, other: str, samples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """WER of one variant to that of another, all sets pooled, and its 95 % interval over speakers.
+
+    Speakers are drawn with replacement, with all that they say, the same ones for both variants.
+    """
+    counts: dict[str, np.ndarray] = {}
+    for key, speech in results["speech"].items():
+        errors = [results["variants"][v]["sets"][key]["errors"] for v in (variant, other)]
+        for speaker, *row in zip(speech["speakers"], *errors, strict=True):
+            name = f"{key} {speaker}"
+            counts[name] = counts.get(name, np.zeros(2)) + np.array(row)
+    table = np.stack(list(counts.values()))
+    draws = np.random.default_rng(seed).integers(len(table), size=(samples, len(table)))
+    sums = table[draws].sum(axis=1)
+    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), (0.025, 0.975))
+    total = table.sum(axis=0)
+    return float(total[0] / max(total[1], 1)), float(low), float(high)
+
+
+def has_wer(results: dict[str, Any], variant: str) -> bool:
+    """Whether words were counted on every set."""
+    sets = results["variants"][variant]["sets"]
+    return all("errors" in sets.get(key, {}) for key in results["speech"])
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """WER and KL by variant and set, and the pooled WER to that of full precision."""
+    found = []
+    for variant, one in results["variants"].items():
+        cells = []
+        for key in results["speech"]:
+            measured = one["sets"].get(key, {})
+            parts = [f"{wer(results, variant, key):.2f}"] if "errors" in measured else []
+            parts += [f"{mean_kl(results, variant, key):.4f}"] if "kl" in measured else []
+            cells.append(", ".join(parts))
+        last = ""
+        if variant != FULL and has_wer(results, variant) and has_wer(results, FULL):
+            last = "{:.3f} ({:.3f} to {:.3f})".format(*pooled_ratio(results, variant, FULL))
+        found.append([variant, *cells, last])
+    return found

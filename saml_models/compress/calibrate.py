@@ -1,0 +1,649 @@
+"""Rounding a Whisper by what its layers hear: codes and scales chosen on calibration speech.
+
+Two copies of the model run side by side over the clips, stage by stage: one at full precision, one
+whose layers are rounded as soon as their inputs are known. A stage is the layers with one input in
+common (query, key and value; the first half of a feed-forward block; ...). Each is rounded for the
+inputs x' that the rounded layers before it put out, towards what the full model puts out there:
+
+    minimise  sum |Q x' - W x|^2   =   tr((Q - W') H (Q - W')^T) + constant,
+    W' = (W sum x x'^T + l W) (H + l I)^-1,   H = sum x' x'^T,
+
+and `saml_kernels.quantization.rounding` does so for W' and H (GPTQ, arXiv 2210.17323; the target
+that makes good the errors of earlier layers as in GPTAQ, arXiv 2504.02692). A layer with a bias has
+means subtracted from x and x' and the bias moved by what is left; a constant added to all keys
+changes no attention, so keys are treated alike.
+
+The token embedding is the output head too. Its H is that of the decoder's last hidden states, with
+a multiple of the identity that keeps it a look-up table. A vector is subtracted from all its rows
+beforehand and added to the decoder's positions: every logit of a token moves by the same amount,
+and outlying columns no longer set the scales of their blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saml_kernels import QuantizedTensor, SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_kernels.quantization.rounding import round_together
+from saml_models.compress.calibration import Calibration
+from saml_models.compress.calibration_speech import (
+    CLIPS,
+    CalibrationClip,
+    choose_utterances,
+    clips_hash,
+    prepare_clips,
+)
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.corpora import Utterance
+from saml_models.models.interface import QUANTISED_MARGIN, SHORT_WINDOW_MARGIN, SpeechModel
+from saml_models.models.whisper.speech_model import WhisperSpeechModel
+from saml_models.models.whisper.windows import FRAMES_PER_SECOND, log_mel, window_frames
+from saml_models.runtime.tensors import read_tensors, write_tensors
+
+__all__ = ["Recipe", "calibrate", "calibrate_on", "check_can_calibrate"]
+
+LONG = 4  # one clip in so many has a window as a quantised Whisper is given, the others a short one
+AFTER = 1.0  # seconds after the speech that count fully
+SPARSE = 10  # of the frames later on, one in so many is looked at
+TOGETHER = 4096  # rows in one matrix product
+_CODES = ".weight.codes"
+EMBEDDING = "model.decoder.embed_tokens"
+POSITIONS = "model.decoder.embed_positions.weight"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is calibrated.
+
+    Attributes:
+        damping: of the mean of H's diagonal, added to it.
+        pull: l above, in the same unit.
+        look_up: the identity's share in the embedding's H, in the same unit.
+        refinements: rounds of coordinate descent.
+        encoder_target, decoder_target: aim at the full model's outputs on rounded inputs (the
+            decoder's cross-attention keys and values go with the encoder); else at W x'.
+        biases: move biases by the mean of what is left.
+        shift: subtract a vector from the embedding's rows.
+    """
+
+    damping: float = 0.05
+    pull: float = 0.05
+    look_up: float = 0.5
+    refinements: int = 1
+    encoder_target: bool = True
+    decoder_target: bool = True
+    biases: bool = True
+    shift: bool = True
+
+
+@torch.no_grad()
+def calibrate(
+    speech: SpeechModel,
+    clips: Sequence[CalibrationClip],
+    config: SAMLConfig | None = None,
+    recipe: Recipe | None = None,
+    *,
+    about: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> Calibration:
+    """Round every layer of a Whisper that `apply_saml` would round.
+
+    Args:
+        speech: a Whisper at full precision, float32, on the CPU; left as it is.
+        clips: from `prepare_clips`.
+        config: format, block size and double quantisation; None is `SAMLConfig()`.
+        recipe: None is `Recipe()`.
+        about: where the clips are from, for the model's description.
+        folder: finished stages are kept there, and found again when the same call is repeated.
+        on_progress: called with stages done, their number and the name of the last one.
+
+    Raises:
+        SAMLError: the model is no Whisper at full precision, or there are no clips.
+    """
+    check_can_calibrate(speech)
+    if not clips:
+        raise SAMLError("calibration: no clips; see prepare_clips")
+    run = _Run(speech, clips, config or SAMLConfig(), recipe or Recipe(), dict(about or {}))
+    return run.whole(folder, on_progress)
+
+
+def calibrate_on(
+    speech: SpeechModel,
+    utterances: Sequence[Utterance],
+    config: SAMLConfig | None = None,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    count: int = CLIPS,
+    folder: Path | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
+) -> Calibration:
+    """`calibrate` on some of the utterances and copies of them in noise.
+
+    Args:
+        speech, config, recipe, folder: as for `calibrate`.
+        utterances: of which `choose_utterances` takes some; those without text are given the
+            model's own.
+        seed: of their choice and of the noise.
+        count: of the clips, copies not counted.
+        on_progress: called with clips and stages done, their number and the name of the last one.
+
+    Raises:
+        SAMLError: as `calibrate`, `choose_utterances` and `prepare_clips`.
+    """
+    check_can_calibrate(speech)
+    chosen = choose_utterances(utterances, count, seed)
+    stages, heard = _stages(speech.network), 0
+
+    def on_clip(done: int) -> None:
+        nonlocal heard
+        heard += done
+        if on_progress:
+            on_progress(heard, len(chosen) + stages, "what is said")
+
+    def on_stage(done: int, total: int, title: str) -> None:
+        if on_progress:
+            on_progress(len(chosen) + done, len(chosen) + total, title)
+
+    clips = prepare_clips(speech, chosen, seed, on_done=on_clip)
+    return calibrate(
+        speech,
+        clips,
+        config,
+        recipe,
+        about={"seed": seed},
+        folder=folder,
+        on_progress=on_stage,
+    )
+
+
+def _stages(network: Any) -> int:
+    """How many steps a calibration has."""
+    config = network.config
+    return 4 + 4 * config.encoder_layers + 6 * config.decoder_layers
+
+
+def check_can_calibrate(speech: SpeechModel) -> None:
+    """Refuse what `calibrate` cannot take.
+
+    Raises:
+        SAMLError: no Whisper, compressed already, or not float32 on the CPU.
+    """
+    network = speech.network
+    kind = type(network).__name__
+    if not isinstance(speech, WhisperSpeechModel) or hasattr(network, "saml"):
+        raise SAMLError(f"{kind}: calibration takes a Whisper at full precision")
+    if speech.device.type != "cpu" or speech.dtype != torch.float32:
+        raise SAMLError(
+            f"{kind}: {speech.dtype} on {speech.device}; calibration takes float32 on the CPU"
+        )
+
+
+class _Moments:
+    """Sums over inputs x' [T, K] of a stage's rounded side and what goes with them, y [T, M]."""
+
+    def __init__(self, width: int, others: int) -> None:
+        self.inputs = torch.zeros(width, width, dtype=torch.float64)
+        self.cross = torch.zeros(others, width, dtype=torch.float64)
+        self.input_sum = torch.zeros(width, dtype=torch.float64)
+        self.other_sum = torch.zeros(others, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """One product in float32 for up to `TOGETHER` rows."""
+        self.inputs += x.T @ x
+        self.cross += y.T @ x
+        self.input_sum += x.sum(dim=0, dtype=torch.float64)
+        self.other_sum += y.sum(dim=0, dtype=torch.float64)
+        self.rows += len(x)
+
+    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E[x' x'^T], E[y x'^T], E[x'], E[y]; the first two less the means' products if centred."""
+        x, y = self.input_sum / self.rows, self.other_sum / self.rows
+        inputs, cross = self.inputs / self.rows, self.cross / self.rows
+        if centred:
+            inputs, cross = inputs - x.outer(x), cross - y.outer(x)
+        return inputs, cross, x, y
+
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Rows:
+    """Where both sides are in every clip, one clip below the other.
+
+    Attributes:
+        spans: of each clip.
+        x, y: [R, d], on the full and on the rounded side.
+        counted: int64, the rows that layers are rounded for.
+    """
+
+    spans: list[slice]
+    x: Tensor
+    y: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of(cls, x: list[Tensor], y: list[Tensor], counted: list[Tensor]) -> _Rows:
+        """From each clip's own; `counted` bool [T]."""
+        ends = list(accumulate(len(part) for part in x))
+        spans = [slice(end - len(part), end) for end, part in zip(ends, x, strict=True)]
+        return cls(spans, torch.cat(x), torch.cat(y), torch.cat(counted).nonzero().squeeze(1))
+
+    def pairs(
+        self,
+        rounded: Callable[[Tensor], Tensor],
+        full: Callable[[Tensor], Tensor],
+    ) -> Pairs:
+        """What is made of some of the counted rows on both sides."""
+        for index in self.counted.split(TOGETHER):
+            yield rounded(index), full(index)
+
+
+class _Run:
+    """One calibration: both models, and where they are in every clip."""
+
+    def __init__(
+        self,
+        speech: SpeechModel,
+        clips: Sequence[CalibrationClip],
+        config: SAMLConfig,
+        recipe: Recipe,
+        about: dict[str, Any],
+    ) -> None:
+        self.full, self.processor = speech.network, speech.processor
+        self.clips, self.config, self.recipe = clips, config, recipe
+        self.rounded: Any = copy.deepcopy(self.full)
+        for parameter in self.rounded.parameters():
+            parameter.copy_(parameter.half())
+        self.made = Calibration({}, {}, self._about() | about)
+
+    def _about(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "recipe": asdict(self.recipe),
+            "clips": len(self.clips),
+            "clips_sha256": clips_hash(self.clips),
+            "format": config.format,
+            "block_size": config.block_size,
+            "double_quant": config.double_quant,
+        }
+
+    # --- stages, kept and found again ---------------------------------------------------------
+
+    def whole(
+        self, folder: Path | None, on_progress: Callable[[int, int, str], None] | None
+    ) -> Calibration:
+        """All stages in their order."""
+        self.total, self.done = _stages(self.full), 0
+        self.on_progress, self.folder = on_progress, folder
+        self.mark = _fingerprint(self.full, self.made.about)
+        self._decoder(self._encoder())
+        return self.made
+
+    def _stage(
+        self,
+        names: Sequence[str],
+        pairs: Callable[[], Pairs],
+        *,
+        aimed: bool,
+        outputs: bool = False,
+    ) -> None:
+        """Round the layers of these names.
+
+        Args:
+            names: of layers with the same inputs.
+            pairs: of each clip: inputs on the rounded side, and those on the full side or, with
+                `outputs`, what the one layer should put out, less its bias.
+            aimed: at the full side.
+        """
+        self._keep(names[0], partial(self._round, names, pairs, aimed, outputs))
+
+    def _keep(self, title: str, make: Callable[[], tuple[dict[str, QuantizedTensor], Any]]) -> None:
+        """Take a stage's results from the folder, or make them and leave them there."""
+        path = None if self.folder is None else self.folder / f"{title}.safetensors"
+        found = None if path is None else _read_stage(path, self.mark, self.full, self.config)
+        weights, parameters = found or make()
+        if path is not None and found is None:
+            _write_stage(path, self.mark, weights, parameters)
+        for name, weight in weights.items():
+            layer = self.rounded.get_submodule(name)
+            layer.weight.copy_(weight.dequantize())
+        for name, value in parameters.items():
+            self.rounded.get_parameter(name).copy_(value)
+        self.made.weights |= weights
+        self.made.parameters |= parameters
+        self.done += 1
+        if self.on_progress:
+            self.on_progress(self.done, self.total, title)
+
+    def _round(
+        self, names: Sequence[str], pairs: Callable[[], Pairs], aimed: bool, outputs: bool
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        moments = None
+        for x, y in pairs():
+            moments = moments or _Moments(x.shape[1], y.shape[1])
+            moments.add(x, y)
+        assert moments is not None
+        recipe, layers = self.recipe, [self.full.get_submodule(name) for name in names]
+        hessian, cross, mean_x, mean_y = moments.means(recipe.biases)
+        weights = [layer.weight.detach().double().flatten(1) for layer in layers]
+        targets, wanted = weights, [weight @ mean_x for weight in weights]
+        if aimed:
+            pull = recipe.pull * hessian.diagonal().mean()
+            damped = hessian.clone()
+            damped.diagonal().add_(pull)
+            factor = torch.linalg.cholesky(damped)
+            sums = [cross] if outputs else [weight @ cross for weight in weights]
+            targets = [
+                torch.cholesky_solve((own + pull * weight).T, factor).T
+                for own, weight in zip(sums, weights, strict=True)
+            ]
+            wanted = [mean_y] if outputs else [weight @ mean_y for weight in weights]
+        made = self._rounded(
+            [t.view_as(layer.weight) for t, layer in zip(targets, layers, strict=True)],
+            hessian,
+            recipe.damping,
+            names[0],
+        )
+        parameters = {}
+        for name, layer, weight, mean in zip(names, layers, made, wanted, strict=True):
+            if recipe.biases and layer.bias is not None:
+                found = weight.dequantize(torch.float64).flatten(1) @ mean_x
+                parameters[f"{name}.bias"] = _half(layer.bias + (mean - found).float())
+        return dict(zip(names, made, strict=True)), parameters
+
+    def _rounded(
+        self, targets: list[Tensor], hessian: Tensor, damping: float, name: str
+    ) -> list[QuantizedTensor]:
+        config = self.config
+        return round_together(
+            targets,
+            hessian,
+            config.format,
+            config.block_size,
+            config.double_quant,
+            damping=damping,
+            refinements=self.recipe.refinements,
+            name=name,
+        )
+
+    # --- the encoder --------------------------------------------------------------------------
+
+    def _encoder(self) -> _Rows:
+        full, rounded = self.full.model.encoder, self.rounded.model.encoder
+        aimed = self.recipe.encoder_target
+        mels = [
+            log_mel(self.processor, [clip.samples], window_frames(len(clip.samples), margin))
+            for clip, margin in zip(self.clips, _margins(len(self.clips)), strict=True)
+        ]
+
+        def first() -> Pairs:
+            for clip, mel in zip(self.clips, mels, strict=True):
+                rows = _unfolded(full.conv1, mel)
+                rows = rows[_heard(clip, len(rows), FRAMES_PER_SECOND)]
+                yield rows, rows
+
+        def second() -> Pairs:
+            for clip, mel in zip(self.clips, mels, strict=True):
+                rows = [_unfolded(e.conv2, F.gelu(e.conv1(mel))) for e in (rounded, full)]
+                heard = _heard(clip, len(rows[0]), _RATE)
+                yield rows[0][heard], rows[1][heard]
+
+        self._stage(["model.encoder.conv1"], first, aimed=False)
+        self._stage(["model.encoder.conv2"], second, aimed=aimed)
+
+        def embedded(encoder: Any, mel: Tensor) -> Tensor:
+            hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel))))[0].T
+            return hidden + encoder.embed_positions.weight[: len(hidden)]
+
+        x = [embedded(full, mel) for mel in mels]
+        heard = [_heard(clip, len(one), _RATE) for clip, one in zip(self.clips, x, strict=True)]
+        rows = _Rows.of(x, [embedded(rounded, mel) for mel in mels], heard)
+        for number in range(len(full.layers)):
+            at = f"model.encoder.layers.{number}"
+            self._attention(rows, at, "self_attn", aimed=aimed)
+            self._feed_forward(rows, at, aimed=aimed)
+        rows.x, rows.y = full.layer_norm(rows.x), rounded.layer_norm(rows.y)
+        return rows
+
+    # --- the decoder --------------------------------------------------------------------------
+
+    def _decoder(self, heard: _Rows) -> _Rows:
+        full, rounded = self.full.model.decoder, self.rounded.model.decoder
+        names = [
+            f"model.decoder.layers.{number}.encoder_attn.{kind}_proj"
+            for number in range(len(full.layers))
+            for kind in "kv"
+        ]
+
+        def encoded() -> Pairs:
+            return heard.pairs(heard.y.__getitem__, heard.x.__getitem__)
+
+        self._stage(names, encoded, aimed=self.recipe.encoder_target)
+        tokens = [torch.tensor(clip.tokens[:-1]) for clip in self.clips]
+        self._keep(EMBEDDING, partial(self._embedding, tokens, heard))
+
+        def embedded(decoder: Any, ids: Tensor) -> Tensor:
+            return decoder.embed_tokens(ids) + decoder.embed_positions.weight[: len(ids)]
+
+        rows = _Rows.of(
+            [embedded(full, ids) for ids in tokens],
+            [embedded(rounded, ids) for ids in tokens],
+            [torch.ones(len(ids), dtype=torch.bool) for ids in tokens],
+        )
+        aimed = self.recipe.decoder_target
+        for number in range(len(full.layers)):
+            at = f"model.decoder.layers.{number}"
+            self._attention(rows, at, "self_attn", aimed=aimed, causal=True)
+            self._attention(rows, at, "encoder_attn", aimed=aimed, encoded=heard)
+            self._feed_forward(rows, at, aimed=aimed)
+        return rows
+
+    def _embedding(
+        self, tokens: list[Tensor], heard: _Rows
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        decoder = self.full.model.decoder
+        table = decoder.embed_tokens.weight.detach()
+        hessian = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+        said = torch.zeros(len(table), dtype=torch.float64)
+        for clip, ids, span in zip(self.clips, tokens, heard.spans, strict=True):
+            hidden = decoder(
+                input_ids=ids[None], encoder_hidden_states=heard.x[span][None], use_cache=False
+            ).last_hidden_state[0, clip.prompt - 1 :]
+            hessian += hidden.T @ hidden
+            said += (hidden @ table.T).softmax(dim=-1).sum(dim=0)
+        parameters = {}
+        if self.recipe.shift:
+            vector = _shift(table, said)
+            table = table - vector
+            parameters[POSITIONS] = _half(decoder.embed_positions.weight + vector)
+        (weight,) = self._rounded([table], hessian, self.recipe.look_up, EMBEDDING)
+        return {EMBEDDING: weight}, parameters
+
+    # --- what both have -----------------------------------------------------------------------
+
+    def _attention(
+        self,
+        state: _Rows,
+        at: str,
+        kind: str,
+        *,
+        aimed: bool,
+        causal: bool = False,
+        encoded: _Rows | None = None,
+    ) -> None:
+        """Query, key, value (with `encoded` the query alone), then the output projection."""
+        full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
+        norm = f"{kind}_layer_norm"
+        x, y = getattr(full, norm)(state.x), getattr(rounded, norm)(state.y)
+        kinds = ("q",) if encoded else ("q", "k", "v")
+        self._stage(
+            [f"{at}.{kind}.{k}_proj" for k in kinds],
+            lambda: state.pairs(y.__getitem__, x.__getitem__),
+            aimed=aimed,
+        )
+        for i, span in enumerate(state.spans):
+            own, other = (None, None) if encoded is None else (
+                encoded.x[encoded.spans[i]], encoded.y[encoded.spans[i]]
+            )  # fmt: skip
+            x[span] = _mix(getattr(full, kind), x[span], own, causal)
+            y[span] = _mix(getattr(rounded, kind), y[span], other, causal)
+        project, project_rounded = getattr(full, kind).out_proj, getattr(rounded, kind).out_proj
+        wanted = F.linear(x, project.weight)
+        self._stage(
+            [f"{at}.{kind}.out_proj"],
+            lambda: state.pairs(y.__getitem__, wanted.__getitem__),
+            aimed=aimed,
+            outputs=True,
+        )
+        state.x += wanted.add_(project.bias)
+        state.y += project_rounded(y)
+
+    def _feed_forward(self, state: _Rows, at: str, *, aimed: bool) -> None:
+        full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
+        x, y = full.final_layer_norm(state.x), rounded.final_layer_norm(state.y)
+        self._stage(
+            [f"{at}.fc1"],
+            lambda: state.pairs(y.__getitem__, x.__getitem__),
+            aimed=aimed,
+        )
+
+        def inside(layer: Any, rows: Tensor) -> Tensor:
+            return layer.activation_fn(layer.fc1(rows))
+
+        for part in x.split(TOGETHER):
+            part.copy_(F.linear(inside(full, part), full.fc2.weight))
+        within = torch.cat([inside(rounded, part) for part in y.split(TOGETHER)])
+        self._stage(
+            [f"{at}.fc2"],
+            lambda: state.pairs(within.__getitem__, x.__getitem__),
+            aimed=aimed,
+            outputs=True,
+        )
+        state.x += x.add_(full.fc2.bias)
+        state.y += rounded.fc2(within)
+
+
+_RATE = FRAMES_PER_SECOND // 2  # of the encoder
+
+
+def _margins(count: int) -> Iterator[float]:
+    """Seconds of silence after each clip."""
+    return (SHORT_WINDOW_MARGIN if i % LONG else QUANTISED_MARGIN for i in range(count))
+
+
+def _half(value: Tensor) -> Tensor:
+    """As it is stored."""
+    return value.detach().half().float()
+
+
+def _heard(clip: CalibrationClip, count: int, rate: int) -> Tensor:
+    """Bool [count]: frames up to a second past the speech, and one in `SPARSE` of those after it.
+
+    Args:
+        clip: that they are of.
+        count: of frames, `rate` of them a second.
+    """
+    after = torch.arange(count) - round((len(clip.samples) / SAMPLE_RATE + AFTER) * rate)
+    return (after < 0) | (after % SPARSE == 0)
+
+
+def _unfolded(conv: Any, x: Tensor) -> Tensor:
+    """x [1, K, T] -> [T', K * kernel]: what the filters of a convolution are multiplied with."""
+    (kernel,), (stride,), (padding,) = conv.kernel_size, conv.stride, conv.padding
+    columns = F.unfold(x.unsqueeze(2), (1, kernel), padding=(0, padding), stride=(1, stride))
+    return columns[0].T
+
+
+def _mix(attention: Any, hidden: Tensor, encoded: Tensor | None, causal: bool) -> Tensor:
+    """Attention of one clip before its output projection: hidden [T, d] -> [T, d]."""
+    source = hidden if encoded is None else encoded
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(len(x), attention.num_heads, -1).transpose(0, 1)
+
+    mixed = F.scaled_dot_product_attention(
+        heads(attention.q_proj(hidden) * attention.scaling),
+        heads(attention.k_proj(source)),
+        heads(attention.v_proj(source)),
+        is_causal=causal,
+        scale=1.0,
+    )
+    return mixed.transpose(0, 1).reshape(len(hidden), -1)
+
+
+def _shift(table: Tensor, said: Tensor) -> Tensor:
+    """What to subtract from every row: half the mean of what is said, half the plain mean.
+
+    Args:
+        table: [V, d].
+        said: [V], how often the model says each token.
+    """
+    often = (said / said.sum()).float() @ table
+    return (often + table.mean(dim=0)) / 2
+
+
+def _fingerprint(model: Any, about: dict[str, Any]) -> str:
+    """SHA-256 (hex) of all that decides the results: weights and recipe."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_stage(
+    path: Path, mark: str, weights: dict[str, QuantizedTensor], parameters: dict[str, Tensor]
+) -> None:
+    tensors = dict(parameters)
+    for name, weight in weights.items():
+        tensors |= {f"{name}.weight.{part}": value for part, value in weight.named_buffers()}
+    write_tensors(path, tensors, {"fingerprint": mark})
+
+
+def _read_stage(
+    path: Path, mark: str, model: Any, config: SAMLConfig
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]] | None:
+    """A stage that was finished before, by the same call; None where there is none."""
+    try:
+        tensors, about = read_tensors(path)
+    except SAMLError:
+        return None
+    if about.get("fingerprint") != mark:
+        return None
+    weights, layers = {}, dict(model.named_modules())
+    names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
+    for name in names:
+        if name not in layers:
+            return None
+        weight = QuantizedTensor.empty(
+            layers[name].weight.shape,
+            config.format,
+            config.block_size,
+            config.double_quant,
+        )
+        parts = {part: tensors.pop(f"{name}.weight.{part}", None) for part in weight.state_dict()}
+        if any(part is None for part in parts.values()):
+            return None
+        weight.load_state_dict(parts)
+        weights[name] = weight
+    known = {name: value.shape for name, value in model.named_parameters()}
+    if any(known.get(name) != value.shape for name, value in tensors.items()):
+        return None
+    return weights, tensors

@@ -1,0 +1,67 @@
+"""What a calibration found: weights for `apply_saml` to take in place of plainly rounded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saml_kernels import QuantizedTensor, SAMLConfig
+from saml_kernels.errors import SAMLError
+
+__all__ = ["Calibration", "check_calibration"]
+
+
+@dataclass
+class Calibration:
+    """Rounded weights of one model in one format.
+
+    Attributes:
+        weights: by the name of the layer.
+        parameters: of what stays at full precision and was moved, by name: biases, positions.
+        about: recipe, clips and their hash, for the model's description.
+    """
+
+    weights: dict[str, QuantizedTensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def check_calibration(
+    calibration: Calibration, model: nn.Module, places: Collection[str], config: SAMLConfig
+) -> None:
+    """Refuse a calibration of another model or format.
+
+    Args:
+        calibration: to be taken for `model`, which is at full precision.
+        places: names of the layers that will be replaced.
+        config: of their weights.
+
+    Raises:
+        SAMLError: names, shapes, formats or blocks differ, or a parameter holds NaN or infinity.
+    """
+    for name, weight in calibration.weights.items():
+        if name not in places:
+            raise SAMLError(f"{name}: calibrated, but no such layer; calibrate this model anew")
+        shape: Any = model.get_submodule(name).weight.shape
+        own = (weight.format, weight.block_size, weight.double_quant, weight.shape)
+        asked = (config.format, config.block_size, config.double_quant, shape)
+        if own != asked:
+            raise SAMLError(
+                f"{name}: calibrated as {_said(own)}; expected {_said(asked)}: calibrate anew"
+            )
+    known = dict(model.named_parameters())
+    for name, value in calibration.parameters.items():
+        if name not in known or value.shape != known[name].shape:
+            raise SAMLError(f"{name}: calibrated {tuple(value.shape)}; calibrate this model anew")
+        if not torch.isfinite(value).all():
+            raise SAMLError(f"{name}: the calibration holds NaN or infinity; calibrate anew")
+
+
+def _said(kind: tuple[Any, ...]) -> str:
+    format, block_size, double_quant, shape = kind
+    scales = "with" if double_quant else "without"
+    return f"{format}, blocks of {block_size} {scales} double quantisation, {tuple(shape)}"

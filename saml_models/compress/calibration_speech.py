@@ -1,0 +1,159 @@
+"""Speech to calibrate rounding on: which clips, with which text, and copies of them in noise."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import numpy.typing as npt
+
+from saml_kernels.errors import SAMLError
+from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.corpora import Utterance, by_speaker
+from saml_models.models.interface import SpeechModel
+from saml_models.models.targets import check_target
+from saml_models.text.style import in_model_style, is_bare
+
+__all__ = ["CalibrationClip", "choose_utterances", "clips_hash", "prepare_clips"]
+
+CLIPS = 80
+NOISES = ("white", "pink", "babble")
+SNR = (5.0, 15.0)  # dB, from and to
+BABBLERS = 4  # voices that babble is mixed from
+SHORTEST, LONGEST = 1.0, 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class CalibrationClip:
+    """A clip and what the decoder is given with it.
+
+    Attributes:
+        samples: float32 at 16 kHz, up to 30 s.
+        tokens: prompt, text and end.
+        prompt: how many of them are the prompt.
+    """
+
+    samples: npt.NDArray[np.float32]
+    tokens: tuple[int, ...]
+    prompt: int
+
+
+def choose_utterances(
+    utterances: Sequence[Utterance], count: int = CLIPS, seed: int = 0
+) -> list[Utterance]:
+    """Some utterances, of as many speakers as there are: one of each in turn, in a random order.
+
+    Raises:
+        SAMLError: there is none.
+    """
+    if not utterances:
+        raise SAMLError("calibration: no utterance; give a corpus or a folder with audio")
+    draw = random.Random(seed)
+    speakers = list(by_speaker(utterances).values())
+    draw.shuffle(speakers)
+    for own in speakers:
+        draw.shuffle(own)
+    turns = (u for turn in zip_longest(*speakers) for u in turn if u is not None)
+    return [u for u, _ in zip(turns, range(count), strict=False)]
+
+
+def prepare_clips(
+    speech: SpeechModel,
+    utterances: Sequence[Utterance],
+    seed: int = 0,
+    noise: bool = True,
+    on_done: Callable[[int], None] | None = None,
+) -> list[CalibrationClip]:
+    """Clips and texts, then a copy of each in noise with the same text.
+
+    The text is the transcript, in the model's own case and punctuation where it has none; where
+    there is no transcript, it is what the model hears. Clips shorter than a second or longer than
+    30 are left out.
+
+    Args:
+        speech: at full precision; hears the clips whose text is bare or not there.
+        utterances: each in a language of its own.
+        seed: of the noise.
+        noise: add the copies.
+        on_done: called with the number of clips heard, after each.
+
+    Raises:
+        SAMLError: no clip is left, a text is longer than the decoder takes, or audio cannot be
+            read.
+    """
+    found: list[CalibrationClip] = []
+    for utterance in utterances:
+        samples = utterance.load()
+        if SHORTEST <= len(samples) / SAMPLE_RATE <= LONGEST:
+            language = speech.prompt_language([samples])
+            text = utterance.text.strip()
+            if not text or is_bare(text):
+                (heard,) = speech.decode([samples], 1, language)
+                text = in_model_style(text, heard) if text else heard
+            tokens, prompt = speech.token_ids(text, language)
+            check_target(speech.network, utterance.id, tokens)
+            found.append(CalibrationClip(samples, tuple(tokens), prompt))
+        if on_done:
+            on_done(1)
+    if not found:
+        raise SAMLError("calibration: no clip of 1 to 30 s; give others")
+    if noise:
+        noisy = _in_noise([clip.samples for clip in found], seed)
+        found += [
+            CalibrationClip(samples, clip.tokens, clip.prompt)
+            for samples, clip in zip(noisy, list(found), strict=True)
+        ]
+    return found
+
+
+def clips_hash(clips: Sequence[CalibrationClip]) -> str:
+    """SHA-256 (hex) of samples and tokens, in their order."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        digest.update(f"{len(clip.samples)} {clip.prompt} {clip.tokens}".encode())
+        digest.update(np.ascontiguousarray(clip.samples).tobytes())
+    return digest.hexdigest()
+
+
+def _in_noise(
+    clips: Sequence[npt.NDArray[np.float32]], seed: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Each clip with white, pink or babble noise at 5 to 15 dB."""
+    draw = np.random.default_rng(seed)
+    for samples in clips:
+        kind = NOISES[draw.integers(len(NOISES))]
+        if kind == "babble":
+            noise = _babble(clips, len(samples), draw)
+        else:
+            noise = draw.standard_normal(len(samples))
+            if kind == "pink":
+                noise = _pink(noise)
+        power = float(np.mean(np.square(samples, dtype=np.float64)))
+        own = float(np.mean(np.square(noise, dtype=np.float64)))
+        ratio = 10 ** (draw.uniform(*SNR) / 10)
+        mixed = samples + noise * np.sqrt(power / max(own, 1e-12) / ratio)
+        yield (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
+
+
+def _pink(white: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Power that falls by 3 dB an octave."""
+    spectrum = np.fft.rfft(white)
+    spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
+    spectrum[0] = 0
+    return np.fft.irfft(spectrum, len(white))
+
+
+def _babble(
+    clips: Sequence[npt.NDArray[np.float32]], length: int, draw: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Several clips at once, each begun somewhere and repeated to the length."""
+    mixed = np.zeros(length)
+    for other in draw.integers(len(clips), size=BABBLERS):
+        voice = clips[other].astype(np.float64)
+        voice = np.roll(voice, draw.integers(len(voice)))
+        mixed += np.resize(voice, length) / max(float(np.std(voice)), 1e-6)
+    return mixed
