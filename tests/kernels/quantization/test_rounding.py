@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saml_kernels.quant import FORMATS
 from torch import Tensor
 
 from saml_kernels import QuantizedTensor, SAMLError, quantize
-from saml_kernels.quantization.codes import code_table
+from saml_kernels.quantization.codes import FORMATS, code_table
 from saml_kernels.quantization.rounding import output_error, round_calibrated, round_together
 
 DAMPING = 0.05
