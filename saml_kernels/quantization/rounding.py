@@ -31,7 +31,8 @@ from saml_kernels.quantization.tensor import (
     QuantizedTensor,
     check_settings,
     pack_codes,
-    quantise_scales,
+    store_scales,
+    stored_scales,
 )
 
 __all__ = ["output_error", "round_calibrated", "round_together"]
@@ -255,23 +256,11 @@ class _Scales:
     def store(cls, absmax: Tensor, double_quant: bool, name: str) -> _Scales:
         if not double_quant:
             return cls(absmax, None, None)
-        # On the CPU, as `quantize` does: a mean is summed in another order elsewhere.
-        offset = absmax.cpu().mean().to(absmax.device)
-        stored, nested = quantise_scales(absmax - offset)
-        scales = cls(stored, nested, offset)
-        if not torch.isfinite(scales.values()).all():
-            raise SAMLError(f"{name}: values too large to average; use double_quant=False")
-        return scales
+        return cls(*store_scales(absmax, name))
 
     def values(self, which: Tensor | None = None) -> Tensor:
         """float32, as `QuantizedTensor.scales` gives them."""
-        stored = self.stored if which is None else self.stored[which]
-        if self.nested is None or self.offset is None:
-            return stored
-        if which is None:
-            which = torch.arange(len(stored), device=stored.device)
-        units = nested_code(stored.device)[stored.int()]
-        return units * self.nested[which // NESTED_BLOCK] + self.offset
+        return stored_scales(self.stored, self.nested, self.offset, which)
 
     def set(self, which: Tensor, wanted: Tensor) -> None:
         """Store what is nearest to the wanted values of some blocks."""

@@ -191,13 +191,7 @@ class QuantizedTensor(nn.Module):
         Args:
             blocks: int64, any shape: only those of these blocks; None takes all.
         """
-        absmax = self.absmax if blocks is None else self.absmax[blocks]
-        if self.nested_absmax is None or self.offset is None:
-            return absmax
-        values = nested_code(self.device)[absmax.int()]
-        if blocks is None:
-            return _blockwise(values, self.nested_absmax, NESTED_BLOCK) + self.offset
-        return values * self.nested_absmax[blocks // NESTED_BLOCK] + self.offset
+        return stored_scales(self.absmax, self.nested_absmax, self.offset, blocks)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype` (default float32), shape `.shape`.
@@ -358,15 +352,10 @@ def quantize(
         order, middles = sorted_codes(format, flat.device)
         rank = torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), middles, out_int32=True)
         codes = pack_codes(rank if format == "nf4" else order[rank])
-    nested = offset = None
+    parts: tuple[Tensor, Tensor | None, Tensor | None] = (absmax, None, None)
     if double_quant:
-        # On the CPU: a mean is summed in another order elsewhere, and a model's hash must not be.
-        offset = absmax.cpu().mean().to(absmax.device)
-        absmax, nested = quantise_scales(absmax - offset)
-    tensor = QuantizedTensor(codes, absmax, nested, offset, weight.shape, format, block_size)
-    if double_quant and not torch.isfinite(tensor.scales()).all():
-        raise SAMLError(f"{name}: values too large to average; use double_quant=False")
-    return tensor
+        parts = store_scales(absmax, name)
+    return QuantizedTensor(codes, *parts, weight.shape, format, block_size)
 
 
 def _check_shape(shape: Sequence[int]) -> None:
@@ -401,7 +390,34 @@ def _scale(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled, absmax
 
 
-def quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+def store_scales(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation of float32 scales [blocks]: uint8 codes, `nested_absmax`, `offset`.
+
+    Raises:
+        SAMLError: their mean overflows; `name` is what they are of.
+    """
+    # On the CPU: a mean is summed in another order elsewhere, and a model's hash must not be.
+    offset = absmax.cpu().mean().to(absmax.device)
+    stored, nested = _quantise_scales(absmax - offset)
+    if not torch.isfinite(stored_scales(stored, nested, offset)).all():
+        raise SAMLError(f"{name}: values too large to average; use double_quant=False")
+    return stored, nested, offset
+
+
+def stored_scales(
+    absmax: Tensor, nested: Tensor | None, offset: Tensor | None, blocks: Tensor | None = None
+) -> Tensor:
+    """`QuantizedTensor.scales` of its parts."""
+    chosen = absmax if blocks is None else absmax[blocks]
+    if nested is None or offset is None:
+        return chosen
+    values = nested_code(absmax.device)[chosen.int()]
+    if blocks is None:
+        return _blockwise(values, nested, NESTED_BLOCK) + offset
+    return values * nested[blocks // NESTED_BLOCK] + offset
+
+
+def _quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Scales less their mean -> uint8 codes of the dynamic map, float32 scale per 256."""
     count = centred.numel()
     padded = F.pad(centred, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
