@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SAMPLES
 from saml_models.data.corpora import Utterance
 
-__all__ = ["LONGEST", "at_once", "spread"]
-
-LONGEST = 30 * SAMPLE_RATE  # samples that Whisper hears at once
+__all__ = ["at_once", "spread"]
 
 
 def at_once(utterances: Sequence[Utterance]) -> list[Utterance]:
     """Those that fit in one window."""
-    return [u for u in utterances if len(u.load()) <= LONGEST]
+    return [u for u in utterances if len(u.load()) <= MAX_SAMPLES]
 
 
 def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:

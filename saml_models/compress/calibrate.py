@@ -22,12 +22,9 @@ and outlying columns no longer set the scales of their blocks.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,16 @@ from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.rounding import round_together
 from saml_models.compress.calibration import Calibration
+from saml_models.compress.calibration_rows import (
+    TOGETHER,
+    Moments,
+    Pairs,
+    Rows,
+    attended,
+    counted_frames,
+    shift_of,
+    unfolded,
+)
 from saml_models.compress.calibration_speech import (
     CLIPS,
     CalibrationClip,
@@ -46,20 +53,15 @@ from saml_models.compress.calibration_speech import (
     clips_hash,
     prepare_clips,
 )
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.compress.calibration_stages import fingerprint, read_stage, write_stage
 from saml_models.data.corpora import Utterance
 from saml_models.models.interface import QUANTISED_MARGIN, SHORT_WINDOW_MARGIN, SpeechModel
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.models.whisper.windows import FRAMES_PER_SECOND, log_mel, window_frames
-from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["Recipe", "calibrate", "calibrate_on", "check_can_calibrate"]
 
 LONG = 4  # one clip in so many has a window as a quantised Whisper is given, the others a short one
-AFTER = 1.0  # seconds after the speech that count fully
-SPARSE = 10  # of the frames later on, one in so many is looked at
-TOGETHER = 4096  # rows in one matrix product
-_CODES = ".weight.codes"
 EMBEDDING = "model.decoder.embed_tokens"
 POSITIONS = "model.decoder.embed_positions.weight"
 
@@ -193,68 +195,6 @@ def check_can_calibrate(speech: SpeechModel) -> None:
         )
 
 
-class _Moments:
-    """Sums over inputs x' [T, K] of a stage's rounded side and what goes with them, y [T, M]."""
-
-    def __init__(self, width: int, others: int) -> None:
-        self.inputs = torch.zeros(width, width, dtype=torch.float64)
-        self.cross = torch.zeros(others, width, dtype=torch.float64)
-        self.input_sum = torch.zeros(width, dtype=torch.float64)
-        self.other_sum = torch.zeros(others, dtype=torch.float64)
-        self.rows = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """One product in float32 for up to `TOGETHER` rows."""
-        self.inputs += x.T @ x
-        self.cross += y.T @ x
-        self.input_sum += x.sum(dim=0, dtype=torch.float64)
-        self.other_sum += y.sum(dim=0, dtype=torch.float64)
-        self.rows += len(x)
-
-    def means(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """E[x' x'^T], E[y x'^T], E[x'], E[y]; the first two less the means' products if centred."""
-        x, y = self.input_sum / self.rows, self.other_sum / self.rows
-        inputs, cross = self.inputs / self.rows, self.cross / self.rows
-        if centred:
-            inputs, cross = inputs - x.outer(x), cross - y.outer(x)
-        return inputs, cross, x, y
-
-
-Pairs = Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass
-class _Rows:
-    """Where both sides are in every clip, one clip below the other.
-
-    Attributes:
-        spans: of each clip.
-        x, y: [R, d], on the full and on the rounded side.
-        counted: int64, the rows that layers are rounded for.
-    """
-
-    spans: list[slice]
-    x: Tensor
-    y: Tensor
-    counted: Tensor
-
-    @classmethod
-    def of(cls, x: list[Tensor], y: list[Tensor], counted: list[Tensor]) -> _Rows:
-        """From each clip's own; `counted` bool [T]."""
-        ends = list(accumulate(len(part) for part in x))
-        spans = [slice(end - len(part), end) for end, part in zip(ends, x, strict=True)]
-        return cls(spans, torch.cat(x), torch.cat(y), torch.cat(counted).nonzero().squeeze(1))
-
-    def pairs(
-        self,
-        rounded: Callable[[Tensor], Tensor],
-        full: Callable[[Tensor], Tensor],
-    ) -> Pairs:
-        """What is made of some of the counted rows on both sides."""
-        for index in self.counted.split(TOGETHER):
-            yield rounded(index), full(index)
-
-
 class _Run:
     """One calibration: both models, and where they are in every clip."""
 
@@ -292,7 +232,7 @@ class _Run:
         """All stages in their order."""
         self.total, self.done = _stages(self.full), 0
         self.on_progress, self.folder = on_progress, folder
-        self.mark = _fingerprint(self.full, self.made.about)
+        self.mark = fingerprint(self.full, self.made.about)
         self._decoder(self._encoder())
         return self.made
 
@@ -317,10 +257,10 @@ class _Run:
     def _keep(self, title: str, make: Callable[[], tuple[dict[str, QuantizedTensor], Any]]) -> None:
         """Take a stage's results from the folder, or make them and leave them there."""
         path = None if self.folder is None else self.folder / f"{title}.safetensors"
-        found = None if path is None else _read_stage(path, self.mark, self.full, self.config)
+        found = None if path is None else read_stage(path, self.mark, self.full, self.config)
         weights, parameters = found or make()
         if path is not None and found is None:
-            _write_stage(path, self.mark, weights, parameters)
+            write_stage(path, self.mark, weights, parameters)
         for name, weight in weights.items():
             layer = self.rounded.get_submodule(name)
             layer.weight.copy_(weight.dequantize())
@@ -337,7 +277,7 @@ class _Run:
     ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
         moments = None
         for x, y in pairs():
-            moments = moments or _Moments(x.shape[1], y.shape[1])
+            moments = moments or Moments(x.shape[1], y.shape[1])
             moments.add(x, y)
         assert moments is not None
         recipe, layers = self.recipe, [self.full.get_submodule(name) for name in names]
@@ -385,7 +325,7 @@ class _Run:
 
     # --- the encoder --------------------------------------------------------------------------
 
-    def _encoder(self) -> _Rows:
+    def _encoder(self) -> Rows:
         full, rounded = self.full.model.encoder, self.rounded.model.encoder
         aimed = self.recipe.encoder_target
         mels = [
@@ -395,14 +335,14 @@ class _Run:
 
         def first() -> Pairs:
             for clip, mel in zip(self.clips, mels, strict=True):
-                rows = _unfolded(full.conv1, mel)
-                rows = rows[_heard(clip, len(rows), FRAMES_PER_SECOND)]
+                rows = unfolded(full.conv1, mel)
+                rows = rows[counted_frames(clip, len(rows), FRAMES_PER_SECOND)]
                 yield rows, rows
 
         def second() -> Pairs:
             for clip, mel in zip(self.clips, mels, strict=True):
-                rows = [_unfolded(e.conv2, F.gelu(e.conv1(mel))) for e in (rounded, full)]
-                heard = _heard(clip, len(rows[0]), _RATE)
+                rows = [unfolded(e.conv2, F.gelu(e.conv1(mel))) for e in (rounded, full)]
+                heard = counted_frames(clip, len(rows[0]), _RATE)
                 yield rows[0][heard], rows[1][heard]
 
         self._stage(["model.encoder.conv1"], first, aimed=False)
@@ -413,8 +353,10 @@ class _Run:
             return hidden + encoder.embed_positions.weight[: len(hidden)]
 
         x = [embedded(full, mel) for mel in mels]
-        heard = [_heard(clip, len(one), _RATE) for clip, one in zip(self.clips, x, strict=True)]
-        rows = _Rows.of(x, [embedded(rounded, mel) for mel in mels], heard)
+        heard = [
+            counted_frames(clip, len(one), _RATE) for clip, one in zip(self.clips, x, strict=True)
+        ]
+        rows = Rows.of(x, [embedded(rounded, mel) for mel in mels], heard)
         for number in range(len(full.layers)):
             at = f"model.encoder.layers.{number}"
             self._attention(rows, at, "self_attn", aimed=aimed)
@@ -424,7 +366,7 @@ class _Run:
 
     # --- the decoder --------------------------------------------------------------------------
 
-    def _decoder(self, heard: _Rows) -> _Rows:
+    def _decoder(self, heard: Rows) -> Rows:
         full, rounded = self.full.model.decoder, self.rounded.model.decoder
         names = [
             f"model.decoder.layers.{number}.encoder_attn.{kind}_proj"
@@ -442,7 +384,7 @@ class _Run:
         def embedded(decoder: Any, ids: Tensor) -> Tensor:
             return decoder.embed_tokens(ids) + decoder.embed_positions.weight[: len(ids)]
 
-        rows = _Rows.of(
+        rows = Rows.of(
             [embedded(full, ids) for ids in tokens],
             [embedded(rounded, ids) for ids in tokens],
             [torch.ones(len(ids), dtype=torch.bool) for ids in tokens],
@@ -456,7 +398,7 @@ class _Run:
         return rows
 
     def _embedding(
-        self, tokens: list[Tensor], heard: _Rows
+        self, tokens: list[Tensor], heard: Rows
     ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
         decoder = self.full.model.decoder
         table = decoder.embed_tokens.weight.detach()
@@ -470,7 +412,7 @@ class _Run:
             said += (hidden @ table.T).softmax(dim=-1).sum(dim=0)
         parameters = {}
         if self.recipe.shift:
-            vector = _shift(table, said)
+            vector = shift_of(table, said)
             table = table - vector
             parameters[POSITIONS] = _half(decoder.embed_positions.weight + vector)
         (weight,) = self._rounded([table], hessian, self.recipe.look_up, EMBEDDING)
@@ -480,13 +422,13 @@ class _Run:
 
     def _attention(
         self,
-        state: _Rows,
+        state: Rows,
         at: str,
         kind: str,
         *,
         aimed: bool,
         causal: bool = False,
-        encoded: _Rows | None = None,
+        encoded: Rows | None = None,
     ) -> None:
         """Query, key, value (with `encoded` the query alone), then the output projection."""
         full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
@@ -502,8 +444,8 @@ class _Run:
             own, other = (None, None) if encoded is None else (
                 encoded.x[encoded.spans[i]], encoded.y[encoded.spans[i]]
             )  # fmt: skip
-            x[span] = _mix(getattr(full, kind), x[span], own, causal)
-            y[span] = _mix(getattr(rounded, kind), y[span], other, causal)
+            x[span] = attended(getattr(full, kind), x[span], own, causal)
+            y[span] = attended(getattr(rounded, kind), y[span], other, causal)
         project, project_rounded = getattr(full, kind).out_proj, getattr(rounded, kind).out_proj
         wanted = F.linear(x, project.weight)
         self._stage(
@@ -515,7 +457,7 @@ class _Run:
         state.x += wanted.add_(project.bias)
         state.y += project_rounded(y)
 
-    def _feed_forward(self, state: _Rows, at: str, *, aimed: bool) -> None:
+    def _feed_forward(self, state: Rows, at: str, *, aimed: bool) -> None:
         full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
         x, y = full.final_layer_norm(state.x), rounded.final_layer_norm(state.y)
         self._stage(
@@ -551,99 +493,3 @@ def _margins(count: int) -> Iterator[float]:
 def _half(value: Tensor) -> Tensor:
     """As it is stored."""
     return value.detach().half().float()
-
-
-def _heard(clip: CalibrationClip, count: int, rate: int) -> Tensor:
-    """Bool [count]: frames up to a second past the speech, and one in `SPARSE` of those after it.
-
-    Args:
-        clip: that they are of.
-        count: of frames, `rate` of them a second.
-    """
-    after = torch.arange(count) - round((len(clip.samples) / SAMPLE_RATE + AFTER) * rate)
-    return (after < 0) | (after % SPARSE == 0)
-
-
-def _unfolded(conv: Any, x: Tensor) -> Tensor:
-    """x [1, K, T] -> [T', K * kernel]: what the filters of a convolution are multiplied with."""
-    (kernel,), (stride,), (padding,) = conv.kernel_size, conv.stride, conv.padding
-    columns = F.unfold(x.unsqueeze(2), (1, kernel), padding=(0, padding), stride=(1, stride))
-    return columns[0].T
-
-
-def _mix(attention: Any, hidden: Tensor, encoded: Tensor | None, causal: bool) -> Tensor:
-    """Attention of one clip before its output projection: hidden [T, d] -> [T, d]."""
-    source = hidden if encoded is None else encoded
-
-    def heads(x: Tensor) -> Tensor:
-        return x.view(len(x), attention.num_heads, -1).transpose(0, 1)
-
-    mixed = F.scaled_dot_product_attention(
-        heads(attention.q_proj(hidden) * attention.scaling),
-        heads(attention.k_proj(source)),
-        heads(attention.v_proj(source)),
-        is_causal=causal,
-        scale=1.0,
-    )
-    return mixed.transpose(0, 1).reshape(len(hidden), -1)
-
-
-def _shift(table: Tensor, said: Tensor) -> Tensor:
-    """What to subtract from every row: half the mean of what is said, half the plain mean.
-
-    Args:
-        table: [V, d].
-        said: [V], how often the model says each token.
-    """
-    often = (said / said.sum()).float() @ table
-    return (often + table.mean(dim=0)) / 2
-
-
-def _fingerprint(model: Any, about: dict[str, Any]) -> str:
-    """SHA-256 (hex) of all that decides the results: weights and recipe."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _write_stage(
-    path: Path, mark: str, weights: dict[str, QuantizedTensor], parameters: dict[str, Tensor]
-) -> None:
-    tensors = dict(parameters)
-    for name, weight in weights.items():
-        tensors |= {f"{name}.weight.{part}": value for part, value in weight.named_buffers()}
-    write_tensors(path, tensors, {"fingerprint": mark})
-
-
-def _read_stage(
-    path: Path, mark: str, model: Any, config: SAMLConfig
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]] | None:
-    """A stage that was finished before, by the same call; None where there is none."""
-    try:
-        tensors, about = read_tensors(path)
-    except SAMLError:
-        return None
-    if about.get("fingerprint") != mark:
-        return None
-    weights, layers = {}, dict(model.named_modules())
-    names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
-    for name in names:
-        if name not in layers:
-            return None
-        weight = QuantizedTensor.empty(
-            layers[name].weight.shape,
-            config.format,
-            config.block_size,
-            config.double_quant,
-        )
-        parts = {part: tensors.pop(f"{name}.weight.{part}", None) for part in weight.state_dict()}
-        if any(part is None for part in parts.values()):
-            return None
-        weight.load_state_dict(parts)
-        weights[name] = weight
-    known = {name: value.shape for name, value in model.named_parameters()}
-    if any(known.get(name) != value.shape for name, value in tensors.items()):
-        return None
-    return weights, tensors

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import SAMPLE_RATE
+from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.models.interface import SpeechModel
 from saml_models.models.targets import check_target
@@ -24,7 +24,7 @@ CLIPS = 80
 NOISES = ("white", "pink", "babble")
 SNR = (5.0, 15.0)  # dB, from and to
 BABBLERS = 4  # voices that babble is mixed from
-SHORTEST, LONGEST = 1.0, 30.0  # seconds
+SHORTEST = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def prepare_clips(
     found: list[CalibrationClip] = []
     for utterance in utterances:
         samples = utterance.load()
-        if SHORTEST <= len(samples) / SAMPLE_RATE <= LONGEST:
+        if SHORTEST <= len(samples) / SAMPLE_RATE <= MAX_SECONDS:
             language = speech.prompt_language([samples])
             text = utterance.text.strip()
             if not text or is_bare(text):

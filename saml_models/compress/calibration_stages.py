@@ -1,0 +1,69 @@
+"""Finished stages of a calibration on disk, found again when it is started again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saml_kernels import QuantizedTensor, SAMLConfig
+from saml_kernels.errors import SAMLError
+from saml_models.runtime.tensors import read_tensors, write_tensors
+
+__all__ = ["fingerprint", "read_stage", "write_stage"]
+
+_CODES = ".weight.codes"
+
+
+def fingerprint(model: Any, about: dict[str, Any]) -> str:
+    """SHA-256 (hex) of all that decides the results: weights and recipe."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_stage(
+    path: Path, mark: str, weights: dict[str, QuantizedTensor], parameters: dict[str, Tensor]
+) -> None:
+    """Leave a finished stage at `path`, whole or not at all."""
+    tensors = dict(parameters)
+    for name, weight in weights.items():
+        tensors |= {f"{name}.weight.{part}": value for part, value in weight.named_buffers()}
+    write_tensors(path, tensors, {"fingerprint": mark})
+
+
+def read_stage(
+    path: Path, mark: str, model: Any, config: SAMLConfig
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]] | None:
+    """A stage that was finished before, by the same call; None where there is none."""
+    try:
+        tensors, about = read_tensors(path)
+    except SAMLError:
+        return None
+    if about.get("fingerprint") != mark:
+        return None
+    weights, layers = {}, dict(model.named_modules())
+    names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
+    for name in names:
+        if name not in layers:
+            return None
+        weight = QuantizedTensor.empty(
+            layers[name].weight.shape,
+            config.format,
+            config.block_size,
+            config.double_quant,
+        )
+        parts = {part: tensors.pop(f"{name}.weight.{part}", None) for part in weight.state_dict()}
+        if any(part is None for part in parts.values()):
+            return None
+        weight.load_state_dict(parts)
+        weights[name] = weight
+    known = {name: value.shape for name, value in model.named_parameters()}
+    if any(known.get(name) != value.shape for name, value in tensors.items()):
+        return None
+    return weights, tensors
