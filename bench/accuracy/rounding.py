@@ -39,6 +39,7 @@ from saml_models.data.corpora import Utterance, load_corpus
 from saml_models.evaluation.divergence import Divergence, divergences
 from saml_models.models.interface import SpeechModel
 from saml_models.models.registry import bind
+from saml_models.models.whisper.languages import is_multilingual
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.text.style import in_model_style
 from saml_models.text.wer import word_errors
@@ -86,8 +87,7 @@ class Bench:
     def __init__(self, name: str, data: Path, work: Path | None, show: Progress) -> None:
         self.name, self.data, self.work, self.show = name, data, work, show
         self.full = self.load()
-        vocabulary: int = self.full.network.config.vocab_size
-        self.language = None if vocabulary <= 51864 else "en"
+        self.language = "en" if is_multilingual(self.full.network) else None
 
     def load(self) -> SpeechModel:
         """The model as released."""

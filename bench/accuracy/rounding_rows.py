@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+from saml_models.text.wer import bootstrap_speakers
 
 __all__ = ["FULL", "HEADS", "mean_kl", "pooled_ratio", "rows", "wer"]
 
@@ -31,18 +31,13 @@ def pooled_ratio(
 
     Speakers are drawn with replacement, with all that they say, the same ones for both variants.
     """
-    counts: dict[str, np.ndarray] = {}
+    speakers: list[str] = []
+    errors: tuple[list[int], list[int]] = [], []
     for key, speech in results["speech"].items():
-        errors = [results["variants"][v]["sets"][key]["errors"] for v in (variant, other)]
-        for speaker, *row in zip(speech["speakers"], *errors, strict=True):
-            name = f"{key} {speaker}"
-            counts[name] = counts.get(name, np.zeros(2)) + np.array(row)
-    table = np.stack(list(counts.values()))
-    draws = np.random.default_rng(seed).integers(len(table), size=(samples, len(table)))
-    sums = table[draws].sum(axis=1)
-    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), (0.025, 0.975))
-    total = table.sum(axis=0)
-    return float(total[0] / max(total[1], 1)), float(low), float(high)
+        speakers += [f"{key} {speaker}" for speaker in speech["speakers"]]
+        for own, name in zip(errors, (variant, other), strict=True):
+            own += results["variants"][name]["sets"][key]["errors"]
+    return bootstrap_speakers(speakers, *errors, samples, seed)
 
 
 def has_wer(results: dict[str, Any], variant: str) -> bool:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import Clip, SpeechModel
+from saml_models.text.wer import bootstrap_speakers
 
-__all__ = ["Divergence", "divergences", "text_logits"]
+__all__ = ["Divergence", "divergences"]
 
 
 @dataclass
@@ -60,14 +60,8 @@ class Divergence:
             speakers: of each clip.
             samples, seed: of the bootstrap.
         """
-        names = {name: i for i, name in enumerate(dict.fromkeys(speakers))}
-        table = np.zeros((len(names), 2))
-        for name, kl, tokens in zip(speakers, self.kl, self.tokens, strict=True):
-            table[names[name]] += kl, tokens
-        drawn = np.random.default_rng(seed).integers(len(table), size=(samples, len(table)))
-        sums = table[drawn].sum(axis=1)
-        low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
-        return float(low), float(high)
+        _, low, high = bootstrap_speakers(speakers, self.kl, self.tokens, samples, seed)
+        return low, high
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,25 +69,6 @@ class Divergence:
 
 
 @torch.inference_mode()
-def text_logits(
-    speech: SpeechModel, clip: Clip, tokens: Sequence[int], prompt: int, margin: float | None
-) -> Tensor:
-    """What a model expects at each token of a text: float32 [T, V].
-
-    Args:
-        speech: in evaluation mode.
-        clip: up to 30 s.
-        tokens, prompt: from `SpeechModel.token_ids`.
-        margin: seconds of silence after the clip; None is the model's whole window.
-    """
-    features, mask = speech.collate([speech.prepare(clip)], margin)
-    features, mask = features.to(speech.device, speech.dtype), mask.to(speech.device)
-    inputs = torch.tensor([list(tokens[:-1])], device=speech.device)
-    kept = torch.arange(prompt - 1, len(tokens) - 1, device=speech.device)
-    with speech.context.batch(speech.encoder_mask(mask)):
-        return speech.outputs(features, mask, inputs, kept).logits
-
-
 def divergences(
     reference: SpeechModel,
     models: Sequence[SpeechModel],
@@ -123,9 +98,9 @@ def divergences(
     found = [Divergence() for _ in models]
     for clip, text in zip(clips, texts, strict=True):
         tokens, prompt = reference.token_ids(text, language)
-        full = text_logits(reference, clip, tokens, prompt, margin)
+        full = reference.text_logits(clip, tokens, prompt, margin)
         for model, own in zip(models, found, strict=True):
-            own.add(full, text_logits(model, clip, tokens, prompt, margin))
+            own.add(full, model.text_logits(clip, tokens, prompt, margin))
         if on_done:
             on_done(1)
     return found

@@ -99,6 +99,27 @@ class SpeechModel(ABC):
         finally:
             self.network.train(was_training)
 
+    def inputs(self, clips: Sequence[Clip], margin: float | None) -> tuple[Tensor, Tensor]:
+        """What `collate` makes of clips, on the network's device; features in its dtype."""
+        features, mask = self.collate([self.prepare(clip) for clip in clips], margin)
+        return features.to(self.device, self.dtype), mask.to(self.device)
+
+    def text_logits(
+        self, clip: Clip, tokens: Sequence[int], prompt: int, margin: float | None
+    ) -> Tensor:
+        """What the network expects at each token of a text, given those before: float32 [n, V].
+
+        Args:
+            clip: up to 30 s.
+            tokens, prompt: from `token_ids`; n tokens follow the prompt.
+            margin: as for `collate`.
+        """
+        features, mask = self.inputs([clip], margin)
+        given = torch.tensor([list(tokens[:-1])], device=self.device)
+        kept = torch.arange(prompt - 1, given.shape[1], device=self.device)
+        with self.context.batch(self.encoder_mask(mask)):
+            return self.outputs(features, mask, given, kept).logits
+
     @abstractmethod
     def prepare(self, clip: Clip) -> Tensor:
         """What can be made of one clip alone, before it joins a batch."""

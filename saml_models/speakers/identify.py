@@ -122,9 +122,7 @@ def embed(speech: SpeechModel, clips: Sequence[Clip]) -> Tensor:
         with speech.evaluating(), _bare(speech.network):
             for clip in clips:
                 states.clear()
-                prepared = speech.prepare(clip[:MAX_SAMPLES])
-                features, mask = speech.collate([prepared], SHORT_WINDOW_MARGIN)
-                features, mask = features.to(device, speech.dtype), mask.to(device)
+                features, mask = speech.inputs([clip[:MAX_SAMPLES]], SHORT_WINDOW_MARGIN)
                 start = torch.zeros(1, 1, dtype=torch.int64, device=device)
                 with suppress(_Heard):
                     speech.outputs(features, mask, start, start[0])

@@ -11,7 +11,14 @@ import numpy.typing as npt
 
 from saml_models.text.normalise import normalise
 
-__all__ = ["WordErrors", "bootstrap_interval", "bootstrap_ratio", "pooled", "word_errors"]
+__all__ = [
+    "WordErrors",
+    "bootstrap_interval",
+    "bootstrap_ratio",
+    "bootstrap_speakers",
+    "pooled",
+    "word_errors",
+]
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,35 @@ def bootstrap_ratio(
     np.divide(sums[:, 0], sums[:, 1], out=ratios, where=sums[:, 1] > 0)
     ratios[(sums == 0).all(axis=1)] = 1.0
     return _quantiles(ratios, level)
+
+
+def bootstrap_speakers(
+    speakers: Sequence[str],
+    amounts: Sequence[float],
+    counts: Sequence[float],
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """sum(amounts) / sum(counts), and its 95 % interval over speakers.
+
+    Speakers are drawn with replacement, with all that they say.
+
+    Args:
+        speakers: of each utterance, as are the others.
+        amounts, counts: both are resampled together; a sum of counts below 1 counts as 1.
+        samples, seed: of the bootstrap.
+
+    Raises:
+        ValueError: no utterance, or as `bootstrap_interval`.
+    """
+    rows: dict[str, npt.NDArray[np.float64]] = {}
+    for speaker, *row in zip(speakers, amounts, counts, strict=True):
+        rows[speaker] = rows.get(speaker, np.zeros(2)) + np.array(row)
+    table = np.array(list(rows.values()))
+    sums = _resampled_sums(table, samples, seed)
+    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), (0.025, 0.975))
+    amount, count = table.sum(axis=0)
+    return float(amount / max(count, 1)), float(low), float(high)
 
 
 def _resampled_sums(

@@ -27,13 +27,7 @@ class Confidence:
 @torch.inference_mode()
 def confidence(speech: SpeechModel, clip: Clip, text: str) -> Confidence:
     """Of a model in a text for a clip (float32 [samples] at 16 kHz, at most 30 s)."""
-    features, mask = speech.collate([speech.prepare(clip)], speech.margin)
-    features, mask = features.to(speech.device, speech.dtype), mask.to(speech.device)
     ids, prompt = speech.token_ids(text, speech.prompt_language([clip]))
-    inputs = torch.tensor([ids[:-1]], device=speech.device)
-    kept = torch.arange(prompt - 1, inputs.shape[1], device=speech.device)
-    with speech.context.batch(speech.encoder_mask(mask)):
-        logits = speech.outputs(features, mask, inputs, kept).logits
-    log_probs = logits.log_softmax(-1)
+    log_probs = speech.text_logits(clip, ids, prompt, speech.margin).log_softmax(-1)
     own = log_probs.gather(-1, torch.tensor(ids[prompt:], device=speech.device).unsqueeze(-1))
     return Confidence(float(own.mean()), float(-(log_probs.exp() * log_probs).sum(-1).mean()))

@@ -122,8 +122,7 @@ class ConformerSpeechModel(SpeechModel):
         A CTC head cannot run into a loop: its text, and the loop said once, stand in for it.
         """
         model, context = self.network, self.context
-        features, mask = self.collate([self.prepare(clip) for clip in clips], None)
-        features, mask = features.to(model.device, model.dtype), mask.to(model.device)
+        features, mask = self.inputs(clips, None)
         prompt = self.prompt(language)
         with context.batch(self.encoder_mask(mask)):
             encoded = model.get_encoder()(features, attention_mask=mask)
