@@ -16,6 +16,7 @@ from saml_kernels.quantization import rounding
 from saml_models.compress import calibrate as module
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.calibrate import Recipe, calibrate
+from saml_models.compress.calibration_rows import shift_of
 from saml_models.compress.calibration_speech import (
     CalibrationClip,
     choose_utterances,
@@ -132,7 +133,7 @@ def test_the_rounded_side_is_the_model_that_comes_out(
 
 def test_the_shift_changes_no_probability(model: Any, tiny_en: Any, clips: Any) -> None:
     table = model.model.decoder.embed_tokens.weight.detach()
-    vector = module._shift(table, torch.rand(len(table), dtype=torch.float64))
+    vector = shift_of(table, torch.rand(len(table), dtype=torch.float64))
     moved = copy.deepcopy(model)
     with torch.no_grad():
         moved.model.decoder.embed_tokens.weight.sub_(vector)
