@@ -30,9 +30,9 @@ from bench.accuracy.speech import READERS, development_speech
 from bench.models.clips import at_once
 from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
-from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
 from saml_models.compress.loading import load_model
+from saml_models.compress.shipped_rounding import compress
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
 from saml_models.models.registry import bind
@@ -40,7 +40,7 @@ from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
 from saml_models.training.adapt import ADAPTATION
-from saml_models.training.calibration import input_moments, start_experts
+from saml_models.training.calibration import input_moments, start_experts, starts_from_error
 from saml_models.training.loop import Sample, fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pretrain import PRETRAINING
@@ -92,7 +92,7 @@ class Bench:
         self.sets = development_sets(data)
         heard, self.processor = load_model(model)
         base = {k: SAMLConfig().to_dict()[k] for k in ("format", "block_size", "double_quant")}
-        self.report = apply_saml(heard, SAMLConfig(num_experts=0, **base))
+        self.report = compress(heard, SAMLConfig(num_experts=0, **base))
         # Targets are in the style that the bare quantised model writes, for every variant alike.
         known: dict[str, str] = json.loads(targets.read_text()) if targets.exists() else {}
         heard.saml.short_windows = True
@@ -125,7 +125,7 @@ class Bench:
         first = _options(PRETRAINING, variant.get("pretraining", {}))
         second = _options(ADAPTATION, variant.get("adaptation", {}))
         model, _ = load_model(self.name)
-        report = apply_saml(model, config)
+        report = compress(model, config)
         with tempfile.TemporaryDirectory() as folder:
             size = save_saml(model, self.processor, folder)
         model.saml.short_windows = True
@@ -134,7 +134,7 @@ class Bench:
         if start:
             SpeakerProfile.load(start).apply(model)
         else:
-            if config.expert_init != "lora" and variant.get("calibrated", True):
+            if starts_from_error(model) and variant.get("calibrated", True):
                 original, _ = load_model(self.name)
                 moments = input_moments(bind(original, self.processor), self.stage_one, first)
                 start_experts(model, original, moments)

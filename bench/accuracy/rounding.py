@@ -7,7 +7,8 @@ Variants: full precision, plain rounding, and calibrated rounding with several d
 calibration clips, which come from the training sets and from nobody who is measured. KL is the mean
 over text tokens of KL(full precision || variant), the decoder given the reference in the model's
 own style; WER is greedy. Results are written after each set, and what is in the file is not
-measured again; with --work a calibration that was interrupted goes on where it was.
+measured again; with --work a calibration that was interrupted goes on where it was. With --keep
+the rounding of each draw is written as it ships (saml_models/shipped/rounding).
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ from saml_kernels import SAMLConfig
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.calibrate import calibrate_on
+from saml_models.compress.calibration import Calibration
+from saml_models.compress.calibration_speech import CLIPS, choose_utterances
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
+from saml_models.compress.rounding_file import write_rounding
 from saml_models.data.corpora import Utterance, load_corpus
+from saml_models.data.demo_speech import asterisk_prompts
 from saml_models.evaluation.divergence import Divergence, divergences
 from saml_models.models.interface import SpeechModel
 from saml_models.models.registry import bind
 from saml_models.models.whisper.languages import is_multilingual
+from saml_models.runtime.folders import cache_folder
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.text.style import in_model_style
 from saml_models.text.wer import word_errors
@@ -58,36 +64,72 @@ PLAIN, CALIBRATED = "plain", "calibrated"
 
 @dataclass(frozen=True)
 class Set:
-    """What is measured: a manifest, and the seconds of silence after a clip; None: 30 s in all."""
+    """What is measured.
 
-    manifest: str
-    margin: float | None
+    Attributes:
+        manifest: below the data; None: Asterisk's prompts in the language, every fourth.
+        margin: seconds of silence after a clip; None: 30 s in all.
+        language: of the speech; words are counted in English alone, whose normaliser is here.
+    """
+
+    manifest: str | None
+    margin: float | None = None
+    language: str = "en"
+
+    def speech(self, data: Path) -> list[Utterance]:
+        """In the manifest's order."""
+        if self.manifest is None:
+            return prompts(self.language)[::4]
+        return load_corpus(data / self.manifest)
 
 
-SETS = {
-    "vctk": Set("vctk/dev.jsonl", None),
-    "voicebank-noisy": Set("voicebank-noisy/dev.jsonl", None),
+ENGLISH = {
+    "vctk": Set("vctk/dev.jsonl"),
+    "voicebank-noisy": Set("voicebank-noisy/dev.jsonl"),
     "speechocean762": Set("speechocean762/test.jsonl", 10.0),
-    "librispeech-readers": Set("librispeech-readers/dev.jsonl", None),
+    "librispeech-readers": Set("librispeech-readers/dev.jsonl"),
 }
+OTHERS = {"French": "fr", "Spanish": "es", "Italian": "it", "Russian": "ru"}
+SETS = ENGLISH | {f"{name} prompts": Set(None, language=code) for name, code in OTHERS.items()}
+FOREIGN = 10  # clips of each other language, for a multilingual model, in place of English ones
+
+
+def prompts(language: str) -> list[Utterance]:
+    """Asterisk's, from Debian's packages."""
+    return load_corpus(asterisk_prompts(cache_folder(), language))
 
 
 def training_speech(data: Path) -> list[Utterance]:
-    """Of speakers that nothing is reported on."""
-    measured = {u.speaker for one in SETS.values() for u in load_corpus(data / one.manifest)}
+    """English, of speakers that nothing is reported on."""
+    measured = {u.speaker for one in ENGLISH.values() for u in one.speech(data)}
     found = load_corpus(data / "LibriSpeech" / "train-clean-5")
     for part in TRAINING:
         found += load_corpus(data / part / "train.jsonl")
     return [u for u in found if u.speaker not in {*READERS, *measured}]
 
 
+def calibration_speech(data: Path, multilingual: bool, seed: int) -> list[Utterance]:
+    """What `CLIPS` utterances are drawn from; for a multilingual model those, in all languages."""
+    found = training_speech(data)
+    if not multilingual:
+        return found
+    chosen = choose_utterances(found, CLIPS - FOREIGN * len(OTHERS), seed)
+    for language in OTHERS.values():
+        heard = prompts(language)[::4]
+        chosen += choose_utterances([u for u in prompts(language) if u not in heard], FOREIGN, seed)
+    return chosen
+
+
 class Bench:
     """The full model and its variants on the same speech."""
 
-    def __init__(self, name: str, data: Path, work: Path | None, show: Progress) -> None:
-        self.name, self.data, self.work, self.show = name, data, work, show
+    def __init__(
+        self, name: str, data: Path, work: Path | None, show: Progress, keep: Path | None = None
+    ) -> None:
+        self.name, self.data, self.work, self.show, self.keep = name, data, work, show, keep
         self.full = self.load()
-        self.language = "en" if is_multilingual(self.full.network) else None
+        self.multilingual = is_multilingual(self.full.network)
+        self.sets = SETS if self.multilingual else ENGLISH
 
     def load(self) -> SpeechModel:
         """The model as released."""
@@ -108,17 +150,20 @@ class Bench:
         """The model of a variant, and what making it took."""
         speech, config = self.load(), SAMLConfig(num_experts=0)
         started, cpu = time.monotonic(), time.process_time()
-        calibration = None
+        calibration: Calibration | None = None
         if variant != PLAIN:
             seed = int(variant.removeprefix(f"{CALIBRATED} "))
             calibration = calibrate_on(
                 speech,
-                training_speech(self.data),
+                calibration_speech(self.data, self.multilingual, seed),
                 config,
                 seed=seed,
                 folder=None if self.work is None else self.work / f"{self.name}-{seed}",
                 on_progress=self.stages(variant),
             )
+        if calibration is not None and self.keep is not None:
+            path = self.keep / f"{self.name}-{seed}.safetensors"
+            write_rounding(path, calibration, speech.network)
         report = apply_saml(speech.network, config, calibration=calibration)
         return speech, {
             "memory_bytes": report.memory_bytes,
@@ -143,11 +188,11 @@ class Bench:
     def hear(self, speech: SpeechModel, key: str, title: str, said: list[Utterance]) -> Any:
         """Greedy transcripts and their errors; the full model always hears 30 s."""
         if speech is not self.full:
-            compression_of(speech.network).margin = SETS[key].margin
+            compression_of(speech.network).margin = self.sets[key].margin
         heard = decode_clips(
             speech,
             [u.load() for u in said],
-            language="en",
+            language=self.sets[key].language,
             batch_size=6,
             on_done=self.bar(f"{title}: {key}, WER", len(said)),
         )
@@ -163,8 +208,8 @@ class Bench:
             models,
             [u.load() for u in said],
             [in_model_style(u.text, text) for u, text in zip(said, heard, strict=True)],
-            margin=SETS[key].margin,
-            language=self.language,
+            margin=self.sets[key].margin,
+            language=self.sets[key].language if self.multilingual else None,
             on_done=self.bar(f"{key}, KL of {len(models)}", len(said)),
         )
 
@@ -188,13 +233,15 @@ def measure(
 
     for variant in (FULL, *variants):
         results["variants"].setdefault(variant, {"sets": {}})
-    everyone = {key: spread(load_corpus(bench.data / SETS[key].manifest), clips) for key in SETS}
+    everyone = {key: spread(one.speech(bench.data), clips) for key, one in bench.sets.items()}
     own = {name: one["sets"] for name, one in results["variants"].items()}
     for key, said in everyone.items():
         if key not in own[FULL]:
-            words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
+            own[FULL][key], words = {"heard": [u.text for u in said]}, list[int]()
+            if bench.sets[key].language == "en":
+                words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
+                own[FULL][key] = bench.hear(bench.full, key, FULL, said)
             results["speech"][key] = {"speakers": [u.speaker for u in said], "words": words}
-            own[FULL][key] = bench.hear(bench.full, key, FULL, said)
             save()
     for key, said in everyone.items():
         missing = [variant for variant in variants if "kl" not in own[variant].get(key, {})]
@@ -208,7 +255,8 @@ def measure(
             save()
     for key, said in everyone.items():
         for variant in variants:
-            if not kl_only and "errors" not in own[variant].get(key, {}):
+            counted = results["speech"][key]["words"] and not kl_only
+            if counted and "errors" not in own[variant].get(key, {}):
                 own[variant][key] |= bench.hear(model(variant), key, variant, said)
                 save()
 
@@ -221,6 +269,9 @@ def main(
     clips: Annotated[int, typer.Option(min=1, help="Of a set at most.")] = 1000,
     kl_only: Annotated[bool, typer.Option("--kl-only", help="Leave WER for later.")] = False,
     work: Annotated[Path | None, typer.Option(help="Keeps unfinished calibrations.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Write the rounding of each draw there, as it ships.")
+    ] = None,
 ) -> None:
     quiet_libraries()
     results: dict[str, Any] = {"speech": {}, "variants": {}}
@@ -229,7 +280,7 @@ def main(
     results["about"] = about(torch.device("cpu")) | {"model": model}
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as show:
-        bench = Bench(model, data, work, show)
+        bench = Bench(model, data, work, show, keep)
         variants = [PLAIN, *(f"{CALIBRATED} {int(seed)}" for seed in draws.split(","))]
         measure(bench, results, lambda: write_json(json_file, results), variants, clips, kl_only)
     table = Table(title=f"{model}: WER %, KL in nats a token")

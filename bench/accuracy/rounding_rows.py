@@ -27,23 +27,29 @@ def mean_kl(results: dict[str, Any], variant: str, key: str) -> float:
 def pooled_ratio(
     results: dict[str, Any], variant: str, other: str, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """WER of one variant to that of another, all sets pooled, and its 95 % interval over speakers.
+    """WER of one variant to that of another, its sets pooled, and a 95 % interval over speakers.
 
     Speakers are drawn with replacement, with all that they say, the same ones for both variants.
     """
     speakers: list[str] = []
     errors: tuple[list[int], list[int]] = [], []
-    for key, speech in results["speech"].items():
+    for key in counted(results):
+        speech = results["speech"][key]
         speakers += [f"{key} {speaker}" for speaker in speech["speakers"]]
         for own, name in zip(errors, (variant, other), strict=True):
             own += results["variants"][name]["sets"][key]["errors"]
     return bootstrap_speakers(speakers, *errors, samples, seed)
 
 
+def counted(results: dict[str, Any]) -> list[str]:
+    """The sets whose words are counted; of others there is only KL."""
+    return [key for key, speech in results["speech"].items() if speech["words"]]
+
+
 def has_wer(results: dict[str, Any], variant: str) -> bool:
     """Whether words were counted on every set."""
     sets = results["variants"][variant]["sets"]
-    return all("errors" in sets.get(key, {}) for key in results["speech"])
+    return all("errors" in sets.get(key, {}) for key in counted(results))
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:

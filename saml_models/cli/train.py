@@ -34,6 +34,9 @@ def pretrain(
     ] = "",
     num_experts: Annotated[int, typer.Option(min=1, help="1 is a single LoRA.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Of one expert.")] = 4,
+    per_speaker: Annotated[
+        int | None, typer.Option(min=1, help="Utterances of one speaker at most; default 200.")
+    ] = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
@@ -44,11 +47,12 @@ def pretrain(
     quiet_libraries()
     from saml_kernels import SAMLConfig
     from saml_kernels.files import check_output
-    from saml_models.compress.apply import apply_saml
     from saml_models.compress.loading import load_model
+    from saml_models.compress.shipped_rounding import compress
     from saml_models.data.corpora import load_corpus
     from saml_models.speakers.profile import is_profile
-    from saml_models.training.pretrain import PRETRAINING
+    from saml_models.training.calibration import starts_from_error
+    from saml_models.training.pretrain import PER_SPEAKER, PRETRAINING
     from saml_models.training.pretrain import pretrain as learn
 
     check_output(out, is_profile, overwrite)
@@ -57,8 +61,10 @@ def pretrain(
     utterances = [utterance for utterance in everybody if utterance.speaker not in kept_out]
     options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
     network, processor = load_model(model, device_named(device))
-    original, _ = load_model(model, device_named(device))
-    typer.echo(apply_saml(network, SAMLConfig(num_experts=num_experts, rank=rank)))
+    typer.echo(compress(network, SAMLConfig(num_experts=num_experts, rank=rank)))
+    original = None
+    if starts_from_error(network):
+        original, _ = load_model(model, device_named(device))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("pretraining") as show:
         profile = learn(
@@ -66,8 +72,10 @@ def pretrain(
             processor,
             utterances,
             options,
+            per_speaker=per_speaker or PER_SPEAKER,
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
+            on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),
             original=original,
         )
         profile.save(out)

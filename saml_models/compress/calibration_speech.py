@@ -14,6 +14,7 @@ import numpy.typing as npt
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance, by_speaker
+from saml_models.data.noise import BABBLERS, babble, mixed, pink
 from saml_models.models.interface import SpeechModel
 from saml_models.models.targets import check_target
 from saml_models.text.style import in_model_style, is_bare
@@ -23,7 +24,6 @@ __all__ = ["CalibrationClip", "choose_utterances", "clips_hash", "prepare_clips"
 CLIPS = 80
 NOISES = ("white", "pink", "babble")
 SNR = (5.0, 15.0)  # dB, from and to
-BABBLERS = 4  # voices that babble is mixed from
 SHORTEST = 1.0  # seconds
 
 
@@ -127,33 +127,10 @@ def _in_noise(
     for samples in clips:
         kind = NOISES[draw.integers(len(NOISES))]
         if kind == "babble":
-            noise = _babble(clips, len(samples), draw)
+            voices = [clips[other] for other in draw.integers(len(clips), size=BABBLERS)]
+            noise = babble(voices, len(samples), draw)
         else:
             noise = draw.standard_normal(len(samples))
             if kind == "pink":
-                noise = _pink(noise)
-        power = float(np.mean(np.square(samples, dtype=np.float64)))
-        own = float(np.mean(np.square(noise, dtype=np.float64)))
-        ratio = 10 ** (draw.uniform(*SNR) / 10)
-        mixed = samples + noise * np.sqrt(power / max(own, 1e-12) / ratio)
-        yield (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
-
-
-def _pink(white: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Power that falls by 3 dB an octave."""
-    spectrum = np.fft.rfft(white)
-    spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
-    spectrum[0] = 0
-    return np.fft.irfft(spectrum, len(white))
-
-
-def _babble(
-    clips: Sequence[npt.NDArray[np.float32]], length: int, draw: np.random.Generator
-) -> npt.NDArray[np.float64]:
-    """Several clips at once, each begun somewhere and repeated to the length."""
-    mixed = np.zeros(length)
-    for other in draw.integers(len(clips), size=BABBLERS):
-        voice = clips[other].astype(np.float64)
-        voice = np.roll(voice, draw.integers(len(voice)))
-        mixed += np.resize(voice, length) / max(float(np.std(voice)), 1e-6)
-    return mixed
+                noise = pink(noise)
+        yield mixed(samples, noise, draw.uniform(*SNR))

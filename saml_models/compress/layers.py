@@ -20,7 +20,13 @@ from saml_kernels.layers.routers import Router
 from saml_kernels.quantization.tensor import QuantizedTensor
 from saml_models.compress.packing import pack_experts, tensors_hash, unpack_expert
 
-__all__ = ["Compression", "compression_of", "quantised_tensors", "weight_hash"]
+__all__ = [
+    "Compression",
+    "compression_of",
+    "hash_of_weights",
+    "quantised_tensors",
+    "weight_hash",
+]
 
 # Whisper's, Canary's and ESPnet's names; a block has four of them.
 ATTENTION_PROJECTIONS = (
@@ -133,7 +139,7 @@ class Compression:
         Computed once, and again after a weight has changed or moved.
         """
         parts = [part for tensor in self.weights.values() for part in (tensor.codes, tensor.absmax)]
-        return self._remembered("weights", parts, lambda: _hash_of(self.weights))
+        return self._remembered("weights", parts, lambda: hash_of_weights(self.weights))
 
     def experts_hash(self) -> str:
         """SHA-256 (hex) of the experts and routers that are in the model now, as stored."""
@@ -189,7 +195,7 @@ def compression_of(model: nn.Module) -> Compression:
 def weight_hash(model: nn.Module) -> str:
     """`Compression.weight_hash`; of a model in full precision, the hash of nothing."""
     saml = getattr(model, "saml", None)
-    return saml.weight_hash() if isinstance(saml, Compression) else _hash_of({})
+    return saml.weight_hash() if isinstance(saml, Compression) else hash_of_weights({})
 
 
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
@@ -207,7 +213,8 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.data = value.to(parameter.device, parameter.dtype).clone()
 
 
-def _hash_of(weights: dict[str, QuantizedTensor]) -> str:
+def hash_of_weights(weights: dict[str, QuantizedTensor]) -> str:
+    """SHA-256 (hex) of low-bit weights by their layers' names; see `Compression.weight_hash`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())

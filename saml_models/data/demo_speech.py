@@ -15,12 +15,12 @@ from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE, load_audio
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.runtime.folders import cache_folder
 
-__all__ = ["asterisk_prompts", "demo_speech", "mini_librispeech"]
+__all__ = ["LANGUAGES", "asterisk_prompts", "demo_speech", "mini_librispeech"]
 
 # Panayotov et al., mini LibriSpeech, https://www.openslr.org/31/ (CC BY 4.0).
 MINI_LIBRISPEECH = "https://www.openslr.org/resources/31/dev-clean-2.tar.gz"
 PROMPTS = 80
-ASTERISK = ("asterisk-core-sounds-en-wav", "asterisk-core-sounds-en")
+LANGUAGES = ("en", "fr", "es", "it", "ru")  # of Debian's packages asterisk-core-sounds-*
 
 
 def demo_speech(path: str | None) -> tuple[list[Utterance], str]:
@@ -78,16 +78,22 @@ def mini_librispeech(cache: Path) -> Path:
     return target
 
 
-def asterisk_prompts(cache: Path) -> Path:
+def asterisk_prompts(cache: Path, language: str = "en") -> Path:
     """One real voice from Debian's packages, as a folder of clip.wav and clip.txt.
 
-    The prompts are 8 kHz, CC BY-SA 3.0. Needs `apt-get download` and `dpkg-deb`, no root. The
-    `PROMPTS` prompts with the most words are taken (up to 60 words): the short ones are too easy.
+    The prompts are 8 kHz, CC BY-SA 3.0 (Russian: CC BY 3.0). Needs `apt-get download` and
+    `dpkg-deb`, no root. The `PROMPTS` prompts with the most words are taken (up to 60 words): the
+    short ones are too easy.
+
+    Args:
+        cache: the folder is made there, and found again.
+        language: one of `LANGUAGES`.
 
     Raises:
         SAMLError: this is no Debian, or the packages cannot be fetched.
     """
-    target = cache / "asterisk-en"
+    target = cache / f"asterisk-{language}"
+    wanted = [f"asterisk-core-sounds-{language}{kind}" for kind in ("-wav", "")]
     if target.is_dir():
         return target
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
@@ -98,24 +104,25 @@ def asterisk_prompts(cache: Path) -> Path:
         # apt drops its privileges to a user that must be able to write here.
         folder.chmod(0o777)
         got = subprocess.run(
-            ["apt-get", "download", *ASTERISK], cwd=folder, capture_output=True, check=False
+            ["apt-get", "download", *wanted], cwd=folder, capture_output=True, check=False
         )
         packages = list(folder.glob("*.deb"))
-        if got.returncode or len(packages) != len(ASTERISK):
+        if got.returncode or len(packages) != len(wanted):
             raise SAMLError("Asterisk prompts: apt-get download failed; run apt-get update first")
         for package in packages:
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True)
-        clips = folder / "asterisk-en"
+        clips = folder / target.name
         clips.mkdir()
-        _lay_out(folder, clips)
+        _lay_out(folder, clips, language)
         shutil.move(clips, target)
     return target
 
 
-def _lay_out(folder: Path, clips: Path) -> None:
-    texts = next(folder.rglob("core-sounds-en.txt.gz"), None)
+def _lay_out(folder: Path, clips: Path, language: str) -> None:
+    name = f"core-sounds-{language}.txt.gz"
+    texts = next(folder.rglob(name), None)
     if texts is None:
-        raise SAMLError("Asterisk prompts: the package holds no core-sounds-en.txt.gz")
+        raise SAMLError(f"Asterisk prompts: the package holds no {name}")
     sounds = {p.stem: p for p in sorted(folder.rglob("*.wav"))}
     found = []
     for line in gzip.decompress(texts.read_bytes()).decode("utf-8", "replace").splitlines():

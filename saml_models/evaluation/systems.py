@@ -12,10 +12,10 @@ import torch
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
+from saml_models.compress.shipped_rounding import compress
 from saml_models.evaluation.protocol import Evaluation, Fold, evaluate
 from saml_models.training.options import TrainingOptions
 
@@ -52,7 +52,7 @@ def evaluate_systems(
     compressed = compression_of(saml[0])
     config = compressed.config.to_dict()
     base = {key: config[key] for key in ("format", "block_size", "double_quant")}
-    report = apply_saml(quantised[0], SAMLConfig(num_experts=0, **base))
+    report = compress(quantised[0], SAMLConfig(num_experts=0, **base))
     result = evaluate(
         full, quantised, saml, folds, options,
         beam_size=beam_size, on_stage=on_stage, on_done=on_done,

@@ -17,6 +17,7 @@ from saml_models.compress.apply import CompressionReport, apply_saml
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
+from saml_models.compress.shipped_rounding import shipped_rounding
 from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.speakers.profile import SpeakerProfile
 
@@ -115,9 +116,9 @@ def make_adaptable(
         model: as released; `name` is what it was loaded by.
         name: finds the experts that ship with the package.
         config, experts: as for `load_adaptable`.
-        rounding: of the weights, given the layers' configuration; None is plain rounding. The
-            experts that ship were trained beside plainly rounded weights: with it, none are taken
-            unless asked for.
+        rounding: of the weights, given the layers' configuration; None takes what ships for the
+            model, and plain rounding where nothing does. The experts that ship were trained beside
+            that: with another one, none are taken unless asked for.
 
     Raises:
         SAMLError: the model was treated before, or the experts do not fit it.
@@ -127,17 +128,15 @@ def make_adaptable(
         profile = pretrained_experts(name, experts)
     elif config is None:
         profile = shipped_experts(name)
-    calibration = None
-    if rounding is not None:
-        if config is None and profile is not None:
-            config = profile_config(profile)
-        if experts is None:
-            profile = None
-        calibration = rounding(config or SAMLConfig())
-    if profile is None:
-        report = apply_saml(model, config or SAMLConfig(), calibration=calibration)
+    wanted = config or (SAMLConfig() if profile is None else profile_config(profile))
+    if rounding is None:
+        calibration = shipped_rounding(model, wanted)
     else:
-        wanted = config or profile_config(profile)
+        calibration = rounding(wanted)
+        profile = profile if experts is not None else None
+    if profile is None:
+        report = apply_saml(model, wanted, calibration=calibration)
+    else:
         # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
         report = apply_saml(model, replace(wanted, expert_init="lora"), calibration=calibration)
         compression_of(model).config = wanted

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saml_models.data.audio import at_speed
+from saml_models.data.noise import BABBLERS, babble, hum, mixed, pink
 from saml_models.models.interface import SpeechModel
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class BatchMaker:
         """The batch of these clips at this step, on the CPU."""
         o, speech, shapes = self.options, self.speech, self.shapes
         rng = random.Random(f"{o.seed}/{step}")
-        clips = [self._prepared(i, rng.choice(o.speeds)) for i in index]
+        clips = [self._prepared(i, rng, step) for i in index]
         margin = rng.choice(o.margins)
         features, mask = speech.collate(clips, margin, shapes.frames)
         _spec_augment(speech.mel(features), [speech.frames(c) for c in clips], rng, o)
@@ -147,8 +148,25 @@ class BatchMaker:
         words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
         return Batch(features, mask, inputs, targets, kept, words)
 
-    def _prepared(self, i: int, speed: float) -> Tensor:
-        return self.speech.prepare(at_speed(self.samples[i].load(), speed))
+    def _prepared(self, i: int, rng: random.Random, step: int) -> Tensor:
+        samples = at_speed(self.samples[i].load(), rng.choice(self.options.speeds))
+        if self.options.noise > 0:
+            draw = np.random.default_rng((self.options.seed, step, i))
+            if draw.random() < self.options.noise:
+                samples = self._in_noise(samples, draw)
+        return self.speech.prepare(samples)
+
+    def _in_noise(self, samples: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+        kind = draw.choice(("white", "pink", "hum", "babble"))
+        if kind == "babble":
+            others = draw.integers(len(self.samples), size=BABBLERS)
+            noise = babble([self.samples[j].load() for j in others], len(samples), draw)
+        elif kind == "hum":
+            noise = hum(len(samples), draw)
+        else:
+            noise = draw.standard_normal(len(samples))
+            noise = pink(noise) if kind == "pink" else noise
+        return mixed(samples, noise, draw.uniform(*self.options.noise_decibels))
 
 
 def _spec_augment(

@@ -12,13 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from saml_kernels import SAMLLinear
+from saml_models.compress.layers import compression_of
 from saml_models.models.interface import SpeechModel
 from saml_models.training.batches import BatchMaker, Sample, plan_batches
 from saml_models.training.options import TrainingOptions
 
-__all__ = ["input_moments", "start_experts"]
+__all__ = ["input_moments", "start_experts", "starts_from_error"]
 
 CLIPS = 96
+
+
+def starts_from_error(model: nn.Module) -> bool:
+    """Whether `start_experts` serves a model: plainly rounded, its experts not to start as a LoRA.
+
+    What is left of a calibrated layer's error is not for a correction of that layer alone: it makes
+    good what layers before it do.
+    """
+    saml = compression_of(model)
+    return saml.calibration is None and saml.config.expert_init != "lora"
 
 
 @torch.no_grad()

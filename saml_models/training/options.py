@@ -24,6 +24,9 @@ class TrainingOptions:
         margins: seconds of silence after the clip; one is drawn for each batch.
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) over mel bins.
         time_masks, time_share: SpecAugment over time, each mask at most this share of the clip.
+        noise: share of the clips that are mixed with noise: white, pink, a mains hum, or other
+            clips' voices.
+        noise_decibels: range of the ratio of speech to noise.
         average: the weights are averaged over this last share of the steps.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
@@ -46,6 +49,8 @@ class TrainingOptions:
     freq_width: int = 20
     time_masks: int = 2
     time_share: float = 0.1
+    noise: float = 0.0
+    noise_decibels: tuple[float, float] = (5.0, 20.0)
     average: float = 0.0
     ctc: float = 0.3
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
-from saml_models.training.calibration import input_moments, start_experts
+from saml_models.training.calibration import input_moments, start_experts, starts_from_error
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
 
-__all__ = ["PRETRAINING", "pretrain"]
+__all__ = ["PER_SPEAKER", "PRETRAINING", "pretrain"]
 
 # What made the experts that ship with the package; see README, "Pretrained experts".
-PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=1)
+PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=2, noise=0.5)
+PER_SPEAKER = 200  # utterances at most: one voice of many hours is not many voices
 
 
 def pretrain(
@@ -30,22 +32,27 @@ def pretrain(
     utterances: Sequence[Utterance],
     options: TrainingOptions | None = None,
     *,
+    per_speaker: int = PER_SPEAKER,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    on_heard: Callable[[int, int], None] | None = None,
     original: Any | None = None,
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
 
-    Unless `SAMLConfig.expert_init` asks for LoRA's start, they start where, on some of this speech,
-    they undo most of what rounding the weights did to the layers' outputs.
+    Beside calibrated weights they start as a LoRA does. Beside plainly rounded ones, unless
+    `SAMLConfig.expert_init` asks for that too, they start where, on some of this speech, they undo
+    most of what rounding did to the layers' outputs.
 
     Args:
         model: treated by `apply_saml`.
         processor: of that model.
         utterances: each with text; what is longer than 30 s is left out.
         options: `PRETRAINING` unless given.
+        per_speaker: utterances of one speaker at most, drawn by the options' seed.
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
+        on_heard: called before that with (clips whose style was found, clips in all).
         original: the same model at full precision, for the start; None starts from the experts
             that `model` has.
 
@@ -60,10 +67,17 @@ def pretrain(
     speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN
-    samples = training_samples(speech, utterances, keep_audio=False, skip_long=True)
-    saml.short_windows = True
     options = options or PRETRAINING
-    if original is not None and saml.config.expert_init != "lora":
+    samples = training_samples(
+        speech,
+        _balanced(utterances, per_speaker, options.seed),
+        keep_audio=False,
+        skip_long=True,
+        heard=None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.heard.json"),
+        on_done=on_heard,
+    )
+    saml.short_windows = True
+    if original is not None and starts_from_error(model):
         start_experts(model, original, input_moments(bind(original, processor), samples, options))
     report = fit(speech, samples, options, checkpoint, on_step)
     return SpeakerProfile.of(
@@ -78,3 +92,11 @@ def pretrain(
         steps=report.steps,
         loss=round(report.last_loss, 4),
     )
+
+
+def _balanced(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
+    """At most so many of each speaker, in their order."""
+    draw, kept = random.Random(seed), set[str]()
+    for own in by_speaker(utterances).values():
+        kept |= {u.id for u in draw.sample(own, min(count, len(own)))}
+    return [u for u in utterances if u.id in kept]

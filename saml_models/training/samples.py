@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from saml_kernels.errors import SAMLError
+from saml_kernels.files import read_json, write_json
+from saml_models.compress.layers import weight_hash
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance
 from saml_models.models.interface import SpeechModel
@@ -15,57 +20,87 @@ from saml_models.transcription.clips import decode_clips
 
 __all__ = ["training_samples"]
 
+TOGETHER = 256  # clips in memory, where they are not kept
+
 
 def training_samples(
     speech: SpeechModel,
     utterances: Sequence[Utterance],
     keep_audio: bool = True,
     skip_long: bool = False,
+    heard: Path | None = None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Clips and targets for `fit`; bare transcripts borrow the model's own case and punctuation.
 
     To a multilingual Whisper they are all in one language, the one it hears in most of a few.
 
     Args:
-        speech: transcribes the clips, to find the style.
+        speech: transcribes the clips whose text is bare, to find the style.
         utterances: to train on.
         keep_audio: hold the audio in memory; else it is read again in every epoch.
         skip_long: leave out what is longer than 30 s instead of refusing it.
+        heard: a JSON file that keeps what the model heard, and from which it is taken again.
+        on_done: called with (clips prepared, clips in all).
 
     Raises:
         SAMLError: an utterance without text, longer than 30 s, whose text is longer than the
             decoder, or whose audio cannot be read.
     """
-
-    def check(utterance: Utterance, text: str, language: str | None) -> None:
-        check_target(speech.network, utterance.id, speech.token_ids(text, language)[0])
-
     for utterance in utterances:  # texts first: they cost no time
         if not utterance.text.strip():
             raise SAMLError(f"{utterance.id}: has no text to learn from; give its transcript")
         # Bare text is learnt in the model's own style, which has few words in capitals.
-        check(
-            utterance, utterance.text.lower() if is_bare(utterance.text) else utterance.text, None
-        )
-    samples = []
-    kept: list[Utterance] = []
-    clips = []
-    for utterance in utterances:
-        clip = utterance.load()
-        seconds = len(clip) / SAMPLE_RATE
-        if seconds > MAX_SECONDS and skip_long:
-            continue
-        if seconds > MAX_SECONDS:
-            raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
-        kept.append(utterance)
-        clips.append(clip)
-    if utterances and not kept:
+        plain = utterance.text.lower() if is_bare(utterance.text) else utterance.text
+        check_target(speech.network, utterance.id, speech.token_ids(plain, None)[0])
+    known = _Heard(heard, speech)
+    samples: list[Sample] = []
+    language: str | None = None
+    for first in range(0, len(utterances), TOGETHER):
+        kept = []
+        for utterance in utterances[first : first + TOGETHER]:
+            clip = utterance.load()
+            seconds = len(clip) / SAMPLE_RATE
+            if seconds <= MAX_SECONDS:
+                kept.append((utterance, clip))
+            elif not skip_long:
+                raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
+        if kept and not samples:
+            language = speech.prompt_language([clip for _, clip in kept])
+        texts = known.texts(kept, language)
+        for (utterance, clip), text in zip(kept, texts, strict=True):
+            load = (lambda clip=clip: clip) if keep_audio else utterance.load
+            target = in_model_style(utterance.text, text)
+            check_target(speech.network, utterance.id, speech.token_ids(target, language)[0])
+            samples.append(Sample(load, len(clip) / SAMPLE_RATE, target, language))
+        if on_done:
+            on_done(min(first + TOGETHER, len(utterances)), len(utterances))
+    if utterances and not samples:
         raise SAMLError(f"{utterances[0].id}: over 30 s long, as all others; cut to 30 s at most")
-    language = speech.prompt_language(clips) if clips else None
-    hypotheses = decode_clips(speech, clips, language=language)
-    for utterance, clip, text in zip(kept, clips, hypotheses, strict=True):
-        load = (lambda clip=clip: clip) if keep_audio else utterance.load
-        target = in_model_style(utterance.text, text)
-        check(utterance, target, language)
-        samples.append(Sample(load, len(clip) / SAMPLE_RATE, target, language))
     return samples
+
+
+class _Heard:
+    """What a model hears in clips whose text is bare, kept in a file if there is one."""
+
+    def __init__(self, path: Path | None, speech: SpeechModel) -> None:
+        self.path, self.speech = path, speech
+        self.model = weight_hash(speech.network)
+        self.known: dict[str, str] = {}
+        if path is not None and path.is_file():
+            found = read_json(path)
+            if found.get("model") == self.model:
+                self.known = {str(k): str(v) for k, v in dict(found.get("heard", {})).items()}
+
+    def texts(
+        self, clips: Sequence[tuple[Utterance, np.ndarray]], language: str | None
+    ) -> list[str]:
+        """For each clip the hypothesis; "" where the text needs none."""
+        missing = [(u, clip) for u, clip in clips if is_bare(u.text) and u.id not in self.known]
+        heard = decode_clips(self.speech, [clip for _, clip in missing], language=language)
+        fresh = {u.id: text for (u, _), text in zip(missing, heard, strict=True)}
+        if self.path is not None and fresh:
+            self.known |= fresh
+            write_json(self.path, {"model": self.model, "heard": self.known})
+        both = self.known | fresh
+        return [both[u.id] if is_bare(u.text) else "" for u, _ in clips]

@@ -46,6 +46,7 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
 
     class Counting:
         data, full = rounding.Path("data"), "full"
+        sets = rounding.SETS
 
         def __init__(self) -> None:
             self.calls: list[Any] = []
@@ -62,7 +63,7 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
             self.calls.append(("compare", tuple(models), key))
             return [Divergence([0.1], [2], [2]) for _ in models]
 
-    monkeypatch.setattr(rounding, "load_corpus", lambda path: [Spoken()])
+    monkeypatch.setattr(rounding.Set, "speech", lambda own, data: [Spoken()])
     found: dict[str, Any] = {"speech": {}, "variants": {}}
     saved: list[int] = []
     bench = Counting()
@@ -80,5 +81,7 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
     assert [c for c in more if c[0] != "compare"] == [("make", "calibrated 0")]
     assert all(call[1] == ("calibrated 0",) for call in more if call[0] == "compare")
     words = run(["plain"], False)
-    assert [c for c in words if c[0] == "hear"] == [("hear", "plain", key) for key in rounding.SETS]
+    assert [c for c in words if c[0] == "hear"] == [
+        ("hear", "plain", key) for key in rounding.ENGLISH
+    ]
     assert len(rows(found)) == 3

@@ -34,7 +34,7 @@ def test_prompts_with_sound_and_words_become_clips(tmp_path):
     (sounds / "core-sounds-en.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     for name, seconds in (("good", 2), ("short", 2), ("beep", 2), ("brief", 0.5), ("more", 2)):
         prompt(sounds, name, seconds)
-    speech._lay_out(sounds, clips)
+    speech._lay_out(sounds, clips, "en")
     assert [(u.id.removeprefix("clips-"), u.text) for u in load_corpus(clips)] == [
         ("good", "Please enter your number now."),
         ("more", "Another prompt of enough words."),
