@@ -265,6 +265,7 @@ class Recogniser:
         folds: int = 2,
         options: TrainingOptions | None = None,
         beam_size: int = 1,
+        scoring: str = "whisper",
         on_stage: Callable[[str, int], None] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> Evaluation:
@@ -277,6 +278,7 @@ class Recogniser:
             folds: of cross-validation, where `adapt_utterances` is None.
             options: of the adaptation.
             beam_size: of every system.
+            scoring: "whisper" or "paper", as `saml evaluate --scoring`.
             on_stage, on_done: progress, as for `protocol.evaluate`.
 
         Raises:
@@ -290,10 +292,11 @@ class Recogniser:
         return evaluate_systems(
             self.name,
             (self.model, self.processor),
-            make_folds(by_name, adapt_utterances, folds),
+            make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper"),
             options,
             device=bind(self.model, self.processor).device,
             beam_size=beam_size,
+            scoring=scoring,
             on_stage=on_stage,
             on_done=on_done,
         )

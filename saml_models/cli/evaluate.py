@@ -34,6 +34,13 @@ def evaluate(
     beam_size: Annotated[
         int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
     ] = 1,
+    scoring: Annotated[
+        str,
+        typer.Option(
+            help="whisper: its English normaliser. paper: as SAML's authors, without normaliser, "
+            "and the last third of what is adapted on chooses the epoch."
+        ),
+    ] = "whisper",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of WER per speaker; default beside --json.")
@@ -43,22 +50,28 @@ def evaluate(
 ) -> None:
     """Word error rates by the paper's protocol: adapt to each speaker, test on unseen speech."""
     quiet_libraries()
+    from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_output, is_figure, is_json, write_json
     from saml_models.data.corpora import by_speaker, load_corpus
     from saml_models.evaluation.protocol import make_folds
+    from saml_models.text.normalise import SCORINGS
 
+    if scoring not in SCORINGS:
+        raise SAMLError(f"--scoring {scoring}: expected one of {', '.join(SCORINGS)}")
     names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
     by_name = by_speaker(load_corpus(data, names))
-    plan = make_folds(by_name, adapt_utterances, folds)
+    plan = make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper")
     if json_file is not None:
         check_output(json_file, is_json("model", "wer", "utterances"), overwrite)
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         check_output(figure, is_figure, overwrite)
-    result = _run(model, experts, plan, beam_size, device_named(device))
+    result = _run(model, experts, plan, beam_size, device_named(device), scoring)
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
+    for line in _comparisons(result):
+        console.print(line)
     if found := result["divergence"]:
         low, high = found["interval_95"]
         console.print(
@@ -69,7 +82,6 @@ def evaluate(
         write_json(json_file, result)
         console.print(f"JSON: {json_file}")
     if figure is not None:
-        from saml_kernels.errors import SAMLError
         from saml_models.evaluation.figures import plot_speakers
 
         try:
@@ -108,7 +120,12 @@ def demo(
 
 
 def _run(
-    name: str, experts: Path | None, plan: Sequence[Any], beam_size: int, device: str
+    name: str,
+    experts: Path | None,
+    plan: Sequence[Any],
+    beam_size: int,
+    device: str,
+    scoring: str = "whisper",
 ) -> dict[str, Any]:
     """The protocol with progress bars."""
     from saml_models.evaluation.systems import evaluate_systems
@@ -117,8 +134,9 @@ def _run(
     saml = load_adaptable(name, experts=experts, device=device)
     with _progress() as (stage, done):
         result = evaluate_systems(
-            name, saml, plan, device=device, beam_size=beam_size, on_stage=stage, on_done=done
-        )
+            name, saml, plan,
+            device=device, beam_size=beam_size, scoring=scoring, on_stage=stage, on_done=done,
+        )  # fmt: skip
     return {"model": name, "beam_size": beam_size, **result.to_dict()}
 
 
@@ -164,6 +182,37 @@ def _table(result: dict[str, Any]) -> Table:
             f"{megabytes.get(system, size['saml_bytes']) / 1e6:.1f}",
         )  # fmt: skip
     return table
+
+
+_OF = {
+    "adapted_to_experts": "the experts alone",
+    "adapted_to_other_speaker": "another's adaptation",
+    "adapted_to_full_precision": "full precision",
+}
+
+
+def _comparisons(result: dict[str, Any]) -> list[str]:
+    """Adaptation beside what it is to be better than, who lost by it, and loops, in words."""
+    lines = []
+    speakers = len(result["speakers"])
+    for name, other in _OF.items():
+        found = result["ratios"].get(name)
+        if found is not None and found["interval_95"] is not None:
+            low, high = found["interval_95"]
+            lines.append(
+                f"WER after adaptation to that of {other}: {found['ratio']:.3f} ({low:.3f} to "
+                f"{high:.3f} over {speakers} speakers)"
+            )
+    if speakers > 1:
+        lost = len(result["made_worse"])
+        lines.append(f"made worse by adaptation: {lost} of {speakers} speakers")
+    looped = {k: n for k, n in result["loops"].items() if n}
+    if looped:
+        lines.append(f"loops: {', '.join(f'{k} {n}' for k, n in looped.items())}")
+    other = "paper" if result["scoring"] == "whisper" else "whisper"
+    rates = [f"{rate:.2f}" for rate in result["wer_by_scoring"][other].values() if rate is not None]
+    lines.append(f"the same by --scoring {other} (words alone): {', '.join(rates)}")
+    return lines
 
 
 def _by_speaker(result: dict[str, Any]) -> Table:

@@ -13,11 +13,14 @@ import numpy as np
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.corpora import Utterance
+from saml_models.evaluation.comparisons import made_worse, ratios
 from saml_models.evaluation.divergence import Divergence, divergences
 from saml_models.models.interface import SpeechModel
+from saml_models.models.loops import is_loop
 from saml_models.models.registry import bind
 from saml_models.models.targets import target_limit
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.normalise import SCORINGS
 from saml_models.text.style import in_model_style
 from saml_models.text.wer import (
     WordErrors,
@@ -44,11 +47,12 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Fold:
-    """One speaker's utterances to adapt on and to test on."""
+    """One speaker's utterances to adapt on and to test on, and to choose an epoch by, if any."""
 
     speaker: str
     train: list[Utterance]
     test: list[Utterance]
+    choose: list[Utterance] = field(default_factory=list)
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Evaluation:
     references: list[str] = field(default_factory=list)
     hypotheses: dict[str, list[str]] = field(default_factory=lambda: {s: [] for s in SYSTEMS})
     errors: dict[str, list[WordErrors]] = field(default_factory=lambda: {s: [] for s in SYSTEMS})
+    scoring: str = "whisper"  # how the errors were counted
+    loops: dict[str, int] = field(default_factory=dict)  # hypotheses that ran into a loop
     size: dict[str, float] = field(default_factory=dict)
     trainable: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -99,8 +105,13 @@ class Evaluation:
             if math.isfinite(high):
                 relative["interval_95"] = [round(low, 4), round(high, 4)]
         return {
+            "scoring": self.scoring,
             "wer": {s: round(self.wer(s), 3) if s in detail else None for s in SYSTEMS},
+            "wer_by_scoring": {name: self._rates(name) for name in SCORINGS},
             "relative": relative,
+            "ratios": ratios(self.speakers, self.errors),
+            "made_worse": made_worse(self.speakers, self.errors) if "adapted" in detail else [],
+            "loops": self.loops,
             "divergence": self._divergence(),
             "size": self.size,
             "speakers": {
@@ -122,6 +133,15 @@ class Evaluation:
             ],
         }
 
+    def _rates(self, scoring: str) -> dict[str, float | None]:
+        """Pooled word error rates in per cent, counted in one of the two ways."""
+        return {
+            system: round(pooled(word_errors(self.references, said, scoring)).wer, 3)
+            if said
+            else None
+            for system, said in self.hypotheses.items()
+        }
+
     def _divergence(self) -> dict[str, Any] | None:
         """Nats a token, with its interval over speakers, and the share of tokens that agree."""
         found = self.divergence
@@ -137,7 +157,10 @@ class Evaluation:
 
 
 def make_folds(
-    speakers: dict[str, list[Utterance]], adapt_utterances: int | None, folds: int
+    speakers: dict[str, list[Utterance]],
+    adapt_utterances: int | None,
+    folds: int,
+    choosing: bool = False,
 ) -> list[Fold]:
     """Split each speaker's utterances, in file order.
 
@@ -145,6 +168,8 @@ def make_folds(
         speakers: utterances by speaker.
         adapt_utterances: K: adapt on the first K, test on the rest; or None.
         folds: without K, cut into this many parts; each is the test once.
+        choosing: the last third of what is adapted on chooses the epoch instead, as SAML's authors
+            split a speaker (40 % to learn, 20 % to choose, 40 % to test, arXiv 2406.19706).
 
     Raises:
         SAMLError: a speaker has too few utterances.
@@ -168,7 +193,18 @@ def make_folds(
             test = set(part.tolist())
             train = [u for i, u in enumerate(utterances) if i not in test]
             plan.append(Fold(speaker, train, [utterances[i] for i in sorted(test)]))
-    return plan
+    return [_choosing(fold) for fold in plan] if choosing else plan
+
+
+def _choosing(fold: Fold) -> Fold:
+    """The last third of what would be learnt chooses."""
+    third = len(fold.train) // 3
+    if not third:
+        raise SAMLError(
+            f"speaker {fold.speaker}: {len(fold.train)} utterances to adapt on; expected at least "
+            "3, of which a third chooses the epoch"
+        )
+    return replace(fold, train=fold.train[:-third], choose=fold.train[-third:])
 
 
 def evaluate(
@@ -179,6 +215,7 @@ def evaluate(
     options: TrainingOptions | None = None,
     *,
     beam_size: int = 1,
+    scoring: str = "whisper",
     on_stage: Callable[[str, int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -194,6 +231,7 @@ def evaluate(
             takes the profile of the next speaker's fold; with one speaker it is not run.
         options: of the adaptation; the defaults unless given.
         beam_size: of every system.
+        scoring: how words are counted, of `SCORINGS`.
         on_stage: called with the name and the number of parts of each stage that begins.
         on_done: called with the number of parts done.
 
@@ -206,15 +244,19 @@ def evaluate(
     tests = [u for fold in folds for u in fold.test]
     clips = [u.load() for u in tests]
     result = Evaluation(
+        scoring=scoring,
         speakers=[fold.speaker for fold in folds for _ in fold.test],
         ids=[u.id for u in tests],
         references=[u.text for u in tests],
         audio_seconds=sum(map(len, clips)) / SAMPLE_RATE,
     )
 
+    speech = bind(*full)
+
     def record(system: str, hypotheses: list[str], started: float) -> None:
         result.hypotheses[system] = hypotheses
-        result.errors[system] = word_errors(result.references, hypotheses)
+        result.errors[system] = word_errors(result.references, hypotheses, scoring)
+        result.loops[system] = sum(_is_loop(speech, text) for text in hypotheses)
         result.seconds[system] = time.monotonic() - started
 
     plain = {"full_precision": full, "quantised": quantised, "experts": saml}
@@ -231,7 +273,7 @@ def evaluate(
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
     for fold in folds:
-        profiles.append(adapt(*saml, fold.train, options, skip_long=True))
+        profiles.append(adapt(*saml, fold.train, options, skip_long=True, choose=fold.choose))
         done(1)
     result.seconds["adapting"] = time.monotonic() - started
     chosen_by = {"adapted": list(range(len(folds)))}
@@ -297,6 +339,11 @@ def with_word_errors(
     )
     noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
     return replace(profile, about=profile.about | noted)
+
+
+def _is_loop(speech: SpeechModel, text: str) -> bool:
+    ids, prompt = speech.token_ids(text)
+    return is_loop(ids[prompt:-1], len(ids))
 
 
 def _other(folds: Sequence[Fold], i: int) -> int:

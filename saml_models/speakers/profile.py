@@ -208,7 +208,8 @@ class SpeakerProfile:
         if self.weight_hash != saml.weight_hash():
             raise SAMLError(
                 "profile: made for another model (its base weights have another hash); load the "
-                f"model it names: {self.about.get('model', 'unknown')}"
+                f"model it names: {self.about.get('model', 'unknown')}; if this is it, rounded "
+                "otherwise by another version, make the profile anew (saml adapt, saml pretrain)"
             )
         if self.kind == "gates" and self.beside != saml.experts_hash():
             raise SAMLError(

@@ -19,6 +19,7 @@ from saml_models.models.interface import SpeechModel
 from saml_models.models.registry import bind
 from saml_models.speakers.identify import embed
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.choosing import BestEpoch
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
@@ -59,6 +60,7 @@ def adapt(
     speaker: str | None = None,
     kind: str = "experts",
     skip_long: bool = False,
+    choose: Sequence[Utterance] = (),
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
@@ -72,6 +74,9 @@ def adapt(
         speaker: name for the profile; the utterances' own unless given.
         kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
         skip_long: leave out what is longer than 30 s instead of refusing it.
+        choose: others of the speaker, not learnt from: of the weights after each epoch those are
+            taken, in place of the last ones' average, that find most of their tokens likeliest. So
+            do SAML's authors. Not with a checkpoint.
         checkpoint: as for `training.fit`.
         on_step: called with (steps done, steps in all, loss).
 
@@ -94,6 +99,8 @@ def adapt(
         raise SAMLError(
             f"adapt: utterances of {len(names)} speakers ({names[0]}, {names[1]}, ...); choose one"
         )
+    if choose and checkpoint is not None:
+        raise SAMLError("adapt: a run that chooses among its epochs cannot be resumed")
     options = options or options_for(kind, model)
     speech, saml = bind(model, processor), compression_of(model)
     saml.check_whole()
@@ -102,7 +109,14 @@ def adapt(
         samples = training_samples(speech, utterances, skip_long=skip_long)
         options = _windows(speech, options)
         with nullcontext() if kind == "experts" else _offsets_alone(model):
-            report = fit(speech, samples, options, checkpoint, on_step)
+            if choose:
+                options = replace(options, average=0.0)
+                held = training_samples(speech, choose, skip_long=skip_long)
+                best = BestEpoch(speech, held, options)
+                report = fit(speech, samples, options, None, on_step, best.look)
+                best.take()
+            else:
+                report = fit(speech, samples, options, checkpoint, on_step)
         profile = make(
             model,
             speaker=speaker or names[0],

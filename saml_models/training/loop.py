@@ -62,6 +62,7 @@ def fit(
     options: TrainingOptions,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[], None] | None = None,
 ) -> TrainingReport:
     """Train in place what has gradients: after `apply_saml`, the experts and routers.
 
@@ -75,6 +76,8 @@ def fit(
             that nothing is lost before the result is saved: then `forget(checkpoint)`.
         on_step: called with (steps done, steps in all, loss) after each; on a GPU losses are read
             several at a time, and the loss is the last that was.
+        on_epoch: called after each pass over the samples that ends in this process; may run the
+            model, whose mode comes back.
 
     Raises:
         SAMLError: nothing to train on, a checkpoint of another run, or a loss that is not finite:
@@ -118,6 +121,7 @@ def fit(
     done = state.resume()
     make = BatchMaker(speech, samples, options, FEW_SHAPES if graphed else None)
     losses, stopped = _Losses(done, device), torch.zeros((), device=device)
+    ends = _epoch_ends(batches, len(samples), ranks)
     started = time.monotonic()
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
 
@@ -155,6 +159,9 @@ def fit(
                     state.save(i + 1, losses.known[-1])
                 if on_step:
                     on_step(i + 1, steps, losses.known[-1])
+                if on_epoch and i + 1 in ends:
+                    on_epoch()
+                    _training_mode(model)
     finally:
         model.eval()
     with torch.no_grad():
@@ -171,6 +178,12 @@ def fit(
         float(np.mean(known[:tenth])) if known else state.loss,
         float(np.mean(known[-tenth:])) if known else state.loss,
     )
+
+
+def _epoch_ends(batches: Sequence[Sequence[int]], clips: int, ranks: int) -> set[int]:
+    """Steps after which every clip was learnt from once more."""
+    heard = np.cumsum([len(batch) for batch in batches])
+    return {math.ceil((i + 1) / ranks) for i in np.flatnonzero(heard % clips == 0)}
 
 
 def _read_every(device: torch.device) -> int:

@@ -83,11 +83,25 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
     assert read["wer"]["full_precision"] == pytest.approx(100 * errors / total["words"], abs=1e-3)
     for row in read["utterances"]:
         assert row["reference"] and row["quantised"]
+    assert read["wer_by_scoring"]["whisper"] == read["wer"]
+    assert read["wer_by_scoring"]["paper"]["adapted"] > 0
+    assert set(read["loops"]) == set(SYSTEMS)
+    assert read["ratios"]["adapted_to_experts"]["interval_95"] is not None
     low, high = read["divergence"]["interval_95"]
     assert 0 < low <= read["divergence"]["kl"] <= high < 2
     assert 0.5 < read["divergence"]["agreement"] < 1
     plot_speakers(read, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_third_of_what_is_adapted_on_chooses(tmp_path):
+    """40, 20 and 40 % in file order, as the authors split a speaker."""
+    (fold,) = make_folds(people(tmp_path, {"a": 10}), 6, 2, choosing=True)
+    names = [[u.id for u in part] for part in (fold.train, fold.choose, fold.test)]
+    everybody = [u.id for u in people(tmp_path, {"a": 10})["a"]]
+    assert names == [everybody[:4], everybody[4:6], everybody[6:]]
+    with pytest.raises(SAMLError, match="speaker a: 2 utterances to adapt on"):
+        make_folds(people(tmp_path, {"a": 4}), 2, 2, choosing=True)
 
 
 def test_what_is_too_long_to_be_learnt_from(tmp_path, tiny_en):

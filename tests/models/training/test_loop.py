@@ -22,6 +22,7 @@ from saml_models.training import batches
 from saml_models.training import loop as training
 from saml_models.training.adapt import adapt
 from saml_models.training.checkpoint import forget
+from saml_models.training.choosing import BestEpoch
 from saml_models.training.loop import Sample, fit
 from saml_models.training.options import TrainingOptions
 
@@ -208,6 +209,47 @@ def test_batches_hold_every_clip_once_an_epoch() -> None:
         assert (max(seconds[i] for i in batch) + 1.0) * len(batch) <= 60.0
     assert batches.plan_batches(seconds, options) == planned
     assert batches.plan_batches(seconds, replace(options, seed=1)) != planned
+
+
+def test_each_epoch_is_told_when_it_ends(tiny_en: Any, samples: list[Sample]) -> None:
+    model, seen = make(), list[Any]()
+    options = replace(OPTIONS, average=0.0)
+    fit(bind(model, tiny_en[1]), samples, options, on_epoch=lambda: seen.append(weights(model)))
+    assert len(seen) == options.epochs
+    assert not equal(seen[0], seen[1])
+    planned = [[0, 1], [2], [1], [0, 2]]
+    assert training._epoch_ends(planned, 3, 1) == {2, 4}
+    assert training._epoch_ends(planned, 3, 2) == {1, 2}
+
+
+def test_the_epoch_that_others_like_best_is_taken(
+    tiny_en: Any, utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = make(), list[Any]()
+    right = iter((3, 5, 5))
+
+    class Told(BestEpoch):
+        def look(self) -> None:
+            count = next(right)
+            tokens, prompt = self.speech.token_ids(self.samples[0].text)
+            logits = torch.zeros(len(tokens) - prompt, 51864)
+            logits[torch.arange(count), torch.tensor(tokens[prompt : prompt + count])] = 1
+            monkeypatch.setattr(self.speech, "text_logits", lambda *given: logits)
+            kept.append(weights(model))
+            super().look()
+
+    monkeypatch.setattr("saml_models.training.adapt.BestEpoch", Told)
+    short = replace(utterances[0], samples=utterances[0].load()[:16000])
+    other = replace(utterances[1], text="One two three four five six.")
+    options = replace(OPTIONS, speeds=(1.0,))
+    profile = adapt(model, tiny_en[1], [short], options, choose=[other])
+    found = profile.experts(model)
+    name = next(iter(found))
+    # The second: better than the first, and the third is no better. As stored, so nearly.
+    assert (found[name] - kept[1][name]).abs().max() < 0.02 * kept[1][name].abs().max()
+    assert not torch.allclose(kept[1][name], kept[2][name], rtol=0.02)
+    with pytest.raises(SAMLError, match="cannot be resumed"):
+        adapt(model, tiny_en[1], [short], options, choose=[other], checkpoint=Path("x"))
 
 
 def test_schedule_warms_up_and_falls() -> None:

@@ -1,0 +1,59 @@
+"""What the protocol says of two systems: ratios of errors over speakers, who lost, who looped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saml_models.text.wer import WordErrors, bootstrap_speakers, pooled
+
+__all__ = ["made_worse", "ratios"]
+
+# WER of the first to that of the second, by the name of the ratio.
+RATIOS = {
+    "quantised_to_full_precision": ("quantised", "full_precision"),
+    "experts_to_full_precision": ("experts", "full_precision"),
+    "adapted_to_full_precision": ("adapted", "full_precision"),
+    "adapted_to_experts": ("adapted", "experts"),
+    "adapted_to_other_speaker": ("adapted", "other_speaker"),
+}
+
+
+def ratios(
+    speakers: Sequence[str], errors: Mapping[str, Sequence[WordErrors]]
+) -> dict[str, dict[str, Any]]:
+    """Ratios of pooled word error rates, with 95 % intervals over speakers.
+
+    Args:
+        speakers: of each utterance.
+        errors: by system, of each utterance; systems that were not run have none.
+
+    Returns:
+        By `RATIOS`: "ratio", and "interval_95", None for a single speaker; nothing where the second
+        system made no error.
+    """
+    found = {}
+    several = len(set(speakers)) > 1
+    for name, (one, other) in RATIOS.items():
+        amounts, counts = ([e.errors for e in errors[system]] for system in (one, other))
+        if not amounts or not sum(counts):
+            continue
+        ratio, low, high = bootstrap_speakers(speakers, amounts, counts)
+        found[name] = {
+            "ratio": round(ratio, 4),
+            "interval_95": [round(low, 4), round(high, 4)] if several else None,
+        }
+    return found
+
+
+def made_worse(speakers: Sequence[str], errors: Mapping[str, Sequence[WordErrors]]) -> list[str]:
+    """The speakers with more errors after adaptation than with the experts alone."""
+    lost = []
+    for speaker in dict.fromkeys(speakers):
+        before, after = (
+            pooled(e for s, e in zip(speakers, errors[system], strict=True) if s == speaker).errors
+            for system in ("experts", "adapted")
+        )
+        if after > before:
+            lost.append(speaker)
+    return lost

@@ -1,0 +1,40 @@
+"""Ratios over speakers, who was made worse: by plain arithmetic."""
+
+from __future__ import annotations
+
+from saml_models.evaluation.comparisons import made_worse, ratios
+from saml_models.text.wer import WordErrors
+
+
+def wrong(count: int) -> WordErrors:
+    return WordErrors(substitutions=count, hits=10 - count)
+
+
+ERRORS = {
+    "full_precision": [wrong(n) for n in (2, 2, 4, 1)],
+    "quantised": [wrong(n) for n in (4, 4, 8, 2)],
+    "experts": [wrong(n) for n in (2, 2, 2, 1)],
+    "adapted": [wrong(n) for n in (1, 1, 3, 1)],
+    "other_speaker": [wrong(n) for n in (0, 0, 0, 0)],
+}
+SPEAKERS = ["a", "a", "b", "c"]
+
+
+def test_ratios_are_of_pooled_errors() -> None:
+    found = ratios(SPEAKERS, ERRORS)
+    assert found["quantised_to_full_precision"] == {"ratio": 2.0, "interval_95": [2.0, 2.0]}
+    assert found["adapted_to_experts"]["ratio"] == round(6 / 7, 4)
+    low, high = found["adapted_to_experts"]["interval_95"]
+    assert 0.5 <= low < 6 / 7 < high <= 1.5
+    # To no errors at all there is no ratio, nor to what was not run.
+    assert "adapted_to_other_speaker" not in found
+    assert "adapted_to_experts" not in ratios(SPEAKERS, ERRORS | {"adapted": []})
+
+
+def test_one_speaker_has_no_interval() -> None:
+    found = ratios(["a"], {name: errors[:1] for name, errors in ERRORS.items()})
+    assert found["adapted_to_experts"] == {"ratio": 0.5, "interval_95": None}
+
+
+def test_made_worse_by_speaker() -> None:
+    assert made_worse(SPEAKERS, ERRORS) == ["b"]
