@@ -1,218 +1,202 @@
-"""Routers, mixtures and recipes on the development speakers.
+"""Recipes of both stages on many voices: which default is better, and is that more than chance.
 
-    python -m bench defaults --data DATA --json bench/results/defaults-tiny.en.json
+    python -m bench defaults --data DATA --json bench/results/choices-tiny.en.json --work DIR
+    python -m bench defaults ... --only default,"one LoRA" --sets choosing --seeds 0,1,2
+    python -m bench defaults ... --variant 'hot:{"adaptation": {"learning_rate": 4e-4}}'
 
-`--only token,speaker` takes some of VARIANTS, `--variant 'hot:{"pretraining": {"learning_rate":
-2e-3}}'` one of one's own.
+Stage 1 of a variant is `pretrain` on the training speech (or `"experts": FILE`, or with
+`"experts": true` what ships), stage 2 `adapt` on each fold of each set of voices (`VOICES`), the
+experts alone, adapted with each seed, and another speaker's adaptation are then heard on the fold's
+other utterances, greedily. Defaults are chosen on the set "choosing", forty voices.
 
-Every variant is trained from nothing: stage 1 on the speakers that nobody is tested on, then stage
-2 on each development speaker. Results are WER (%), greedy, of the experts alone and adapted, and
-the bytes of the whole model on disk. They are written after each variant; one that is in the file
-already is not run again. About a quarter of an hour each on two cores.
+Each variant runs in a process of its own. What was heard is written after each fold, and what is in
+the file is not done again; `--work` keeps stage 1's checkpoint, experts and profiles. The table
+gives pooled word error rates, ratios with 95 % intervals over speakers, and how many speakers
+adaptation made worse.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-import time
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.accuracy.speech import READERS, development_speech
-from bench.models.clips import at_once
+from bench.accuracy.defaults_rows import HEADS, rows
+from bench.accuracy.speech import VOICES, training_speech
+from bench.report.environment import about
 from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
 from saml_kernels.files import write_json
-from saml_models.compress.checkpoint import save_saml
 from saml_models.compress.loading import load_model
 from saml_models.compress.shipped_rounding import compress
-from saml_models.data.corpora import Utterance, by_speaker, load_corpus
-from saml_models.evaluation.protocol import Fold, make_folds
+from saml_models.evaluation.protocol import Fold, other_fold
 from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
+from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
-from saml_models.text.wer import pooled, word_errors
-from saml_models.training.adapt import ADAPTATION
-from saml_models.training.calibration import input_moments, start_experts, starts_from_error
-from saml_models.training.loop import Sample, fit
+from saml_models.training.adapt import ADAPTATION, adapt
+from saml_models.training.calibration import starts_from_error
 from saml_models.training.options import TrainingOptions
-from saml_models.training.pretrain import PRETRAINING
-from saml_models.training.samples import training_samples
+from saml_models.training.pretrain import PER_SPEAKER, PRETRAINING, pretrain
 from saml_models.transcription.clips import decode_clips
 
 # What differs from the defaults. Ranks are chosen so that the bytes come out alike.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "token": {},
-    "token from LoRA's start": {"config": {"expert_init": "lora"}},
-    "token from LoftQ's start": {"calibrated": False},
-    "token top 2": {"config": {"top_k": 2}},
-    "token 2 x rank 8": {"config": {"num_experts": 2, "rank": 8}},
-    "token 8 x rank 2": {"config": {"num_experts": 8, "rank": 2}},
-    "utterance": {"config": {"router": "utterance"}},
-    "utterance merged": {"config": {"router": "utterance", "mix": "merged"}},
-    "speaker": {"config": {"router": "speaker"}},
-    "one LoRA of rank 17": {"config": {"num_experts": 1, "rank": 17, "router": "speaker"}},
+    "default": {"experts": True},
+    "one LoRA": {"config": {"num_experts": 1, "rank": 17, "router": "speaker"}},
+    "2 x rank 8": {"config": {"num_experts": 2, "rank": 8}},
+    "8 x rank 2": {"config": {"num_experts": 8, "rank": 2}},
+    "router of the utterance": {"config": {"router": "utterance"}},
     "the paper's": {"config": SAMLConfig.paper().to_dict()},
 }
 
 
-def development_sets(data: Path) -> dict[str, list[Fold]]:
-    """The folds of the three sets of the README's table."""
-    return {
-        name: make_folds(by_speaker(found), 20 if name == "train-clean-5" else None, 2)
-        for name, found in development_speech(data).items()
-    }
+class Variant:
+    """One recipe, and what of it is in the results."""
+
+    def __init__(
+        self, name: str, changes: dict[str, Any], model: str, data: Path, work: Path
+    ) -> None:
+        self.name, self.changes, self.model, self.data = name, changes, model, data
+        self.work = work / name.replace(" ", "-")
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def adaptable(self, show: Console) -> tuple[Any, Any]:
+        """The model with the experts of this variant's stage 1."""
+        given = self.changes.get("experts")
+        if given is True:
+            return load_adaptable(self.model)
+        experts = Path(given) if given else self.work / "experts.safetensors"
+        if not experts.exists():
+            self.pretrain(experts, show)
+        config = replace(SAMLConfig(), **self.changes.get("config", {}))
+        network, processor = load_adaptable(self.model, config, experts)
+        return network, processor
+
+    def pretrain(self, out: Path, show: Console) -> None:
+        """Stage 1, from its checkpoint if there is one."""
+        network, processor = load_model(self.model)
+        compress(network, replace(SAMLConfig(), **self.changes.get("config", {})))
+        show.print(f"{self.name}: stage 1")
+        profile = pretrain(
+            network,
+            processor,
+            training_speech(self.data),
+            options(PRETRAINING, self.changes.get("pretraining", {})),
+            per_speaker=self.changes.get("per_speaker", PER_SPEAKER),
+            checkpoint=out.with_suffix(".checkpoint"),
+            original=load_model(self.model)[0] if starts_from_error(network) else None,
+        )
+        profile.save(out)
+
+    def adapted(
+        self, loaded: tuple[Any, Any], folds: Sequence[Fold], number: int, place: Path, seed: int
+    ) -> SpeakerProfile:
+        """The profile of a fold, made once."""
+        path = place / f"{number}.safetensors"
+        if not path.exists():
+            recipe = replace(options(ADAPTATION, self.changes.get("adaptation", {})), seed=seed)
+            adapt(*loaded, folds[number].train, recipe, skip_long=True).save(path)
+        return SpeakerProfile.load(path)
 
 
-def stage_one(data: Path) -> list[Utterance]:
-    """Speech of the speakers that nobody is tested on, as in the README's `saml pretrain`."""
-    found = load_corpus(data / "LibriSpeech" / "train-clean-5")
-    found = [u for u in found if u.speaker not in READERS]
-    for part in ("speechocean762", "librispeech-dev-clean-mp3"):
-        found += load_corpus(data / part / "train.jsonl")
-    return found
-
-
-def _same(clip: np.ndarray) -> np.ndarray:
-    return clip
-
-
-class Bench:
-    """Speech and its targets, found once; then one variant after the other."""
-
-    def __init__(self, model: str, data: Path, console: Console, targets: Path) -> None:
-        self.name, self.console = model, console
-        self.sets = development_sets(data)
-        heard, self.processor = load_model(model)
-        base = {k: SAMLConfig().to_dict()[k] for k in ("format", "block_size", "double_quant")}
-        self.report = compress(heard, SAMLConfig(num_experts=0, **base))
-        # Targets are in the style that the bare quantised model writes, for every variant alike.
-        known: dict[str, str] = json.loads(targets.read_text()) if targets.exists() else {}
-        heard.saml.short_windows = True
-
-        def samples(utterances: list[Utterance], keep: bool) -> list[Sample]:
-            if not all(u.id in known for u in utterances):
-                made = training_samples(bind(heard, self.processor), utterances, keep_audio=keep)
-                known.update({u.id: s.text for u, s in zip(utterances, made, strict=True)})
-                write_json(targets, known)
-            return [
-                Sample(partial(_same, clip) if keep else u.load, len(clip) / 16000, known[u.id])
-                for u in utterances
-                for clip in [u.load()]
-            ]
-
-        console.print("hearing stage 1")
-        pretraining = at_once(stage_one(data))
-        self.stage_one = samples(pretraining, keep=False)
-        console.print("hearing the development speakers")
-        self.stage_two = {
-            name: [samples(f.train, keep=True) for f in folds] for name, folds in self.sets.items()
-        }
-        self.clips = {
-            name: [[u.load() for u in f.test] for f in folds] for name, folds in self.sets.items()
-        }
-
-    def run(self, variant: dict[str, Any], chosen: list[str], profile: Path) -> dict[str, Any]:
-        """Both stages of one variant; `profile` keeps the experts of stage 1."""
-        config = replace(SAMLConfig(), **variant.get("config", {}))
-        first = _options(PRETRAINING, variant.get("pretraining", {}))
-        second = _options(ADAPTATION, variant.get("adaptation", {}))
-        model, _ = load_model(self.name)
-        report = compress(model, config)
-        with tempfile.TemporaryDirectory() as folder:
-            size = save_saml(model, self.processor, folder)
-        model.saml.short_windows = True
-        started = time.monotonic()
-        start = variant.get("experts")
-        if start:
-            SpeakerProfile.load(start).apply(model)
-        else:
-            if starts_from_error(model) and variant.get("calibrated", True):
-                original, _ = load_model(self.name)
-                moments = input_moments(bind(original, self.processor), self.stage_one, first)
-                start_experts(model, original, moments)
-            fit(bind(model, self.processor), self.stage_one, first)
-            SpeakerProfile.of(model, speaker="pretrained").save(profile)
-        seconds = {"stage 1": time.monotonic() - started}
-        wer: dict[str, dict[str, float]] = {"experts": {}, "adapted": {}}
-        for name in chosen:
-            folds, clips = self.sets[name], self.clips[name]
-            said = [u.text for f in folds for u in f.test]
-            flat = [c for part in clips for c in part]
-            wer["experts"][name] = _wer(said, decode_clips(bind(model, self.processor), flat))
-            started = time.monotonic()
-            heard: list[str] = []
-            for samples, part in zip(self.stage_two[name], clips, strict=True):
-                with model.saml.snapshot():
-                    fit(bind(model, self.processor), samples, second)
-                    heard += decode_clips(bind(model, self.processor), part)
-            wer["adapted"][name] = _wer(said, heard)
-            seconds[name] = time.monotonic() - started
-            self.console.print(f"  {name}: {wer['experts'][name]} -> {wer['adapted'][name]}")
-        return {
-            "wer": wer,
-            "bytes": size,
-            "ratio": round(self.report.full_bytes / size, 3),
-            "trainable": report.trainable,
-            "seconds": {k: round(v, 1) for k, v in seconds.items()},
-            "variant": variant,
-        }
-
-
-def _options(base: TrainingOptions, changes: dict[str, Any]) -> TrainingOptions:
+def options(base: TrainingOptions, changes: dict[str, Any]) -> TrainingOptions:
+    """`base` with some fields changed; JSON's lists are tuples there."""
     tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return replace(base, **tuples)
 
 
-def _wer(said: list[str], heard: list[str]) -> float:
-    return round(float(pooled(word_errors(said, heard)).wer), 2)
-
-
-def table(results: dict[str, Any]) -> Table:
-    """A row for each variant: bytes, then WER of the experts alone and adapted, by set."""
-    found = Table(title="WER %, experts alone -> adapted")
-    found.add_column("variant")
-    found.add_column("smaller", justify="right")
-    sets = list(next(iter(results.values()))["wer"]["adapted"])
-    for name in (*sets, "mean"):
-        found.add_column(name, justify="right")
-    for name, result in results.items():
-        wer = result["wer"]
-        cells = [f"{wer['experts'][s]:.2f} -> {wer['adapted'][s]:.2f}" for s in wer["adapted"]]
-        mean = f"{np.mean(list(wer['adapted'].values())):.2f}"
-        found.add_row(name, f"{result['ratio']:.2f}x", *cells, mean)
-    return found
+def measure(
+    variant: Variant,
+    sets: Sequence[str],
+    seeds: Sequence[int],
+    results: dict[str, Any],
+    save: Any,
+    show: Console,
+) -> None:
+    """Whatever of these sets and seeds is not in the results yet, fold by fold."""
+    own = results["variants"].setdefault(variant.name, {"variant": variant.changes, "heard": {}})
+    loaded: list[tuple[Any, Any]] = []
+    for key in sets:
+        folds = VOICES[key].folds(variant.data)
+        results["speech"].setdefault(key, [
+            {"speaker": fold.speaker, "said": [u.text for u in fold.test]} for fold in folds
+        ])  # fmt: skip
+        heard = own["heard"].setdefault(key, {})
+        for system in ("experts", *(f"{kind} {s}" for s in seeds for kind in ("adapted", "other"))):
+            done = heard.setdefault(system, [])
+            for number in range(len(done), len(folds)):
+                if not loaded:
+                    loaded.append(variant.adaptable(show))
+                    own["hash"] = loaded[0][0].saml.experts_hash()
+                kind, _, seed = system.partition(" ")
+                chosen = other_fold(folds, number) if kind == "other" else number
+                profile = None
+                if kind != "experts":
+                    place = variant.work / f"{key}-{seed}"
+                    profile = variant.adapted(loaded[0], folds, chosen, place, int(seed))
+                clips = [u.load() for u in folds[number].test]
+                done.append(decode_clips(bind(*loaded[0]), clips, speakers=[profile] * len(clips)))
+                save()
+            show.print(f"{variant.name}: {key}, {system}")
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Holds LibriSpeech/ and speechocean762/.")],
+    data: Annotated[Path, typer.Option(help="Holds LibriSpeech/, speechocean762/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
+    work: Annotated[Path, typer.Option(help="Keeps experts, profiles and checkpoints.")],
     model: Annotated[str, typer.Option()] = "tiny.en",
     only: Annotated[str | None, typer.Option(help="Names in VARIANTS, by commas.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="NAME:{JSON} of one's own.")] = None,
-    sets: Annotated[str, typer.Option()] = "train-clean-5,test-other,speechocean762",
+    sets: Annotated[str, typer.Option(help="Of VOICES, by commas.")] = "choosing",
+    seeds: Annotated[str, typer.Option(help="Of the adaptation, by commas.")] = "0,1,2",
+    here: Annotated[
+        bool, typer.Option("--here", help="In this process; with a single variant.")
+    ] = False,
 ) -> None:
     quiet_libraries()
-    console = Console()
-    own = dict(v.split(":", 1) for v in variant or [])
+    own = dict(one.split(":", 1) for one in variant or [])
     plan = {name: json.loads(text) for name, text in own.items()}
-    if not own or only:
-        names = only.split(",") if only else list(VARIANTS)
-        plan |= {name.strip(): VARIANTS[name.strip()] for name in names}
-    results: dict[str, Any] = json.loads(json_file.read_text()) if json_file.exists() else {}
-    bench = Bench(model, data, console, json_file.with_suffix(".targets.json"))
+    if only or not own:
+        names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
+        plan |= {name: VARIANTS[name] for name in names}
+    if unknown := [key for key in sets.split(",") if key not in VOICES]:
+        raise SAMLError(f"--sets {unknown[0]}: expected some of {', '.join(VOICES)}")
+    console = Console()
+    results: dict[str, Any] = {"speech": {}, "variants": {}}
+    if json_file.exists():
+        results = json.loads(json_file.read_text())
+    if here:
+        ((name, changes),) = plan.items()
+        results["about"] = about(torch.device("cpu")) | {"model": model}
+        measure(
+            Variant(name, changes, model, data, work),
+            sets.split(","),
+            [int(seed) for seed in seeds.split(",")],
+            results,
+            lambda: write_json(json_file, results),
+            console,
+        )
+        return
     for name, changes in plan.items():
-        if name in results:
-            continue
-        console.print(name)
-        profile = json_file.with_suffix(f".{name.replace(' ', '-')}.safetensors")
-        results[name] = bench.run(changes, sets.split(","), profile)
-        write_json(json_file, results)
-    console.print(table(results))
+        common = ["--data", data, "--json", json_file, "--work", work, "--model", model]
+        each = ["--sets", sets, "--seeds", seeds, "--variant", f"{name}:{json.dumps(changes)}"]
+        command = [sys.executable, "-m", "bench", "defaults", "--here", *map(str, common), *each]
+        if subprocess.run(command, check=False).returncode:
+            raise SAMLError(f"{name}: ended with an error; what was done is in {json_file}")
+    results = json.loads(json_file.read_text())
+    table = Table(title=f"{model}: WER %, ratios with 95 % intervals over speakers")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head in HEADS[:2] else "right")
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)

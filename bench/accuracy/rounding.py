@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.accuracy.rounding_rows import FULL, HEADS, rows
-from bench.accuracy.speech import READERS
+from bench.accuracy.speech import training_speech
 from bench.models.clips import spread
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
@@ -51,14 +51,6 @@ from saml_models.text.style import in_model_style
 from saml_models.text.wer import word_errors
 from saml_models.transcription.clips import decode_clips
 
-TRAINING = (
-    "librispeech-first-utterances",
-    "librispeech-dev-clean-mp3",
-    "speechocean762",
-    "speechocean762-more",
-    "kathleen",
-    "ljspeech",
-)
 PLAIN, CALIBRATED = "plain", "calibrated"
 
 
@@ -97,15 +89,6 @@ FOREIGN = 10  # clips of each other language, for a multilingual model, in place
 def prompts(language: str) -> list[Utterance]:
     """Asterisk's, from Debian's packages."""
     return load_corpus(asterisk_prompts(cache_folder(), language))
-
-
-def training_speech(data: Path) -> list[Utterance]:
-    """English, of speakers that nothing is reported on."""
-    measured = {u.speaker for one in ENGLISH.values() for u in one.speech(data)}
-    found = load_corpus(data / "LibriSpeech" / "train-clean-5")
-    for part in TRAINING:
-        found += load_corpus(data / part / "train.jsonl")
-    return [u for u in found if u.speaker not in {*READERS, *measured}]
 
 
 def calibration_speech(data: Path, multilingual: bool, seed: int) -> list[Utterance]:

@@ -33,7 +33,15 @@ from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
 
-__all__ = ["SYSTEMS", "Evaluation", "Fold", "evaluate", "make_folds", "with_word_errors"]
+__all__ = [
+    "SYSTEMS",
+    "Evaluation",
+    "Fold",
+    "evaluate",
+    "make_folds",
+    "other_fold",
+    "with_word_errors",
+]
 
 # The columns of the table, in order.
 SYSTEMS = {
@@ -278,7 +286,7 @@ def evaluate(
     result.seconds["adapting"] = time.monotonic() - started
     chosen_by = {"adapted": list(range(len(folds)))}
     if len({fold.speaker for fold in folds}) > 1:
-        chosen_by["other_speaker"] = [_other(folds, i) for i in range(len(folds))]
+        chosen_by["other_speaker"] = [other_fold(folds, i) for i in range(len(folds))]
     for system, chosen in chosen_by.items():
         stage(SYSTEMS[system], len(clips))
         started = time.monotonic()
@@ -346,7 +354,7 @@ def _is_loop(speech: SpeechModel, text: str) -> bool:
     return is_loop(ids[prompt:-1], len(ids))
 
 
-def _other(folds: Sequence[Fold], i: int) -> int:
+def other_fold(folds: Sequence[Fold], i: int) -> int:
     """The next fold of another speaker."""
     later = ((i + step) % len(folds) for step in range(1, len(folds)))
     return next(j for j in later if folds[j].speaker != folds[i].speaker)

@@ -1,0 +1,127 @@
+"""`python -m bench defaults`: figures by plain arithmetic; what was heard is not heard again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.accuracy import defaults
+from bench.accuracy.defaults_rows import counted, rows
+from saml_models.data.corpora import Utterance
+from saml_models.evaluation.protocol import Fold
+
+SAID = "here they all went"
+WRONG = {n: " ".join(["x"] * n + SAID.split()[n:]) for n in range(5)}
+
+
+def results() -> dict[str, Any]:
+    def heard(*counts: int) -> list[list[str]]:
+        return [[WRONG[n]] for n in counts]
+
+    return {
+        "speech": {"choosing": [{"speaker": s, "said": [SAID]} for s in "aabb"]},
+        "variants": {
+            "default": {
+                "heard": {
+                    "choosing": {
+                        "experts": heard(2, 2, 2, 2),
+                        "adapted 0": heard(1, 1, 2, 2),
+                        "other 0": heard(2, 2, 2, 2),
+                        "adapted 1": heard(1, 1, 4, 4),
+                        "other 1": heard(2, 2, 2, 2),
+                        "adapted 2": heard(1, 1),  # not to the end yet
+                    }
+                }
+            },
+            "hot": {"heard": {"choosing": {"adapted 0": heard(2, 2, 4, 4)}}},
+        },
+    }
+
+
+def test_rows_pool_seeds_and_compare_the_same_utterances() -> None:
+    default, hot = rows(results())
+    assert default[:4] == ["default", "choosing", "50.00", "50.00"]
+    # Mean errors of the seeds: 1, 1, 3, 3 of the experts' 2 each.
+    assert default[4].startswith("1.000 (0.500 to 1.500")
+    assert default[5].startswith("1.000") and default[6] == "" and default[7] == "1 of 2"
+    assert hot[2:6] == ["", "75.00", "", ""] and hot[7] == ""
+    assert hot[6].startswith("1.500 (1.3")
+    assert len(counted(results(), "default", "choosing", "adapted")) == 2
+
+
+class Quick(defaults.Variant):
+    """Adapts and hears nothing: counts what it is asked."""
+
+    asked: list[Any]
+
+    def adaptable(self, show: Console) -> tuple[Any, Any]:
+        class Saml:
+            class saml:
+                @staticmethod
+                def experts_hash() -> str:
+                    return "h"
+
+        self.asked.append("load")
+        return Saml, None
+
+    def adapted(self, loaded: Any, folds: Any, number: int, place: Path, seed: int) -> Any:
+        self.asked.append((number, seed))
+        return f"profile {number}"
+
+
+def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoken(Utterance):
+        def load(self) -> Any:
+            return self.id
+
+    def fold(speaker: str) -> Fold:
+        return Fold(speaker, [], [Spoken(speaker, speaker, SAID, tmp_path)])
+
+    class Voices:
+        @staticmethod
+        def folds(data: Path) -> list[Fold]:
+            return [fold("a"), fold("b"), fold("b")]
+
+    heard: list[Any] = []
+
+    def decode(speech: Any, clips: Any, speakers: Any) -> list[str]:
+        heard.append((clips[0], speakers[0]))
+        if len(heard) == stop:
+            raise KeyboardInterrupt
+        return [SAID] * len(clips)
+
+    monkeypatch.setattr(defaults, "VOICES", {"choosing": Voices})
+    monkeypatch.setattr(defaults, "decode_clips", decode)
+    monkeypatch.setattr(defaults, "bind", lambda *loaded: loaded)
+    variant = Quick("some name", {}, "tiny.en", tmp_path, tmp_path)
+    variant.asked = []
+    found: dict[str, Any] = {"speech": {}, "variants": {}}
+    saved: list[int] = []
+
+    def measure() -> None:
+        defaults.measure(
+            variant, ["choosing"], [7], found, lambda: saved.append(1), Console(quiet=True)
+        )
+
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    assert len(saved) == 4 and len(found["variants"]["some name"]["heard"]["choosing"]) == 2
+    measure()
+    own = found["variants"]["some name"]["heard"]["choosing"]
+    assert {system: len(folds) for system, folds in own.items()} == {
+        "experts": 3, "adapted 7": 3, "other 7": 3,
+    }  # fmt: skip
+    # Another's adaptation is that of the next fold of another speaker.
+    assert heard[-3:] == [("a", "profile 1"), ("b", "profile 0"), ("b", "profile 0")]
+    variant.asked.clear()
+    measure()
+    assert variant.asked == []
+
+
+def test_options_from_json() -> None:
+    found = defaults.options(defaults.ADAPTATION, {"speeds": [0.9, 1.1], "epochs": 2})
+    assert found.speeds == (0.9, 1.1) and found.epochs == 2
