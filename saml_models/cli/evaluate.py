@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +30,13 @@ def evaluate(
         int | None, typer.Option(help="Adapt on the first K utterances, test on the rest.")
     ] = None,
     folds: Annotated[int, typer.Option(help="Without --adapt-utterances: cross-validation.")] = 2,
+    curve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNTS",
+            help="Instead: WER against utterances learnt from, such as 5,10,20,40,80.",
+        ),
+    ] = None,
     experts: Experts = None,
     beam_size: Annotated[
         int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
@@ -60,6 +67,12 @@ def evaluate(
         raise SAMLError(f"--scoring {scoring}: expected one of {', '.join(SCORINGS)}")
     names = [s.strip() for s in speakers.split(",") if s.strip()] if speakers else None
     by_name = by_speaker(load_corpus(data, names))
+    if curve is not None:
+        if adapt_utterances is not None:
+            raise SAMLError("--curve: has counts of its own; leave out --adapt-utterances")
+        _curve(by_name, curve, model, experts, beam_size, scoring, device, json_file, figure,
+               overwrite)  # fmt: skip
+        return
     plan = make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper")
     if json_file is not None:
         check_output(json_file, is_json("model", "wer", "utterances"), overwrite)
@@ -84,12 +97,80 @@ def evaluate(
     if figure is not None:
         from saml_models.evaluation.figures import plot_speakers
 
-        try:
-            plot_speakers(result, figure)
-            console.print(f"figure: {figure}")
-        except SAMLError as error:
-            # The numbers are safe; a missing drawing library must not lose them.
-            console.print(f"no figure: {error}")
+        _draw(console, plot_speakers, result, figure)
+
+
+def _curve(
+    speakers: dict[str, list[Any]],
+    counts: str,
+    name: str,
+    experts: Path | None,
+    beam_size: int,
+    scoring: str,
+    device: str | None,
+    json_file: Path | None,
+    figure: Path | None,
+    overwrite: bool,
+) -> None:
+    """`saml evaluate --curve`: computed, shown and written."""
+    from saml_kernels.errors import SAMLError
+    from saml_kernels.files import check_output, is_figure, is_json, write_json
+    from saml_models.cli.output import progress
+    from saml_models.evaluation.curve import curve_folds, learning_curve
+    from saml_models.speakers.pretrained import load_adaptable
+
+    try:
+        wanted = [int(count) for count in counts.split(",")]
+    except ValueError:
+        raise SAMLError(f"--curve {counts}: expected counts such as 5,10,20") from None
+    plan = curve_folds(speakers, wanted)
+    if json_file is not None:
+        check_output(json_file, is_json("model", "curve", "speakers"), overwrite)
+        figure = figure or json_file.with_suffix(".png")
+    if figure is not None:
+        check_output(figure, is_figure, overwrite)
+    saml = load_adaptable(name, experts=experts, device=device_named(device))
+    total, done = sum(map(len, plan.values())), 0
+    with progress("adapting") as show:
+
+        def on_done(parts: int) -> None:
+            nonlocal done
+            done += parts
+            show(done, total, "")
+
+        found = learning_curve(saml, plan, beam_size=beam_size, scoring=scoring, on_done=on_done)
+    result = {"model": name, "beam_size": beam_size, "scoring": scoring, **found.to_dict()}
+    console = Console()
+    table = Table(title=f"{name}: WER % by utterances learnt from")
+    for column in ("utterances", "speakers", "WER %", "95 % over speakers", "unadapted"):
+        table.add_column(column, justify="right")
+    for point in result["curve"]:
+        span = point["interval_95"]
+        table.add_row(
+            str(point["utterances"]), str(point["speakers"]), f"{point['wer']:.2f}",
+            f"{span[0]:.1f}-{span[1]:.1f}" if span else "", f"{point['unadapted']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if json_file is not None:
+        write_json(json_file, result)
+        console.print(f"JSON: {json_file}")
+    if figure is not None:
+        from saml_models.evaluation.figures import plot_curve
+
+        _draw(console, plot_curve, result, figure)
+
+
+def _draw(
+    console: Console, plot: Callable[[dict[str, Any], Path], None], result: Any, path: Path
+) -> None:
+    """A figure; the numbers are safe, and a missing drawing library must not lose them."""
+    from saml_kernels.errors import SAMLError
+
+    try:
+        plot(result, path)
+        console.print(f"figure: {path}")
+    except SAMLError as error:
+        console.print(f"no figure: {error}")
 
 
 def demo(

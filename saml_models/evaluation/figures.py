@@ -8,7 +8,7 @@ from typing import Any
 from saml_kernels.errors import needs
 from saml_kernels.files import write_figure
 
-__all__ = ["new_figure", "plot_pruning", "plot_speakers"]
+__all__ = ["new_figure", "plot_curve", "plot_pruning", "plot_speakers"]
 
 _SHOWN = {
     "full_precision": ("full precision", "#4c566a"),
@@ -42,6 +42,42 @@ def plot_speakers(result: dict[str, Any], path: str | Path) -> None:
         f"quantised, {pooled['adapted']:.1f} % adapted"
     )
     axes.legend(frameon=False, ncols=2)
+    write_figure(path, figure)
+
+
+def plot_curve(result: dict[str, Any], path: str | Path) -> None:
+    """A PNG of WER against utterances learnt from; `result` is `Curve.to_dict()`.
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    points = result["curve"]
+    figure = new_figure(6.0, 4.0)
+    axes = figure.subplots()
+    places = list(range(len(points)))
+    for own in result["speakers"].values():
+        known = [
+            (i, own[key]) for i, p in enumerate(points) if (key := str(p["utterances"])) in own
+        ]
+        axes.plot(*zip(*known, strict=True), color="#d8dee9", linewidth=0.8, zorder=1)
+    axes.plot(places, [p["wer"] for p in points], "o-", color="#2e7d4f", label="adapted")
+    axes.plot(
+        places,
+        [p["unadapted"] for p in points],
+        "--",
+        color="#d08770",
+        label="+ experts, unadapted",
+    )
+    spans = [(i, *p["interval_95"]) for i, p in enumerate(points) if p["interval_95"]]
+    if spans:
+        at, low, high = zip(*spans, strict=True)
+        axes.fill_between(at, low, high, color="#2e7d4f", alpha=0.15, linewidth=0)
+    axes.set_xticks(places, [f"{p['utterances']}\n({p['speakers']})" for p in points])
+    axes.set_xlabel("utterances learnt from (speakers)")
+    axes.set_ylabel("word error rate (%)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     write_figure(path, figure)
 
 
