@@ -233,14 +233,23 @@ def _read(path: Path) -> Any:
 def _wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
     found = {name: _read(results / f"{prefix}-{name}.json") for name in sets}
-    rows = []
+    rows, heads = [], ["speech", *SYSTEMS.values(), "adapted / full (95 %)"]
+    over_speakers = all("ratios" in data for data in found.values())
+    if over_speakers:
+        heads += ["adapted / experts (95 %)", "by the paper's scoring: full, adapted"]
     for name, data in found.items():
         who, how = SPEECH[name]
         cells = [f"{data['wer'][system]:.2f}" for system in SYSTEMS]
-        low, high = data["relative"]["interval_95"]
-        ratio = f"{data['relative']['adapted_to_full_precision']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells, ratio])
-    lines = _markdown_table(["speech", *SYSTEMS.values(), "adapted / full (95 %)"], rows)
+        if over_speakers:
+            for key in ("adapted_to_full_precision", "adapted_to_experts"):
+                cells.append(_interval(data["ratios"][key]["ratio"], data["ratios"][key]))
+            own = data["wer_by_scoring"]["paper"]
+            cells.append(f"{own['full_precision']:.2f}, {own['adapted']:.2f}")
+        else:
+            one = data["relative"]
+            cells.append(_interval(one["adapted_to_full_precision"], one))
+        rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
+    lines = _markdown_table(heads, rows)
     about, size = data, data["size"]
     lines.append(
         f"Whisper {about['model']}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
@@ -251,6 +260,11 @@ def _wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     return "\n".join(lines)
 
 
+def _interval(ratio: float, data: dict[str, Any]) -> str:
+    low, high = data["interval_95"]
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
 def _sizes(results: Path) -> str:
     """Megabytes of a model on disk, by how much of it is there."""
     found = [_read(results / f"{file}-test-other.json") for file in ("wer", "wer-base")]
@@ -259,31 +273,6 @@ def _sizes(results: Path) -> str:
         [f"Whisper {d['model']}", *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found
     ]
     return "\n".join(_markdown_table(["model", "float32", "quantised", "with experts"], rows))
-
-
-# Rows of `variants`: an entry of defaults-tiny.en.json and its label. The default's own row is that
-# of wer-*.json: the file's entries of these three names were trained with the recipe before it.
-VARIANTS = {
-    "one LoRA of rank 17": "one LoRA of rank 17, no router",
-    "the paper's": "the paper's: attention only, 10 of rank 1, merged, shared routers",
-    "token": "earlier recipe, router of the token",
-    "utterance": "earlier recipe, router of the utterance",
-    "speaker": "earlier recipe, a learnt vector of gates",
-}
-
-
-def _variants(results: Path) -> str:
-    """WER of the experts alone and adapted, by what the experts and the router are."""
-    scored = {name: _read(results / f"wer-{name}.json") for name in SPEECH}
-    default = [f"{d['wer']['experts']:.2f}, {d['wer']['adapted']:.2f}" for d in scored.values()]
-    ratio = min(d["size"]["ratio"] for d in scored.values())
-    rows = [["default: 4 experts of rank 4, router of the token", f"{ratio:.2f}x", *default]]
-    found = _read(results / "defaults-tiny.en.json")
-    for name, label in VARIANTS.items():
-        wer, size = found[name]["wer"], found[name]["ratio"]
-        cells = [f"{wer['experts'][s]:.2f}, {wer['adapted'][s]:.2f}" for s in SPEECH]
-        rows.append([label, f"{size:.2f}x", *cells])
-    return "\n".join(_markdown_table(["experts", "smaller", *SPEECH], rows))
 
 
 PROFILES = {
@@ -379,7 +368,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: _wer("wer", tuple(SPEECH), results),
     "wer-base": lambda results: _wer("wer-base", ("test-other", "speechocean762"), results),
     "sizes": _sizes,
-    "variants": _variants,
     "profiles": _profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
     "cpu-operator-avx2": lambda results: _cpu_operator("cpu-operator-avx2.json", results),

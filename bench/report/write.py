@@ -1,10 +1,13 @@
 """Figures and tables from the files of results, for README and docs.
 
-    python -m bench report [--results bench/results] [PAGE ...]
+    python -m bench report [--results bench/results] [--add wer-NAME.json] [PAGE ...]
 
 <device>-<date>.json (of `python -m bench`, `pytest bench`) become PNGs, wer-*.json (`saml evaluate
 --json`) one of WER against bytes. A page gets a table wherever it has a pair of lines
 `<!-- results: NAME -->` and `<!-- results: end -->`; without PAGE, README.md and docs/ do.
+
+With --add a file of `saml evaluate --json`, from this machine and commit, joins the results under
+its own name: without what was said, which belongs to the corpus, and with what it was measured on.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from bench.place import REPOSITORY, RESULTS
+from bench.report.environment import about
 from bench.report.figures import plot_layers, plot_wer
 from bench.report.tables import has_tables, load, timed_files, write_tables
+from saml_kernels.errors import SAMLError
+from saml_kernels.files import read_json, write_json
 
 
 def pages() -> list[Path]:
@@ -26,10 +33,31 @@ def pages() -> list[Path]:
     return [page for page in candidates if has_tables(page)]
 
 
+def add(path: Path, results: Path) -> Path:
+    """Copy a file of `saml evaluate --json` to the results, without its utterances' text.
+
+    Raises:
+        SAMLError: it is none, or its name is not wer-*.json.
+    """
+    data = read_json(path)
+    if not path.name.startswith("wer-") or not {"wer", "detail", "utterances"} <= set(data):
+        raise SAMLError(f"{path}: expected wer-NAME.json, as `saml evaluate --json` writes it")
+    kept = {key: value for key, value in data.items() if key != "utterances"}
+    measured = about(torch.device("cpu"))
+    chosen = {key: measured[key] for key in ("device", "versions", "date", "commit")}
+    write_json(results / path.name, chosen | kept)
+    return results / path.name
+
+
 def main(
     page: Annotated[list[Path] | None, typer.Argument(help="Default: README.md, docs/.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of JSON files.")] = RESULTS,
+    more: Annotated[
+        list[Path] | None, typer.Option("--add", help="Of `saml evaluate --json`: wer-NAME.json.")
+    ] = None,
 ) -> None:
+    for path in more or []:
+        print(f"results: {add(path, results)}")
     timed = timed_files(results)
     for path, data in zip(timed, load(timed), strict=True):
         if plot_layers(data, path.with_suffix(".png")):

@@ -17,6 +17,7 @@ from bench.report.tables import (
     tables,
     write_tables,
 )
+from bench.report.write import add
 from saml_kernels import SAMLError
 
 
@@ -126,12 +127,38 @@ def test_tables_of_results_by_hand(tmp_path):
         "Whisper tiny.en: 10.0 MB in float32, 2.0 MB quantised, 2.5 MB with experts (4.00x "
         "smaller). Measured on: a machine; torch 2.13.0; 2026-01-02."
     )
+    over = {"ratio": 0.75, "interval_95": [0.6, 0.9]}
+    data |= {
+        "ratios": {"adapted_to_full_precision": over, "adapted_to_experts": over},
+        "wer_by_scoring": {"paper": wer},
+    }
+    for name in ("train-clean-5", "test-other", "speechocean762"):
+        (tmp_path / f"wer-{name}.json").write_text(json.dumps(data))
+    assert TABLES["wer"](tmp_path).splitlines()[2].endswith(
+        "| 7.50 | 0.75 (0.60 to 0.90) | 0.75 (0.60 to 0.90) | 8.00, 6.00 |"
+    )
     row = {"in": 64, "out": 32, "rows": 1, "experts": 0.5, "experts_over_bitsandbytes": 0.25}
     rows = [row | {"warm": True}, row | {"warm": False, "experts": 0.75}]
     (tmp_path / "cpu-operator.json").write_text(json.dumps({"about": "a CPU", "rows": rows}))
     assert TABLES["cpu-operator"](tmp_path).splitlines()[2:] == [
         "| 1 | warm | 0.50 | 0.25 to 0.25 |", "| 1 | cold | 0.75 | 0.25 to 0.25 |", "", "a CPU."
     ]  # fmt: skip
+
+
+def test_an_evaluation_joins_the_results_without_what_was_said(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    data = {"model": "tiny.en", "wer": {}, "detail": {}, "utterances": [{"reference": "said"}]}
+    (tmp_path / "wer-mine.json").write_text(json.dumps(data))
+    add(tmp_path / "wer-mine.json", results)
+    found = json.loads((results / "wer-mine.json").read_text())
+    assert found["model"] == "tiny.en" and found["versions"]["torch"] and found["device"]
+    assert "utterances" not in found
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    (tmp_path / "wer-half.json").write_text("{}")
+    for name in ("other.json", "wer-half.json"):
+        with pytest.raises(SAMLError, match=f"{name}: expected wer-NAME.json"):
+            add(tmp_path / name, results)
 
 
 def test_graphs_and_eager_calls_are_told_apart():
