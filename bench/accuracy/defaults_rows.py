@@ -49,7 +49,7 @@ def speakers(results: dict[str, Any], key: str) -> list[str]:
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """A row for each variant and set; seeds are pooled, ratios are of the same utterances."""
     found = []
-    first = next(iter(results["variants"]), None)
+    first = next(iter(results["variants"]), "")
     for variant, one in results["variants"].items():
         for key in one["heard"]:
             owners = speakers(results, key)

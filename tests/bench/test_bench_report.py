@@ -134,8 +134,10 @@ def test_tables_of_results_by_hand(tmp_path):
     }
     for name in ("train-clean-5", "test-other", "speechocean762"):
         (tmp_path / f"wer-{name}.json").write_text(json.dumps(data))
-    assert TABLES["wer"](tmp_path).splitlines()[2].endswith(
-        "| 7.50 | 0.75 (0.60 to 0.90) | 0.75 (0.60 to 0.90) | 8.00, 6.00 |"
+    assert (
+        TABLES["wer"](tmp_path)
+        .splitlines()[2]
+        .endswith("| 7.50 | 0.75 (0.60 to 0.90) | 0.75 (0.60 to 0.90) | 8.00, 6.00 |")
     )
     row = {"in": 64, "out": 32, "rows": 1, "experts": 0.5, "experts_over_bitsandbytes": 0.25}
     rows = [row | {"warm": True}, row | {"warm": False, "experts": 0.75}]
