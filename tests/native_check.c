@@ -60,7 +60,8 @@ static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int f
         same &= dense[i] == exact;
     }
     expect(same, "dequantised otherwise", m, &l);
-    const int refused = linear(&l, x, gates, experts, y, m, 1);
+    const Call call = {x, gates, experts, y, m, 1};
+    const int refused = linear(&l, &call);
     expect(!refused, "refused", m, &l);
 
     double worst = 0.0, largest = 1e-3, *g = malloc((size_t)(experts + 1) * sizeof *g);

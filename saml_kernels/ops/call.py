@@ -48,11 +48,14 @@ def run(
             same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
             if same and ready.serves(x, gates, bias):
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
-        elif backend in (None, "cpu") and speakers is None and not torch.is_grad_enabled():
-            given, router = (gates, None) if gating is None else (None, gates)
+        elif (backend is None or backend == "cpu") and not torch.is_grad_enabled():
+            if gating is None:
+                given, router, settings = gates, None, (scaling, None, 1.0)
+            else:
+                given, router, settings = None, gates, (scaling, *gating)
             y = cpu.forward_prepared(
-                x, weight, lora_a, lora_b, given, router, bias, scaling, *(gating or ())
-            )  # fmt: skip
+                x, weight, lora_a, lora_b, given, router, bias, settings, speakers
+            )
             if y is not None:
                 return y
     dtype = autocast_dtype(x)

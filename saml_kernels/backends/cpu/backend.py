@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = torch.float32
+INDICES = (torch.int32, torch.int64)
 STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
 BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
 
@@ -69,7 +71,9 @@ def forward(
     if dtype == torch.float32 and native.fits(x.shape[0], weight):
         wide_bias = None if bias is None else _plain(bias)
         layer = native.Layer(weight, _plain(lora_a), _plain(lora_b), None, wide_bias, scaling)
-        return layer(_plain(x), _plain(gates)).to(x.dtype)
+        y = layer(_plain(x), _plain(gates))
+        assert y is not None
+        return y.to(x.dtype)
 
     wide = x.to(dtype)
     with torch.autocast("cpu", enabled=False):  # `dtype` is chosen already
@@ -90,9 +94,8 @@ def forward_prepared(
     gates: Tensor | None,
     router: Tensor | None,
     bias: Tensor | None,
-    scaling: float,
-    top_k: int | None = None,
-    temperature: float = 1.0,
+    settings: tuple[float, int | None, float],
+    speakers: Tensor | None = None,
 ) -> Tensor | None:
     """The whole operator in one call to C, or None where a call is out of the ordinary.
 
@@ -102,34 +105,57 @@ def forward_prepared(
     Args:
         x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1; or None.
         router: [E, K] where there are no gates.
-        weight, lora_a, lora_b, bias, scaling: as in `forward`; top_k, temperature: of the router.
+        weight, lora_a, lora_b, bias: as in `forward`.
+        settings: the scaling, and top_k and temperature of the router.
+        speakers: int32 or int64 [...], broadcast over the rows of `x`; lora_a, lora_b and the
+            router are then those of many.
+
+    Raises:
+        SAMLError: a speaker index is out of range.
     """
-    if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()):
-        return None
     layer = weight.native
-    if layer is None or not layer.holds(
-        weight, lora_a, lora_b, router, bias, scaling, top_k, temperature
-    ):
-        if not native.serves(weight) or not 0.0 < temperature < float("inf"):
+    if layer is None or not layer.holds(weight, lora_a, lora_b, router, bias, settings):
+        if not native.serves(weight) or not 0.0 < settings[2] < float("inf"):
             return None
         try:
-            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, top_k, temperature)
+            layer = native.Layer(weight, lora_a, lora_b, router, bias, *settings)
         except SAMLError:  # said better by the checks of the whole way, or converted there
             return None
         weight.native = layer
-    shape = x.shape
-    rows = x.numel() // layer.columns
-    if not shape or shape[-1] != layer.columns or not 0 < rows <= layer.most_rows:
+    if layer.many:
+        return _of_many(layer, x, weight, gates, bias, speakers)
+    if speakers is not None or x.numel() > layer.most_elements:
         return None
-    if gates is not None:
-        if gates.dtype != torch.float32 or not gates.is_cpu or not gates.is_contiguous():
-            return None
-        own, experts = gates.shape, layer.experts
-        if not own or own[-1] != experts or len(own) > len(shape):
-            return None
-        if gates.numel() != experts and own[:-1] != shape[:-1]:
-            return None
     return layer(x, gates)
+
+
+def _of_many(
+    layer: native.Layer,
+    x: Tensor,
+    weight: QuantizedTensor,
+    gates: Tensor | None,
+    bias: Tensor | None,
+    speakers: Tensor | None,
+) -> Tensor | None:
+    """`forward_prepared` of many speakers' experts, or of one speaker's in int8."""
+    index, lead = None, x.shape[:-1]
+    if x.dtype is not FLOAT32 or (speakers is None) is layer.one_by_one or 0 in lead:
+        return None
+    try:
+        if speakers is not None:
+            if not speakers.is_cpu or speakers.dtype not in INDICES:
+                return None
+            if speakers.shape != (*lead[:1], *(1,) * (len(lead) - 1)):  # else one for each clip
+                speakers = speakers.expand(lead)
+            index = speakers.to(torch.int32).contiguous()
+        if gates is not None:
+            gates = gates.expand(*lead, layer.experts).contiguous()
+    except RuntimeError:  # does not broadcast: said better by the checks
+        return None
+    y = None
+    if x.numel() > layer.most_elements:
+        y = F.linear(x, _dense(weight, FLOAT32), bias)
+    return layer(x, gates, index, y)
 
 
 def backward(
