@@ -198,10 +198,11 @@ class SAMLLinear(nn.Module):
     def _of_many(self, x: Tensor, speaker_experts: SpeakerExperts) -> Tensor:
         """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
         c, scaling, index = self.config, self.config.scaling, self.context.speakers_of(x)
-        lora_a, lora_b, bias = (
-            readable(t, x) for t in (speaker_experts.lora_a, speaker_experts.lora_b, self.bias)
+        lora_a, lora_b = (
+            t if isinstance(t, QuantizedTensor) else readable(t, x)
+            for t in (speaker_experts.lora_a, speaker_experts.lora_b)
         )
-        router = readable(speaker_experts.router, x)
+        bias, router = readable(self.bias, x), readable(speaker_experts.router, x)
         if isinstance(self.router, TokenRouter) and speaker_experts.offset is None:
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,

@@ -21,7 +21,7 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import NESTED_CODE, QuantizedTensor, code_table
 
-__all__ = ["Layer", "available", "dequantize", "fits", "native_status", "select", "serves"]
+__all__ = ["Layer", "available", "dequantize", "fits", "native_status", "select", "serves", "serves_speakers"]
 
 ABI = 3  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
@@ -332,32 +332,48 @@ class Layer:
         return y
 
 
+def serves_speakers(
+    lora_a: Tensor | QuantizedTensor, lora_b: Tensor | QuantizedTensor
+) -> tuple[int, int] | None:
+    """Whether `Layer` takes these experts of many speakers, or of one in int8.
+
+    Args:
+        lora_a: [..., E, r, K], float32 or int8 without double quantisation; lora_b: [..., E, N, r].
+
+    Returns:
+        What lora_b is in memory, (groups, span) of [..., groups, N, span]; None if it is not served.
+    """
+    (experts, rank, columns), rows = lora_a.shape[-3:], lora_b.shape[-2]
+    groups, span = experts, rank
+    for tensor in (lora_a, lora_b):
+        if not isinstance(tensor, QuantizedTensor):
+            continue
+        if tensor.format != "int8" or tensor.nested_absmax is not None or tensor.block_size < UNIT:
+            return None
+        if tensor is lora_a and (columns % tensor.block_size or columns // UNIT > MAX_SCALES):
+            return None
+    if isinstance(lora_b, Tensor) and not lora_b.is_contiguous():
+        groups, span = 1, experts * rank
+        if not lora_b.transpose(-3, -2).is_contiguous():
+            return None
+    served = span in SPANS and rows * span % UNIT == 0 and columns % UNIT == 0
+    return (groups, span) if served else None
+
+
 def _describe_speakers(
     lora_a: Tensor | QuantizedTensor, lora_b: Tensor | QuantizedTensor, count: int
 ) -> _Speakers:
     """Experts [S, E, r, K] and [S, E, N, r] for C.
 
     Raises:
-        SAMLError: C does not serve them: see `linear_of_speakers` of native.c.
+        SAMLError: C does not serve them.
     """
-    experts, rank, columns = lora_a.shape[-3:]
-    rows = lora_b.shape[-2]
-    groups, span = experts, rank
-    if isinstance(lora_b, Tensor) and not lora_b.is_contiguous():
-        groups, span = 1, experts * rank
-        if not lora_b.transpose(-3, -2).is_contiguous():
-            raise SAMLError("lora_b: expected to lie in memory as [S, E, N, r] or [S, N, E, r]")
-    described = [_describe(t) if isinstance(t, QuantizedTensor) else _plain(t) for t in (lora_a, lora_b)]
-    fits = span in SPANS and rows * span % UNIT == 0
-    if isinstance(lora_a, QuantizedTensor):
-        block = lora_a.block_size
-        fits = fits and block >= UNIT and lora_b.block_size >= UNIT and columns % block == 0  # type: ignore[union-attr]
-        fits = fits and columns // block <= MAX_SCALES
-        if not fits or any(t.format != "int8" or t.nested_absmax is not None for t in (lora_a, lora_b)):  # type: ignore[union-attr]
-            raise SAMLError("lora_a, lora_b: expected int8 without double quantisation in whole blocks")
-    if not fits or columns % 64:
-        raise SAMLError(f"lora_b: [.., {rows}, {rank}] is not served")
-    return _Speakers(*described, count, groups, span)
+    laid = serves_speakers(lora_a, lora_b)
+    if laid is None:
+        shapes = f"{tuple(lora_a.shape)}, {tuple(lora_b.shape)}"
+        raise SAMLError(f"lora_a, lora_b: {shapes} are not served by native code as they lie")
+    a, b = (_describe(t) if isinstance(t, QuantizedTensor) else _plain(t) for t in (lora_a, lora_b))
+    return _Speakers(a, b, count, *laid)
 
 
 def _plain(tensor: Tensor) -> _Weight:
