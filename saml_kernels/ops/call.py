@@ -26,6 +26,14 @@ from saml_kernels.quantization.tensor import QuantizedTensor
 __all__ = ["run"]
 
 Experts = Tensor | QuantizedTensor
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# By their own names: a token's call looks up nothing twice.
+is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+dispatch_modes = torch._C._len_torch_dispatch_stack
+transforms_active = torch._C._are_functorch_transforms_active
+tracing_state = torch._C._get_tracing_state
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def run(
@@ -48,13 +56,9 @@ def run(
             same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
             if same and ready.serves(x, gates, bias):
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
-        elif (backend is None or backend == "cpu") and not torch.is_grad_enabled():
-            if gating is None:
-                given, router, settings = gates, None, (scaling, None, 1.0)
-            else:
-                given, router, settings = None, gates, (scaling, *gating)
+        elif (backend is None or backend == "cpu") and not grad_enabled():
             y = cpu.forward_prepared(
-                x, weight, lora_a, lora_b, given, router, bias, settings, speakers
+                x, weight, lora_a, lora_b, gates, bias, scaling, gating, speakers
             )
             if y is not None:
                 return y
@@ -89,20 +93,20 @@ def run(
 def _eager(x: Tensor) -> bool:
     """Whether nothing watches: no compiler, tracer, dispatch mode, transform or tangent."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        is_compiling()
+        or dispatch_modes()
+        or transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or not _plain(x)
+        or tracing_state() is not None
+        or type(x) not in PLAIN
+        or is_wrapped(x)
     )
 
 
 def _plain(tensor: Any) -> bool:
     """Whether a tensor is no more than that."""
     return not isinstance(tensor, Tensor) or not (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        type(tensor) not in PLAIN or is_wrapped(tensor)
     )
 
 

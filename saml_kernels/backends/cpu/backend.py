@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saml_kernels.backends.cpu import native
 from saml_kernels.backends.cpu.native import native_status
-from saml_kernels.backends.reference import Gradients, experts_backward, stack_a, stack_b
+from saml_kernels.backends.reference import Gating, Gradients, experts_backward, stack_a, stack_b
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 
@@ -91,10 +91,10 @@ def forward_prepared(
     weight: QuantizedTensor,
     lora_a: Tensor | QuantizedTensor,
     lora_b: Tensor | QuantizedTensor,
-    gates: Tensor | None,
-    router: Tensor | None,
+    gates: Tensor,
     bias: Tensor | None,
-    settings: tuple[float, int | None, float],
+    scaling: float,
+    gating: Gating | None = None,
     speakers: Tensor | None = None,
 ) -> Tensor | None:
     """The whole operator in one call to C, or None where a call is out of the ordinary.
@@ -103,30 +103,30 @@ def forward_prepared(
     tensors are checked when they are first seen; a token is a matter of microseconds.
 
     Args:
-        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1; or None.
-        router: [E, K] where there are no gates.
-        weight, lora_a, lora_b, bias: as in `forward`.
-        settings: the scaling, and top_k and temperature of the router.
+        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1.
+        weight, lora_a, lora_b, bias, scaling: as in `forward`.
+        gating: of a token router, whose weight [E, K] then stands in place of the gates.
         speakers: int32 or int64 [...], broadcast over the rows of `x`; lora_a, lora_b and the
             router are then those of many.
 
     Raises:
         SAMLError: a speaker index is out of range.
     """
+    router = None if gating is None else gates
     layer = weight.native
-    if layer is None or not layer.holds(weight, lora_a, lora_b, router, bias, settings):
-        if not native.serves(weight) or not 0.0 < settings[2] < float("inf"):
+    if layer is None or not layer.holds(weight, lora_a, lora_b, router, bias, scaling, gating):
+        if not native.serves(weight) or not (gating is None or 0.0 < gating[1] < float("inf")):
             return None
         try:
-            layer = native.Layer(weight, lora_a, lora_b, router, bias, *settings)
+            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, gating)
         except SAMLError:  # said better by the checks of the whole way, or converted there
             return None
         weight.native = layer
     if layer.many:
-        return _of_many(layer, x, weight, gates, bias, speakers)
-    if speakers is not None or x.numel() > layer.most_elements:
+        return _of_many(layer, x, weight, gates if router is None else None, bias, speakers)
+    if speakers is not None:
         return None
-    return layer(x, gates)
+    return layer(x, gates if router is None else None)
 
 
 def _of_many(

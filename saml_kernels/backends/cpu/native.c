@@ -21,6 +21,7 @@
 enum { ABI = 3, MAX_SCALES = 1024 }; /* both stand in native.py too */
 enum { ALONE = 48 * 1024 };          /* products that a thread makes rather than wait for another */
 enum { CACHE = 384 * 1024 };         /* bytes of x at a time: half of a common second-level cache */
+enum { SMALL = 8 * 1024 };           /* floats of scratch that are taken from the stack */
 enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2, HAS_NEON = 3 };
 enum { FOUR_BIT = 0, INT8 = 1, FLOAT32 = 2 };
 
@@ -644,11 +645,13 @@ int saml_linear(const Layer *l, const Call *call) {
     if (l->speakers.count) return linear_of_speakers(l, call);
     LinearJob job = {.layer = l, .x = call->x, .gates = call->gates, .y = call->y, .m = call->m};
     job.gate_stride = call->gate_stride;
-    float *scratch = aligned_alloc(64, (size_t)plan(&job, (int)call->threads) * sizeof(float));
+    _Alignas(64) float here[SMALL]; /* a token's: it has no time for the heap */
+    const int64_t floats = plan(&job, (int)call->threads);
+    float *scratch = floats <= SMALL ? here : aligned_alloc(64, (size_t)floats * sizeof(float));
     if (!scratch) return 2;
     place(&job, scratch);
     parallel(linear_region, &job, job.threads);
-    free(scratch);
+    if (scratch != here) free(scratch);
     return 0;
 }
 #endif

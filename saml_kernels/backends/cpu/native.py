@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gating
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import NESTED_CODE, QuantizedTensor, code_table
 
@@ -162,8 +163,7 @@ class Layer:
         router: Tensor | None,
         bias: Tensor | None,
         scaling: float,
-        top_k: int | None = None,
-        temperature: float = 1.0,
+        gating: Gating | None = None,
     ) -> None:
         """Everything float32 and contiguous on the CPU, and `serves(weight)`.
 
@@ -176,7 +176,7 @@ class Layer:
                 given to the call.
             bias: [N] or None.
             scaling: s.
-            top_k, temperature: of the router, as in `saml_linear_routed`.
+            gating: top_k and temperature of the router, as in `saml_linear_routed`.
 
         Raises:
             SAMLError: a tensor is not what C will take it for.
@@ -185,6 +185,7 @@ class Layer:
         if len(lora_a.shape) not in (3, 4):
             raise SAMLError("lora_a: expected a tensor [E, r, K] or [S, E, r, K]")
         lead, (experts, rank) = lora_a.shape[:-3], lora_a.shape[-3:-1]
+        top_k, temperature = gating or (None, 1.0)
         if top_k is not None and not 1 <= top_k <= experts:
             raise SAMLError(f"top_k: {top_k}; expected 1..{experts} or None")
         stored = [t for t in (lora_a, lora_b) if isinstance(t, QuantizedTensor)]
@@ -214,7 +215,7 @@ class Layer:
         kept += [t for _, *parts_of in self.stored for t in parts_of]
         self.places = [t.data_ptr for t in kept]
         self.addresses = [place() for place in self.places]
-        self.settings = (scaling, top_k, temperature)
+        self.scaling, self.gating = scaling, gating
         self.selection = _selections
         self.rows, self.columns, self.experts = rows, columns, experts
         self.most_elements = _library().saml_most_rows() * columns
@@ -248,7 +249,8 @@ class Layer:
         lora_b: Tensor | QuantizedTensor,
         router: Tensor | None,
         bias: Tensor | None,
-        settings: tuple[float, int | None, float],
+        scaling: float,
+        gating: Gating | None,
     ) -> bool:
         """Whether it was made for these very tensors, which lie where they lay."""
         # Spelled out: a loop over the eight takes as long as all the rest.
@@ -263,11 +265,15 @@ class Layer:
             and parts["absmax"] is absmax
             and parts["nested_absmax"] is nested
             and parts["offset"] is offset
-            and settings == self.settings
+            and scaling == self.scaling
+            and gating == self.gating
             and self.selection == _selections
             and [place() for place in self.places] == self.addresses
-            and all(p["codes"] is c and p["absmax"] is s for p, c, s in self.stored)
+            and (not self.stored or self._stored_holds())
         )
+
+    def _stored_holds(self) -> bool:
+        return all(p["codes"] is c and p["absmax"] is s for p, c, s in self.stored)
 
     def __call__(
         self,
@@ -278,8 +284,8 @@ class Layer:
     ) -> Tensor | None:
         """y [..., N] of x [..., K] by gates [..., E] or [E] for all; without gates by the router.
 
-        None where x or the gates are not float32, contiguous and on the CPU, or do not fit. An
-        expert whose gate is zero for all rows that are worked on together is not read.
+        None where x or the gates are not float32, contiguous and on the CPU, or do not fit, and
+        where x is too large for this to be the fastest way (unless y is given). An expert whose gate is zero for all rows that are worked on together is not read.
 
         Args:
             x, gates: see above.
@@ -293,7 +299,7 @@ class Layer:
         if x.dtype is not FLOAT32 or not x.is_cpu or not x.is_contiguous():
             return None
         shape, size = x.shape, x.numel()
-        if not size or shape[-1] != self.columns:
+        if not size or shape[-1] != self.columns or (size > self.most_elements and y is None):
             return None
         m = size // self.columns
         address = stride = 0
@@ -308,18 +314,17 @@ class Layer:
                     return None
                 stride = experts
             address = gates.data_ptr()
-        added = y is not None
+        added, whose, each = y is not None, 0, 1
         if y is None:  # sizes one by one: a tuple is slower to read
             two = len(shape) == 2
             y = x.new_empty(m, self.rows) if two else x.new_empty(*shape[:-1], self.rows)
-        whose, each = (0, 1) if index is None else (index.data_ptr(), m // index.numel())
-        refused = self.call(
-            self.pointer,
-            pack_call(
-                x.data_ptr(), address, stride, y.data_ptr(), m, torch.get_num_threads(), whose,
-                each, added,
-            ),
-        )  # fmt: skip
+        if index is not None:
+            whose, each = index.data_ptr(), m // index.numel()
+        threads = torch.get_num_threads()
+        packed = pack_call(
+            x.data_ptr(), address, stride, y.data_ptr(), m, threads, whose, each, added
+        )
+        refused = self.call(self.pointer, packed)
         if refused == 3 and index is not None:
             wrong = index[(index < 0) | (index >= self.speakers)]
             raise SAMLError(
