@@ -12,8 +12,10 @@ again; "cold" overwrites the caches before each train of a few layers.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.report.environment import device_name
 from saml_kernels import SAMLConfig, quantize, saml_linear_routed
 from saml_kernels.backends.cpu import backend as cpu
 from saml_kernels.backends.cpu import native
@@ -48,30 +51,28 @@ def trains(k: int, n: int, speakers: int, warm: bool) -> dict[str, Train]:
     config, x = SAMLConfig(), torch.randn(speakers, 1, k)
     own = torch.arange(speakers, dtype=torch.int32).unsqueeze(1)
     first = torch.zeros_like(own)
-    found: dict[str, list] = {name: [] for name in ("one", *RATIOS)}
+    found: dict[str, list[Callable[[], Any]]] = {name: [] for name in ("one", *RATIOS)}
     for _ in range(1 if warm else LAYERS):
-        size = config.num_experts, config.rank
-        a = torch.randn(speakers, *size, k) / k**0.5
-        b, v = torch.randn(speakers, size[0], n, size[1]), torch.randn(speakers, size[0], k) / k**0.5
+        a = torch.randn(speakers, config.num_experts, config.rank, k) / k**0.5
+        b = torch.randn(speakers, config.num_experts, n, config.rank)
+        v = torch.randn(speakers, config.num_experts, k) / k**0.5
         bias, base = torch.randn(n), torch.randn(n, k) / k**0.5
         laid = b.transpose(1, 2).contiguous().transpose(1, 2)  # as a model holds many
-        layers = {
+        layers: dict[str, tuple[Any, Any, Tensor, Tensor | None]] = {
             "one": (a[0].clone(), b[0].clone(), v[0].clone(), None),
             "one, int8": (stored(a[:1]), stored(b[:1]), v[:1].clone(), first),
             "float32": (a, laid, v, own),
             "int8": (stored(a), stored(b), v, own),
         }
         for name, (lora_a, lora_b, router, index) in layers.items():
-            tensors = (quantize(base), lora_a, lora_b, router, bias)
             found[name].append(
-                lambda tensors=tensors, index=index: saml_linear_routed(
-                    x, *tensors, config.scaling, speakers=index
+                partial(
+                    saml_linear_routed, x, quantize(base), lora_a, lora_b, router, bias,
+                    config.scaling, speakers=index,
                 )
-            )
-    if warm:
-        calls = max(4, min(100, round(WARM_US / (speakers * k * n / PER_US))))
-        found = {name: train * calls for name, train in found.items()}
-    return found
+            )  # fmt: skip
+    calls = max(4, min(100, round(WARM_US / (speakers * k * n / PER_US)))) if warm else 1
+    return {name: train * calls for name, train in found.items()}
 
 
 def sample_warm(train: Train, device: torch.device) -> float:
@@ -96,7 +97,7 @@ def main(
         native.select(level)
     counts = [int(s) for s in speakers.split(",")]
     cases = [(k, n, s, warm) for s in counts for warm in (True, False) for k, n in SHAPES]
-    about = f"{cpu.native_status()}; {threads} threads, torch {torch.__version__}"
+    about = f"{device_name(CPU)}; {cpu.native_status()}; torch {torch.__version__}"
     table = Table(title=f"Many speakers on a CPU, ratios of {rounds} rounds", caption=about)
     for head in ("speakers", "caches", "shape", "one speaker us", *RATIOS, "int8 / one, int8"):
         table.add_column(head, justify="right")
@@ -110,12 +111,12 @@ def main(
                 "in": k, "out": n, "speakers": count, "warm": warm,
                 "one_us": round(taken["one"].median, 1),
                 **{name: round(taken[name].ratio(taken["one"]), 3) for name in RATIOS},
-                "int8 over one": round(taken["int8"].ratio(taken["one, int8"]), 3),
+                "int8_over_one": round(taken["int8"].ratio(taken["one, int8"]), 3),
             }  # fmt: skip
             rows.append(row)
             table.add_row(
                 str(count), "warm" if warm else "cold", f"{k} -> {n}", str(row["one_us"]),
-                *(str(row[name]) for name in (*RATIOS, "int8 over one")),
+                *(str(row[name]) for name in (*RATIOS, "int8_over_one")),
             )  # fmt: skip
     Console().print(table)
     if json:

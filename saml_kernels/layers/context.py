@@ -33,8 +33,8 @@ class SpeakerExperts:
 
     Attributes:
         lora_a: [S, E, r, K].
-        lora_b: [S, E, N, r]; float ones best laid out in memory as [S, N, E, r] on the CPU. Both may
-            be in int8 there, without double quantisation: half-precision x dequantises them.
+        lora_b: [S, E, N, r]; on the CPU float ones best lie in memory as [S, N, E, r], and both may
+            be in int8 without double quantisation, for x in float32.
         router: [S, E, K], [S, E, d] or [S, E]: the weights of a token, utterance or speaker router.
         offset: [S, E], added to the router's logits, -inf for an expert that a speaker has not; or
             None.

@@ -198,11 +198,10 @@ class SAMLLinear(nn.Module):
     def _of_many(self, x: Tensor, speaker_experts: SpeakerExperts) -> Tensor:
         """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""
         c, scaling, index = self.config, self.config.scaling, self.context.speakers_of(x)
-        lora_a, lora_b = (
-            t if isinstance(t, QuantizedTensor) else readable(t, x)
-            for t in (speaker_experts.lora_a, speaker_experts.lora_b)
+        lora_a, lora_b, bias = (
+            readable(t, x) for t in (speaker_experts.lora_a, speaker_experts.lora_b, self.bias)
         )
-        bias, router = readable(self.bias, x), readable(speaker_experts.router, x)
+        router = readable(speaker_experts.router, x)
         if isinstance(self.router, TokenRouter) and speaker_experts.offset is None:
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, router, bias, scaling, c.top_k, c.temperature,
@@ -221,6 +220,9 @@ class SAMLLinear(nn.Module):
         gates = reference.gates_from_logits(logits, c.top_k, c.temperature).to(x.dtype)
         if c.mix == "sum":
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)
+        lora_a, lora_b = (
+            t.dequantize(x.dtype) if isinstance(t, QuantizedTensor) else t for t in (lora_a, lora_b)
+        )
         base = saml_linear(x, self.weight, lora_a[0, :0], lora_b[0, :0], x.new_empty(0), bias)
         own = index.flatten()
         own_a, own_b = lora_a[own].to(x.dtype), lora_b[own].to(x.dtype)

@@ -105,9 +105,7 @@ def _eager(x: Tensor) -> bool:
 
 def _plain(tensor: Any) -> bool:
     """Whether a tensor is no more than that."""
-    return not isinstance(tensor, Tensor) or not (
-        type(tensor) not in PLAIN or is_wrapped(tensor)
-    )
+    return not isinstance(tensor, Tensor) or not (type(tensor) not in PLAIN or is_wrapped(tensor))
 
 
 def _refuse_transforms(*tensors: Any) -> None:

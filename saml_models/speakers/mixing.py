@@ -143,7 +143,8 @@ def _joined(parts: Sequence[QuantizedTensor | None]) -> QuantizedTensor | None:
     found = [part for part in parts if part is not None]
     if len(found) < len(parts) or found[0].codes.numel() % EXPERT_BLOCK:
         return None
-    codes, scales = (torch.cat(ts) for ts in zip(*((p.codes, p.absmax) for p in found), strict=True))
+    codes = torch.cat([part.codes for part in found])
+    scales = torch.cat([part.absmax for part in found])
     shape = (len(found), *found[0].shape)
     return QuantizedTensor(codes, scales, None, None, shape, "int8", EXPERT_BLOCK)
 

@@ -138,18 +138,20 @@ def _of_many(
     speakers: Tensor | None,
 ) -> Tensor | None:
     """`forward_prepared` of many speakers' experts, or of one speaker's in int8."""
-    index, lead = None, x.shape[:-1]
-    if x.dtype is not FLOAT32 or (speakers is None) is layer.one_by_one or 0 in lead:
+    if x.dtype is not FLOAT32 or (speakers is None) is layer.one_by_one or not x.numel():
         return None
+    index, shape = speakers, x.shape
     try:
-        if speakers is not None:
-            if not speakers.is_cpu or speakers.dtype not in INDICES:
+        if index is not None:
+            if not index.is_cpu or index.dtype not in INDICES:
                 return None
-            if speakers.shape != (*lead[:1], *(1,) * (len(lead) - 1)):  # else one for each clip
-                speakers = speakers.expand(lead)
-            index = speakers.to(torch.int32).contiguous()
+            clips = index.dim() == len(shape) - 1 and index.numel() == index.shape[0] == shape[0]
+            if not clips:  # not as layers give it, one for each clip
+                index = index.expand(shape[:-1])
+            if index.dtype is not torch.int32 or not index.is_contiguous():
+                index = index.to(torch.int32).contiguous()
         if gates is not None:
-            gates = gates.expand(*lead, layer.experts).contiguous()
+            gates = gates.expand(*shape[:-1], layer.experts).contiguous()
     except RuntimeError:  # does not broadcast: said better by the checks
         return None
     y = None

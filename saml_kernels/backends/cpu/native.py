@@ -22,7 +22,16 @@ from saml_kernels.backends.reference import Gating
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import NESTED_CODE, QuantizedTensor, code_table
 
-__all__ = ["Layer", "available", "dequantize", "fits", "native_status", "select", "serves", "serves_speakers"]
+__all__ = [
+    "Layer",
+    "available",
+    "dequantize",
+    "fits",
+    "native_status",
+    "select",
+    "serves",
+    "serves_speakers",
+]
 
 ABI = 3  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
@@ -226,7 +235,7 @@ class Layer:
         if self.many:
             speakers = _describe_speakers(lora_a, lora_b, self.speakers)
         else:
-            plain = [lora_a.data_ptr(), lora_b.data_ptr()]  # type: ignore[union-attr]
+            plain = [t.data_ptr() for t in (lora_a, lora_b)]  # type: ignore[union-attr,operator]
         addresses = (None if t is None else t.data_ptr() for t in (router, bias))
         chosen = experts if top_k is None else top_k
         self.described = _Layer(
@@ -285,7 +294,8 @@ class Layer:
         """y [..., N] of x [..., K] by gates [..., E] or [E] for all; without gates by the router.
 
         None where x or the gates are not float32, contiguous and on the CPU, or do not fit, and
-        where x is too large for this to be the fastest way (unless y is given). An expert whose gate is zero for all rows that are worked on together is not read.
+        where x is too large for this to be the fastest way (unless y is given). An expert whose
+        gate is zero for all rows that are worked on together is not read.
 
         Args:
             x, gates: see above.
@@ -346,7 +356,7 @@ def serves_speakers(
         lora_a: [..., E, r, K], float32 or int8 without double quantisation; lora_b: [..., E, N, r].
 
     Returns:
-        What lora_b is in memory, (groups, span) of [..., groups, N, span]; None if it is not served.
+        What lora_b is in memory, (groups, span) of [..., groups, N, span]; None: not served.
     """
     (experts, rank, columns), rows = lora_a.shape[-3:], lora_b.shape[-2]
     groups, span = experts, rank

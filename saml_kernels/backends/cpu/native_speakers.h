@@ -1,8 +1,8 @@
 /* Rows of many speakers: each row's experts are its own speaker's, added to y in a second pass.
  *
- * The rows are sorted by speaker and cut into groups of a few rows of one speaker, which the threads
- * take one after the other: a group's experts are read once for it, as they are stored. No row's
- * result depends on which rows are beside it, nor on the number of threads.
+ * The rows are sorted by speaker and cut into groups of a few rows of one speaker, each of which one
+ * thread works on: its experts are read once, as they are stored. Results do not depend on the number
+ * of threads.
  *
  * Included by native.c.
  */
@@ -20,7 +20,6 @@ typedef struct {
     const int64_t *order; /* the rows of x, speaker by speaker */
     const Group *groups;
     int64_t count;        /* of groups */
-    int64_t next;         /* the first that no thread has taken */
     LinearJob *base;      /* NULL: y holds the base already */
     float *scratch;       /* speaker_floats for each thread */
     int threads;
@@ -288,16 +287,36 @@ static void add_group(const SpeakersJob *job, const Group *group, float *scratch
     add_portable(l, first, spread, m, y);
 }
 
+/* Ask for what a group reads before it is needed: short stretches, each of which the processor
+ * would otherwise find out about by itself, a wait at a time. */
+static void fetch_group(const Layer *l, const Group *group) {
+    const Weight *a = &l->speakers.lora_a, *b = &l->speakers.lora_b;
+    const int64_t width = l->experts * l->rank, columns = l->weight.columns;
+    const int64_t bytes[] = {width * columns * (a->format == INT8 ? 1 : 4),
+                             width * l->rows * (b->format == INT8 ? 1 : 4),
+                             l->router ? l->experts * columns * 4 : 0};
+    const uint8_t *from[] = {a->codes, b->codes, (const uint8_t *)l->router};
+    for (int part = 0; part < 3; part++)
+        for (int64_t at = 0; at < bytes[part]; at += 64)
+            __builtin_prefetch(from[part] + group->speaker * bytes[part] + at, 0, 2);
+}
+
 static void speakers_region(void *argument) {
-    SpeakersJob *job = argument;
+    const SpeakersJob *job = argument;
     const int index = job->threads > 1 ? pool_index() : 0;
+    float *scratch = job->scratch + index * speaker_floats(job->layer);
+    int64_t begin, end;
+    share(job->count, 1, job->threads, &begin, &end);
+    if (begin < end) fetch_group(job->layer, job->groups + begin);
     if (job->base) {
         linear_region(job->base);
         if (job->threads > 1) pool_barrier();
     }
-    float *scratch = job->scratch + index * speaker_floats(job->layer);
-    for (int64_t g; (g = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->count;)
+    for (int64_t g = begin; g < end; g++) {
+        if (g + 1 < end && job->groups[g + 1].speaker != job->groups[g].speaker)
+            fetch_group(job->layer, job->groups + g + 1);
         add_group(job, job->groups + g, scratch);
+    }
 }
 
 /* Rows by speaker, in their order, and cut into groups; the number of these, or -1 where an index
