@@ -76,7 +76,7 @@ def run(
         t.dequantize(dtype or x.dtype) if isinstance(t, QuantizedTensor) else t
         for t in (lora_a, lora_b)
     )
-    if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name)):
+    if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name, speakers)):
         gates, gating = _gates(x, gates, gating, speakers, dtype), None
     if not eager:
         if not torch.compiler.is_compiling():
@@ -128,8 +128,11 @@ def _refuse_transforms(*tensors: Any) -> None:
             )
 
 
-def _routes(name: str) -> bool:
-    return getattr(BACKENDS[name], "ROUTING", False)
+def _routes(name: str, speakers: Tensor | None) -> bool:
+    """Whether a backend makes the gates of such a call itself."""
+    backend = BACKENDS[name]
+    knows = speakers is None or getattr(backend, "SPEAKERS", False)
+    return knows and getattr(backend, "ROUTING", False)
 
 
 def _gates(

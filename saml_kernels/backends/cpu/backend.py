@@ -23,7 +23,14 @@ from torch import Tensor
 
 from saml_kernels.backends.cpu import native
 from saml_kernels.backends.cpu.native import native_status
-from saml_kernels.backends.reference import Gating, Gradients, experts_backward, stack_a, stack_b
+from saml_kernels.backends.reference import (
+    Gating,
+    Gradients,
+    experts_backward,
+    gates_from_logits,
+    stack_a,
+    stack_b,
+)
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 
@@ -40,6 +47,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.float32
 INDICES = (torch.int32, torch.int64)
+ROUTING = True  # makes the gates of a token router
 STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
 BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
 
@@ -52,6 +60,8 @@ def forward(
     gates: Tensor,
     bias: Tensor | None,
     scaling: float,
+    speakers: None = None,
+    gating: Gating | None = None,
 ) -> Tensor:
     """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias.
 
@@ -63,6 +73,8 @@ def forward(
         gates: [M, E].
         bias: [N] or None.
         scaling: s, usually alpha / r.
+        speakers: None; grouping.py knows many.
+        gating: of a token router, whose weight V [E, K] then stands in place of the gates.
 
     Returns:
         [M, N] in the dtype of `x`, contiguous.
@@ -70,8 +82,11 @@ def forward(
     dtype = _compute_dtype(x)
     if dtype == torch.float32 and native.fits(x.shape[0], weight):
         wide_bias = None if bias is None else _plain(bias)
-        layer = native.Layer(weight, _plain(lora_a), _plain(lora_b), None, wide_bias, scaling)
-        y = layer(_plain(x), _plain(gates))
+        given, router = (_plain(gates), None) if gating is None else (None, _plain(gates))
+        layer = native.Layer(
+            weight, _plain(lora_a), _plain(lora_b), router, wide_bias, scaling, gating
+        )
+        y = layer(_plain(x), given)
         assert y is not None
         return y.to(x.dtype)
 
@@ -80,8 +95,14 @@ def forward(
         y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
         experts, rank, _ = lora_a.shape
         if experts:
-            projected = F.linear(wide, stack_a(lora_a).to(dtype))
-            hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
+            gates = gates.to(dtype)
+            if gating is None:
+                projected = F.linear(wide, stack_a(lora_a).to(dtype))
+            else:  # the logits are more projections
+                both = F.linear(wide, torch.cat((stack_a(lora_a).to(dtype), gates)))
+                projected, logits = both.split((experts * rank, experts), dim=-1)
+                gates = gates_from_logits(logits, *gating).to(dtype)
+            hidden = projected * gates.repeat_interleave(rank, dim=-1)
             y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
     return y.to(x.dtype)
 
@@ -169,6 +190,8 @@ def backward(
     gates: Tensor,
     scaling: float,
     needs: tuple[bool, bool, bool, bool],
+    speakers: None = None,
+    gating: Gating | None = None,
 ) -> Gradients:
     """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
 
@@ -176,19 +199,66 @@ def backward(
         dy: [M, N]; the others as in `forward`.
 
     Returns:
-        Four tensors in the shapes and dtypes of their inputs, or None. The chain rule is the one
-        in `reference.py`.
+        Four tensors in the shapes and dtypes of their inputs, or None; with `gating` the last is
+        the router's. The chain rule is the one in `reference.py`.
     """
     dtype = _compute_dtype(x)
     inputs = (x, lora_a, lora_b, gates)
     dy, *wide = (t.to(dtype) for t in (dy, *inputs))
     with torch.autocast("cpu", enabled=False):
         dx = dy @ _dense(weight, dtype) if needs[0] else None
-        gradients = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+        if gating is None:
+            gradients = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+        else:
+            gradients = _routed_backward(
+                dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx, gating
+            )
     dx, da, db, dg = (
         None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
     )
     return dx, da, db, dg
+
+
+def _routed_backward(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+    base: Tensor | None,
+    gating: Gating,
+) -> Gradients:
+    """`reference.experts_backward` through a token router V [E, K], E > 0.
+
+    The logits Z = x V^T are E more projections: dX gains [dP | dZ] [A ; V], and dA and dV are one
+    product with x.
+    """
+    need_x, need_a, need_b, need_router = needs
+    experts, rank, _ = lora_a.shape
+    directions = experts * rank
+    stacked, b = torch.cat((stack_a(lora_a), router)), stack_b(lora_b)
+    both = x @ stacked.T
+    projected = both[:, :directions]
+    gates = gates_from_logits(both[:, directions:], *gating)
+    repeated = gates.to(x.dtype).repeat_interleave(rank, dim=-1)
+    dx, da, db, dv = base, None, None, None
+    if need_x or need_a or need_router:
+        dh = (dy @ b).mul_(scaling)
+        # R numbers are summed, and gradients of gates subtracted: in float32 at least.
+        dg = (projected.float() * dh).view(len(x), experts, rank).sum(-1)
+        dz = gates * (dg - (gates * dg).sum(-1, keepdim=True)) / gating[1]
+        gradients = torch.cat((dh.mul_(repeated), dz.to(x.dtype)), dim=1)
+        if base is not None:
+            dx = base.addmm_(gradients, stacked)
+        if need_a or need_router:
+            of_both = gradients.T @ x
+            da, dv = of_both[:directions].view_as(lora_a), of_both[directions:]
+    if need_b:
+        of_b = ((projected * repeated).T @ dy).mul_(scaling)  # [R, N], the faster way round
+        db = of_b.view(experts, rank, len(b)).transpose(1, 2).contiguous()
+    return dx, da if need_a else None, db, dv if need_router else None
 
 
 def why_unavailable() -> str | None:
