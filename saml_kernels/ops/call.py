@@ -6,6 +6,7 @@ need none, and PyTorch's dispatcher takes longer over so many arguments than mos
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -191,6 +192,27 @@ def _as_operator(
     return y.view(*lead, y.shape[-1])
 
 
+_latest: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; where layers side by side read the same x, as under autocast, one copy of it.
+
+    It lives as long as a layer keeps it for its gradients.
+    """
+    global _latest
+    if x.dtype == dtype:
+        return x
+    latest = _latest
+    if latest is not None and latest[0]() is x and latest[1] == x._version:
+        made = latest[2]()
+        if made is not None and made.dtype == dtype:
+            return made
+    made = x.to(dtype)
+    _latest = None if x.is_inference() else (weakref.ref(x), x._version, weakref.ref(made))
+    return made
+
+
 class _Plain:
     """A checked call of any backend."""
 
@@ -210,7 +232,7 @@ class _Plain:
         self, x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         lead, self.like = x.shape[:-1], (x.shape, x.dtype)
-        x = x.to(self.dtype)
+        x = _cast(x, self.dtype)
         rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
         bias = None if bias is None else bias.to(self.dtype)
         experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))
