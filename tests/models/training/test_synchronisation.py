@@ -51,7 +51,7 @@ class Reads(TorchFunctionMode):
 
 def of_layerdrop() -> bool:
     """Whether transformers compares a number drawn on the CPU; 5.17 draws one for each layer."""
-    return any("< self.layerdrop" in (f.line or "") for f in traceback.extract_stack(limit=6))
+    return any("< self.layerdrop" in (f.line or "") for f in traceback.extract_stack(limit=6)[:-1])
 
 
 class Waits(TorchDispatchMode):
