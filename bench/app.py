@@ -22,6 +22,7 @@ COMMANDS = {
     "layers": "bench.layers.run",
     "host": "bench.layers.host",
     "cpu-operator": "bench.layers.cpu_operator",
+    "cpu-speakers": "bench.layers.cpu_speakers",
     "gpu": "bench.gpu.check",
     "transcription": "bench.models.transcription",
     "adaptation": "bench.models.adaptation",

@@ -50,7 +50,7 @@ static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int f
     Weight w = {codes, nested ? (void *)absmax8 : (void *)absmax, nested ? nests : NULL, offset,
                 nested_code, table, block, columns, format};
     Layer l = {w, a, b, routed ? router : NULL, biased ? bias : NULL, rows, experts, rank, top_k,
-               0.75f, 1.5f};
+               0.75f, 1.5f, {.count = 0}};
 
     float *dense = malloc((size_t)size * sizeof *dense), *y = floats(m * rows);
     dequantise(&w, 0, rows, dense, 0, 1);
@@ -60,7 +60,8 @@ static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int f
         same &= dense[i] == exact;
     }
     expect(same, "dequantised otherwise", m, &l);
-    const int refused = linear(&l, x, gates, experts, y, m, 1);
+    const Call call = {x, gates, experts, y, m, 1, NULL, 1, 0};
+    const int refused = linear(&l, &call);
     expect(!refused, "refused", m, &l);
 
     double worst = 0.0, largest = 1e-3, *g = malloc((size_t)(experts + 1) * sizeof *g);
@@ -103,6 +104,62 @@ static void check(int64_t m, int64_t rows, int64_t columns, int64_t block, int f
     free(y), free(g);
 }
 
+/* Many speakers: int8 or float32 experts, the rows' speakers in no order, gates given. */
+static void check_speakers(int64_t m, int64_t rows, int64_t columns, int format, int64_t groups,
+                           int64_t span, int added) {
+    const int64_t count = 3, rank = groups == 1 ? span / 2 : span, experts = groups * span / rank;
+    const int64_t width = experts * rank, in_a = count * width * columns, in_b = count * width * rows;
+    uint8_t *codes = malloc((size_t)(rows * columns));
+    for (int64_t i = 0; i < rows * columns; i++) codes[i] = (uint8_t)(next() * 127.0f);
+    float *scales = floats(rows * columns / 64), *table = floats(16), *x = floats(m * columns);
+    float *gates = floats(m * experts), *a = floats(in_a), *b = floats(in_b);
+    float *y = floats(m * rows), *base = floats(m * rows);
+    int8_t *a8 = malloc((size_t)in_a), *b8 = malloc((size_t)in_b);
+    float *scales_a = floats(in_a / 128), *scales_b = floats(in_b / 128);
+    for (int64_t i = 0; i < in_a; i++) a8[i] = (int8_t)(next() * 127.0f);
+    for (int64_t i = 0; i < in_b; i++) b8[i] = (int8_t)(next() * 127.0f);
+    int32_t *index = malloc((size_t)m * sizeof *index);
+    for (int64_t i = 0; i < m; i++) index[i] = (int32_t)(i * 7 % 3 * (i % 2));
+    for (int64_t i = 0; i < m; i++) gates[i * experts] = 0.0f; /* a closed one */
+    const int eight = format == INT8;
+    Layer l = {.weight = {codes, scales, NULL, NULL, NULL, table, 64, columns, FOUR_BIT},
+               .rows = rows, .experts = experts, .rank = rank, .top_k = experts, .scaling = 0.75f,
+               .temperature = 1.0f};
+    Layer alone = l;
+    alone.experts = 0;
+    l.speakers.lora_a = (Weight){eight ? (void *)a8 : (void *)a, scales_a, NULL, NULL, NULL, NULL,
+                                 128, columns, format};
+    l.speakers.lora_b = (Weight){eight ? (void *)b8 : (void *)b, scales_b, NULL, NULL, NULL, NULL,
+                                 128, span, format};
+    l.speakers.count = count, l.speakers.groups = groups, l.speakers.span = span;
+    linear(&alone, &(Call){x, NULL, 0, base, m, 1, NULL, 1, 0});
+    memcpy(y, base, (size_t)(m * rows) * sizeof *y);
+    expect(!linear(&l, &(Call){x, gates, experts, y, m, 1, index, 1, added}), "refused", m, &l);
+    double worst = 0.0, largest = 1e-3;
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t n = 0; n < rows; n++) {
+            double sum = base[i * rows + n];
+            for (int64_t j = 0; j < width; j++) {
+                const int64_t in_row = index[i] * width + j, e = j / rank;
+                const int64_t at = ((index[i] * groups + j / span) * rows + n) * span + j % span;
+                double p = 0.0;
+                for (int64_t k = 0; k < columns; k++) {
+                    const int64_t c = in_row * columns + k;
+                    p += (eight ? a8[c] / 127.0 * scales_a[c / 128] : a[c]) * x[i * columns + k];
+                }
+                sum += 0.75 * gates[i * experts + e] * p *
+                       (eight ? b8[at] / 127.0 * scales_b[at / 128] : b[at]);
+            }
+            largest = fmax(largest, fabs(sum));
+            worst = fmax(worst, fabs(sum - y[i * rows + n]));
+        }
+    expect(worst <= 2e-5 * largest, "speakers are off", m, &l);
+    index[m - 1] = 3;
+    expect(linear(&l, &(Call){x, gates, experts, y, m, 1, index, 1, 0}) == 3, "index", m, &l);
+    free(codes), free(scales), free(table), free(x), free(gates), free(a), free(b), free(y);
+    free(base), free(a8), free(b8), free(scales_a), free(scales_b), free(index);
+}
+
 static int all(void) {
     static const int64_t sizes[] = {1, 2, 3, 4, 5, 7, 9, 17, 26};
     int done = 1;
@@ -116,6 +173,10 @@ static int all(void) {
                     check(m, 4, columns, block, format, nested, 0, 1, 0, 0, i % 2);
                 }
     check(300, 9, 1536, 64, FOUR_BIT, 1, 2, 20, 2, 0, 1); /* more than one slab of x */
+    for (int format = INT8; format <= FLOAT32; format++)
+        for (int64_t span = 2; span <= 64; span *= 2)
+            for (int64_t m = 1; m <= 33; m += 8, done++)
+                check_speakers(m, 128, 128 * (1 + m % 3), format, span > 8 ? 1 : 4, span, m % 2);
     return done;
 }
 

@@ -321,6 +321,19 @@ def _cpu_operator(file: str, results: Path) -> str:
     return "\n".join([*_markdown_table(heads, rows), f"{data['about']}."])
 
 
+def _cpu_speakers(results: Path) -> str:
+    """Time of a batch of many speakers over the same rows of one, by number and cache."""
+    data = _read(results / "cpu-speakers.json")
+    kinds = ("int8", "float32", "int8_over_one")
+    rows = []
+    for count, warm in dict.fromkeys((r["speakers"], r["warm"]) for r in data["rows"]):
+        own = [r for r in data["rows"] if (r["speakers"], r["warm"]) == (count, warm)]
+        cells = [_spread([r[kind] for r in own]) for kind in kinds]
+        rows.append([str(count), "warm" if warm else "cold", *cells])
+    heads = ["speakers", "caches", "in int8", "in float32", "in int8, over one speaker in int8"]
+    return "\n".join([*_markdown_table(heads, rows), f"{data['about']}."])
+
+
 def _rounding(results: Path) -> str:
     """WER and KL of full precision, plain and calibrated rounding, from rounding-*.json."""
     found = [_read(path) for path in sorted(results.glob("rounding-*.json"))]
@@ -371,6 +384,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "profiles": _profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
     "cpu-operator-avx2": lambda results: _cpu_operator("cpu-operator-avx2.json", results),
+    "cpu-speakers": _cpu_speakers,
     "rounding": _rounding,
     "host": _host,
     "launches": _launches,

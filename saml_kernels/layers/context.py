@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["BatchContext", "BlockGates", "SpeakerExperts"]
 
@@ -32,14 +33,15 @@ class SpeakerExperts:
 
     Attributes:
         lora_a: [S, E, r, K].
-        lora_b: [S, E, N, r]; on the CPU best laid out in memory as [S, N, E, r].
+        lora_b: [S, E, N, r]; on the CPU float ones best lie in memory as [S, N, E, r], and both may
+            be in int8 without double quantisation, for x in float32.
         router: [S, E, K], [S, E, d] or [S, E]: the weights of a token, utterance or speaker router.
         offset: [S, E], added to the router's logits, -inf for an expert that a speaker has not; or
             None.
     """
 
-    lora_a: Tensor
-    lora_b: Tensor
+    lora_a: Tensor | QuantizedTensor
+    lora_b: Tensor | QuantizedTensor
     router: Tensor
     offset: Tensor | None = None
 

@@ -220,6 +220,9 @@ class SAMLLinear(nn.Module):
         gates = reference.gates_from_logits(logits, c.top_k, c.temperature).to(x.dtype)
         if c.mix == "sum":
             return saml_linear(x, self.weight, lora_a, lora_b, gates, bias, scaling, speakers=index)
+        lora_a, lora_b = (
+            t.dequantize(x.dtype) if isinstance(t, QuantizedTensor) else t for t in (lora_a, lora_b)
+        )
         base = saml_linear(x, self.weight, lora_a[0, :0], lora_b[0, :0], x.new_empty(0), bias)
         own = index.flatten()
         own_a, own_b = lora_a[own].to(x.dtype), lora_b[own].to(x.dtype)

@@ -33,9 +33,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def readable(tensor: Tensor | None, x: Tensor) -> Any:
+def readable(tensor: Tensor | QuantizedTensor | None, x: Tensor) -> Any:
     """A parameter as `check` takes it beside `x`: as it is, or cast where it has to be."""
-    if tensor is None or tensor.dtype == x.dtype:
+    if tensor is None or isinstance(tensor, QuantizedTensor) or tensor.dtype == x.dtype:
         return tensor
     return tensor if x.dtype in HALF and tensor.dtype == torch.float32 else tensor.to(x.dtype)
 

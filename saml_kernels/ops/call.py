@@ -6,6 +6,7 @@ need none, and PyTorch's dispatcher takes longer over so many arguments than mos
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ from saml_kernels.quantization.tensor import QuantizedTensor
 __all__ = ["run"]
 
 Experts = Tensor | QuantizedTensor
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# By their own names: a token's call looks up nothing twice.
+is_compiling, grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+dispatch_modes = torch._C._len_torch_dispatch_stack
+transforms_active = torch._C._are_functorch_transforms_active
+tracing_state = torch._C._get_tracing_state
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def run(
@@ -48,11 +57,10 @@ def run(
             same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
             if same and ready.serves(x, gates, bias):
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
-        elif backend in (None, "cpu") and speakers is None and not torch.is_grad_enabled():
-            given, router = (gates, None) if gating is None else (None, gates)
+        elif (backend is None or backend == "cpu") and not grad_enabled():
             y = cpu.forward_prepared(
-                x, weight, lora_a, lora_b, given, router, bias, scaling, *(gating or ())
-            )  # fmt: skip
+                x, weight, lora_a, lora_b, gates, bias, scaling, gating, speakers
+            )
             if y is not None:
                 return y
     dtype = autocast_dtype(x)
@@ -69,7 +77,7 @@ def run(
         t.dequantize(dtype or x.dtype) if isinstance(t, QuantizedTensor) else t
         for t in (lora_a, lora_b)
     )
-    if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name)):
+    if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name, speakers)):
         gates, gating = _gates(x, gates, gating, speakers, dtype), None
     if not eager:
         if not torch.compiler.is_compiling():
@@ -86,21 +94,19 @@ def run(
 def _eager(x: Tensor) -> bool:
     """Whether nothing watches: no compiler, tracer, dispatch mode, transform or tangent."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        is_compiling()
+        or dispatch_modes()
+        or transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or not _plain(x)
+        or tracing_state() is not None
+        or type(x) not in PLAIN
+        or is_wrapped(x)
     )
 
 
 def _plain(tensor: Any) -> bool:
     """Whether a tensor is no more than that."""
-    return not isinstance(tensor, Tensor) or not (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return not isinstance(tensor, Tensor) or not (type(tensor) not in PLAIN or is_wrapped(tensor))
 
 
 def _refuse_transforms(*tensors: Any) -> None:
@@ -123,8 +129,11 @@ def _refuse_transforms(*tensors: Any) -> None:
             )
 
 
-def _routes(name: str) -> bool:
-    return getattr(BACKENDS[name], "ROUTING", False)
+def _routes(name: str, speakers: Tensor | None) -> bool:
+    """Whether a backend makes the gates of such a call itself."""
+    backend = BACKENDS[name]
+    knows = speakers is None or getattr(backend, "SPEAKERS", False)
+    return knows and getattr(backend, "ROUTING", False)
 
 
 def _gates(
@@ -183,6 +192,27 @@ def _as_operator(
     return y.view(*lead, y.shape[-1])
 
 
+_latest: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; where layers side by side read the same x, as under autocast, one copy of it.
+
+    It lives as long as a layer keeps it for its gradients.
+    """
+    global _latest
+    if x.dtype == dtype:
+        return x
+    latest = _latest
+    if latest is not None and latest[0]() is x and latest[1] == x._version:
+        made = latest[2]()
+        if made is not None and made.dtype == dtype:
+            return made
+    made = x.to(dtype)
+    _latest = None if x.is_inference() else (weakref.ref(x), x._version, weakref.ref(made))
+    return made
+
+
 class _Plain:
     """A checked call of any backend."""
 
@@ -202,7 +232,7 @@ class _Plain:
         self, x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         lead, self.like = x.shape[:-1], (x.shape, x.dtype)
-        x = x.to(self.dtype)
+        x = _cast(x, self.dtype)
         rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
         bias = None if bias is None else bias.to(self.dtype)
         experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))

@@ -11,7 +11,7 @@ from saml_kernels import quantize
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 
-__all__ = ["pack_experts", "tensors_hash"]
+__all__ = ["EXPERT_BLOCK", "int8_expert", "pack_experts", "tensors_hash", "unpack_expert"]
 
 EXPERT_BLOCK = 128
 
@@ -53,13 +53,18 @@ def unpack_expert(stored: dict[str, Tensor], name: str, shape: torch.Size) -> Te
             )
         expert = value.float()
     else:
-        expert = _unpack_int8(stored, name, shape)
+        expert = int8_expert(stored, name, shape).dequantize()
     if not torch.isfinite(expert).all():
         raise SAMLError(f"{name}: holds NaN or infinity; the file is damaged")
     return expert
 
 
-def _unpack_int8(stored: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+def int8_expert(stored: dict[str, Tensor], name: str, shape: torch.Size) -> QuantizedTensor:
+    """One expert tensor that is stored in int8, as it is; its scales may still be NaN.
+
+    Raises:
+        SAMLError: as `unpack_expert`.
+    """
     codes, scales = stored.get(name + _CODES), stored.get(name + _SCALES)
     if codes is None or scales is None:
         raise SAMLError(f"{name}: missing from the file: made for another model or configuration")
@@ -71,9 +76,7 @@ def _unpack_int8(stored: dict[str, Tensor], name: str, shape: torch.Size) -> Ten
             f"in the file; expected {shape.numel()} int8 codes and {blocks} float32 scales: made "
             "for another model or configuration"
         )
-    return QuantizedTensor.from_parts(
-        codes, scales, None, None, list(shape), "int8", EXPERT_BLOCK
-    ).dequantize()
+    return QuantizedTensor.from_parts(codes, scales, None, None, shape, "int8", EXPERT_BLOCK)
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

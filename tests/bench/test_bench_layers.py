@@ -293,7 +293,8 @@ def test_results_are_written_as_they_come_and_kept(tmp_path):
     assert {k: len(v["rows"]) for k, v in data["works"].items()} == {"P2": 3, "P6": 3}
     p6 = data["works"]["P6"]
     assert (p6["bandwidth_gb_s"], p6["rate_gflop_s"]) == (20.0, 50.0)
-    assert data["about"]["versions"]["torch"] == torch.__version__
+    # The package's version may lack what the build added: 2.11.0 of 2.11.0+cu130.
+    assert torch.__version__.startswith(data["about"]["versions"]["torch"])
     assert len(load([path])) == 1
 
 

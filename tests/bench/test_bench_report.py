@@ -145,6 +145,13 @@ def test_tables_of_results_by_hand(tmp_path):
     assert TABLES["cpu-operator"](tmp_path).splitlines()[2:] == [
         "| 1 | warm | 0.50 | 0.25 to 0.25 |", "| 1 | cold | 0.75 | 0.25 to 0.25 |", "", "a CPU."
     ]  # fmt: skip
+    row = {"speakers": 16, "warm": True, "int8": 1.0, "float32": 1.5, "int8_over_one": 1.25}
+    data = {"about": "a CPU", "rows": [row, row | {"int8": 4.0}]}
+    (tmp_path / "cpu-speakers.json").write_text(json.dumps(data))
+    assert TABLES["cpu-speakers"](tmp_path).splitlines()[2:] == [
+        "| 16 | warm | 2.00 (1.00 to 4.00) | 1.50 (1.50 to 1.50) | 1.25 (1.25 to 1.25) |", "",
+        "a CPU.",
+    ]  # fmt: skip
 
 
 def test_an_evaluation_joins_the_results_without_what_was_said(tmp_path):

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from saml_kernels.backends.cpu import native
 from saml_kernels.backends.cpu.native import native_status
-from saml_kernels.backends.reference import Gradients, experts_backward, stack_a, stack_b
+from saml_kernels.backends.reference import (
+    Gating,
+    Gradients,
+    experts_backward,
+    gates_from_logits,
+    stack_a,
+    stack_b,
+)
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import QuantizedTensor
 
@@ -38,6 +45,9 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = torch.float32
+INDICES = (torch.int32, torch.int64)
+ROUTING = True  # makes the gates of a token router
 STRETCH = 64  # rows of one speaker from which they are best worked on by themselves
 BFLOAT16_ROWS = 16  # from here on bfloat16 matrix units beat the float32 native path
 
@@ -50,6 +60,8 @@ def forward(
     gates: Tensor,
     bias: Tensor | None,
     scaling: float,
+    speakers: None = None,
+    gating: Gating | None = None,
 ) -> Tensor:
     """y = x W^T + scaling * sum_e gates_e (x A_e^T) B_e^T + bias.
 
@@ -61,6 +73,8 @@ def forward(
         gates: [M, E].
         bias: [N] or None.
         scaling: s, usually alpha / r.
+        speakers: None; grouping.py knows many.
+        gating: of a token router, whose weight V [E, K] then stands in place of the gates.
 
     Returns:
         [M, N] in the dtype of `x`, contiguous.
@@ -68,16 +82,27 @@ def forward(
     dtype = _compute_dtype(x)
     if dtype == torch.float32 and native.fits(x.shape[0], weight):
         wide_bias = None if bias is None else _plain(bias)
-        layer = native.Layer(weight, _plain(lora_a), _plain(lora_b), None, wide_bias, scaling)
-        return layer(_plain(x), _plain(gates)).to(x.dtype)
+        given, router = (_plain(gates), None) if gating is None else (None, _plain(gates))
+        layer = native.Layer(
+            weight, _plain(lora_a), _plain(lora_b), router, wide_bias, scaling, gating
+        )
+        y = layer(_plain(x), given)
+        assert y is not None
+        return y.to(x.dtype)
 
     wide = x.to(dtype)
     with torch.autocast("cpu", enabled=False):  # `dtype` is chosen already
         y = F.linear(wide, _dense(weight, dtype), None if bias is None else bias.to(dtype))
         experts, rank, _ = lora_a.shape
         if experts:
-            projected = F.linear(wide, stack_a(lora_a).to(dtype))
-            hidden = projected * gates.to(dtype).repeat_interleave(rank, dim=-1)
+            gates = gates.to(dtype)
+            if gating is None:
+                projected = F.linear(wide, stack_a(lora_a).to(dtype))
+            else:  # the logits are more projections
+                both = F.linear(wide, torch.cat((stack_a(lora_a).to(dtype), gates)))
+                projected, logits = both.split((experts * rank, experts), dim=-1)
+                gates = gates_from_logits(logits, *gating).to(dtype)
+            hidden = projected * gates.repeat_interleave(rank, dim=-1)
             y.addmm_(hidden, stack_b(lora_b).to(dtype).T, alpha=scaling)
     return y.to(x.dtype)
 
@@ -87,12 +112,11 @@ def forward_prepared(
     weight: QuantizedTensor,
     lora_a: Tensor | QuantizedTensor,
     lora_b: Tensor | QuantizedTensor,
-    gates: Tensor | None,
-    router: Tensor | None,
+    gates: Tensor,
     bias: Tensor | None,
     scaling: float,
-    top_k: int | None = None,
-    temperature: float = 1.0,
+    gating: Gating | None = None,
+    speakers: Tensor | None = None,
 ) -> Tensor | None:
     """The whole operator in one call to C, or None where a call is out of the ordinary.
 
@@ -100,36 +124,61 @@ def forward_prepared(
     tensors are checked when they are first seen; a token is a matter of microseconds.
 
     Args:
-        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1; or None.
-        router: [E, K] where there are no gates.
-        weight, lora_a, lora_b, bias, scaling: as in `forward`; top_k, temperature: of the router.
+        x: [..., K]; gates [..., E], all its leading sizes those of `x` or all 1.
+        weight, lora_a, lora_b, bias, scaling: as in `forward`.
+        gating: of a token router, whose weight [E, K] then stands in place of the gates.
+        speakers: int32 or int64 [...], broadcast over the rows of `x`; lora_a, lora_b and the
+            router are then those of many.
+
+    Raises:
+        SAMLError: a speaker index is out of range.
     """
-    if not (x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()):
-        return None
+    router = None if gating is None else gates
     layer = weight.native
-    if layer is None or not layer.holds(
-        weight, lora_a, lora_b, router, bias, scaling, top_k, temperature
-    ):
-        if not native.serves(weight) or not 0.0 < temperature < float("inf"):
+    if layer is None or not layer.holds(weight, lora_a, lora_b, router, bias, scaling, gating):
+        if not native.serves(weight) or not (gating is None or 0.0 < gating[1] < float("inf")):
             return None
         try:
-            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, top_k, temperature)
+            layer = native.Layer(weight, lora_a, lora_b, router, bias, scaling, gating)
         except SAMLError:  # said better by the checks of the whole way, or converted there
             return None
         weight.native = layer
-    shape = x.shape
-    rows = x.numel() // layer.columns
-    if not shape or shape[-1] != layer.columns or not 0 < rows <= layer.most_rows:
+    if layer.many:
+        return _of_many(layer, x, weight, gates if router is None else None, bias, speakers)
+    if speakers is not None:
         return None
-    if gates is not None:
-        if gates.dtype != torch.float32 or not gates.is_cpu or not gates.is_contiguous():
-            return None
-        own, experts = gates.shape, layer.experts
-        if not own or own[-1] != experts or len(own) > len(shape):
-            return None
-        if gates.numel() != experts and own[:-1] != shape[:-1]:
-            return None
-    return layer(x, gates)
+    return layer(x, gates if router is None else None)
+
+
+def _of_many(
+    layer: native.Layer,
+    x: Tensor,
+    weight: QuantizedTensor,
+    gates: Tensor | None,
+    bias: Tensor | None,
+    speakers: Tensor | None,
+) -> Tensor | None:
+    """`forward_prepared` of many speakers' experts, or of one speaker's in int8."""
+    if x.dtype is not FLOAT32 or (speakers is None) is layer.one_by_one or not x.numel():
+        return None
+    index, shape = speakers, x.shape
+    try:
+        if index is not None:
+            if not index.is_cpu or index.dtype not in INDICES:
+                return None
+            clips = index.dim() == len(shape) - 1 and index.numel() == index.shape[0] == shape[0]
+            if not clips:  # not as layers give it, one for each clip
+                index = index.expand(shape[:-1])
+            if index.dtype is not torch.int32 or not index.is_contiguous():
+                index = index.to(torch.int32).contiguous()
+        if gates is not None:
+            gates = gates.expand(*shape[:-1], layer.experts).contiguous()
+    except RuntimeError:  # does not broadcast: said better by the checks
+        return None
+    y = None
+    if x.numel() > layer.most_elements:
+        y = F.linear(x, _dense(weight, FLOAT32), bias)
+    return layer(x, gates, index, y)
 
 
 def backward(
@@ -141,6 +190,8 @@ def backward(
     gates: Tensor,
     scaling: float,
     needs: tuple[bool, bool, bool, bool],
+    speakers: None = None,
+    gating: Gating | None = None,
 ) -> Gradients:
     """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
 
@@ -148,19 +199,66 @@ def backward(
         dy: [M, N]; the others as in `forward`.
 
     Returns:
-        Four tensors in the shapes and dtypes of their inputs, or None. The chain rule is the one
-        in `reference.py`.
+        Four tensors in the shapes and dtypes of their inputs, or None; with `gating` the last is
+        the router's. The chain rule is the one in `reference.py`.
     """
     dtype = _compute_dtype(x)
     inputs = (x, lora_a, lora_b, gates)
     dy, *wide = (t.to(dtype) for t in (dy, *inputs))
     with torch.autocast("cpu", enabled=False):
         dx = dy @ _dense(weight, dtype) if needs[0] else None
-        gradients = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+        if gating is None:
+            gradients = experts_backward(dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx)
+        else:
+            gradients = _routed_backward(
+                dy, wide[0], wide[1], wide[2], wide[3], scaling, needs, dx, gating
+            )
     dx, da, db, dg = (
         None if g is None else g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)
     )
     return dx, da, db, dg
+
+
+def _routed_backward(
+    dy: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor,
+    scaling: float,
+    needs: tuple[bool, bool, bool, bool],
+    base: Tensor | None,
+    gating: Gating,
+) -> Gradients:
+    """`reference.experts_backward` through a token router V [E, K], E > 0.
+
+    The logits Z = x V^T are E more projections: dX gains [dP | dZ] [A ; V], and dA and dV are one
+    product with x.
+    """
+    need_x, need_a, need_b, need_router = needs
+    experts, rank, _ = lora_a.shape
+    directions = experts * rank
+    stacked, b = torch.cat((stack_a(lora_a), router)), stack_b(lora_b)
+    both = x @ stacked.T
+    projected = both[:, :directions]
+    gates = gates_from_logits(both[:, directions:], *gating)
+    repeated = gates.to(x.dtype).repeat_interleave(rank, dim=-1)
+    dx, da, db, dv = base, None, None, None
+    if need_x or need_a or need_router:
+        dh = (dy @ b).mul_(scaling)
+        # R numbers are summed, and gradients of gates subtracted: in float32 at least.
+        dg = (projected.float() * dh).view(len(x), experts, rank).sum(-1)
+        dz = gates * (dg - (gates * dg).sum(-1, keepdim=True)) / gating[1]
+        gradients = torch.cat((dh.mul_(repeated), dz.to(x.dtype)), dim=1)
+        if base is not None:
+            dx = base.addmm_(gradients, stacked)
+        if need_a or need_router:
+            of_both = gradients.T @ x
+            da, dv = of_both[:directions].view_as(lora_a), of_both[directions:]
+    if need_b:
+        of_b = ((projected * repeated).T @ dy).mul_(scaling)  # [R, N], the faster way round
+        db = of_b.view(experts, rank, len(b)).transpose(1, 2).contiguous()
+    return dx, da if need_a else None, db, dv if need_router else None
 
 
 def why_unavailable() -> str | None:

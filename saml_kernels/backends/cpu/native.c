@@ -18,9 +18,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ABI = 2, MAX_SCALES = 1024 }; /* both stand in native.py too */
+enum { ABI = 3, MAX_SCALES = 1024 }; /* both stand in native.py too */
 enum { ALONE = 48 * 1024 };          /* products that a thread makes rather than wait for another */
 enum { CACHE = 384 * 1024 };         /* bytes of x at a time: half of a common second-level cache */
+enum { SMALL = 8 * 1024 };           /* floats of scratch that are taken from the stack */
 enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2, HAS_NEON = 3 };
 enum { FOUR_BIT = 0, INT8 = 1, FLOAT32 = 2 };
 
@@ -255,6 +256,13 @@ static void expand_scales(const Weight *w, int64_t first, int64_t count, float *
     for (int64_t i = 0; w->format == INT8 && i < count; i++) out[i] *= 1.0f / 127.0f;
 }
 
+/* Experts of which each row of x uses one speaker's: int8 under scales, or float32. */
+typedef struct {
+    Weight lora_a; /* [count * experts * rank, columns] */
+    Weight lora_b; /* [count, groups, rows, span]; groups * span = experts * rank */
+    int64_t count, groups, span;
+} Speakers;
+
 typedef struct {
     Weight weight;       /* [rows, columns] */
     const float *lora_a; /* [experts * rank, columns] */
@@ -263,12 +271,25 @@ typedef struct {
     const float *bias;   /* [rows] or NULL */
     int64_t rows, experts, rank, top_k;
     float scaling, temperature;
+    Speakers speakers;   /* count > 0: in place of lora_a and lora_b, and a router for each */
 } Layer;
+
+/* One call; native.py: pack_call. All contiguous. */
+typedef struct {
+    const float *x;      /* [m, columns] */
+    const float *gates;  /* [m, experts], rows gate_stride apart (0: one for all), or NULL */
+    int64_t gate_stride;
+    float *y;            /* [m, rows] */
+    int64_t m, threads;
+    const int32_t *index; /* the speaker of each `each` rows, or NULL: the first */
+    int64_t each;
+    int64_t added;       /* whether y holds x W^T + bias, to which the experts are added */
+} Call;
 
 typedef struct {
     const Layer *layer;
     const float *x;     /* [m, columns] */
-    const float *gates; /* [m, experts], rows gate_stride apart (0: one for all) */
+    const float *gates; /* as in Call, or made by the router */
     int64_t gate_stride;
     float *y;           /* [m, rows] */
     /* Shared by the threads that work on the same slab: */
@@ -354,25 +375,48 @@ static void softmax_rows(const Layer *l, int64_t m, float *gates) {
     }
 }
 
-/* out[i, row] = matrix[row] . x[i] for rows [begin, end), i < m; `out` has `width` columns. */
-static void project(const LinearJob *job, const float *matrix, int64_t begin, int64_t end,
-                    int64_t width, float *out) {
-    const int64_t columns = job->layer->weight.columns;
-    const Shape shape = tile_shape(job->m, 0);
-    const int height = shape.rows, most = tile_width(job->m, shape.most);
-    Tile t = {.columns = columns, .stride = columns * 4};
-    float sums[24];
+/* out[i, row - from] = matrix[row] . x[i] for rows [begin, end), i < count; `out` has `width`
+ * columns. `decoded` holds four rows, for codes that are not decoded in registers. */
+static void project(const Weight *matrix, const float *x, int64_t count, int64_t begin, int64_t end,
+                    int64_t from, int64_t width, float *decoded, float *out) {
+    const int64_t columns = matrix->columns;
+    const Shape shape = tile_shape(count, 0);
+    const int height = shape.rows, most = tile_width(count, shape.most);
+    int format = matrix->format;
+#ifndef SAML_X86
+    format = FLOAT32;
+#endif
+    Tile t = {.columns = columns, .stride = columns * (format == INT8 ? 1 : 4), .shift = -1};
+    float scales[4 * MAX_SCALES], sums[24];
+    if (matrix->format == INT8) {
+        t.scales = scales;
+        t.scale_stride = columns / matrix->block;
+        for (int64_t size = matrix->block; size >= 64; size /= 2) t.shift++;
+    }
     for (int64_t row = begin, rows; row < end; row += rows) {
         rows = end - row >= height ? height : 1;
-        t.codes = (const uint8_t *)(matrix + row * columns);
-        for (int64_t m = 0, ms; m < job->m; m += ms) {
-            ms = job->m - m < most ? job->m - m : most;
-            t.x = job->x + m * columns;
-            any_tile(&t, (int)rows, ms, FLOAT32, sums);
+        t.codes = matrix->codes + row * t.stride;
+        if (format == INT8) {
+            expand_scales(matrix, row * t.scale_stride, rows * t.scale_stride, scales);
+        } else if (matrix->format == INT8) {
+            for (int64_t at = row * columns, i = 0; i < rows * columns; i += matrix->block)
+                run(matrix, at + i, matrix->block, scale_of(matrix, (at + i) / matrix->block),
+                    decoded + i);
+            t.codes = (const uint8_t *)decoded;
+        }
+        for (int64_t m = 0, ms; m < count; m += ms) {
+            ms = count - m < most ? count - m : most;
+            t.x = x + m * columns;
+            any_tile(&t, (int)rows, ms, format, sums);
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t i = 0; i < ms; i++) out[(m + i) * width + row + r] = sums[r * ms + i];
+                for (int64_t i = 0; i < ms; i++)
+                    out[(m + i) * width + row - from + r] = sums[r * ms + i];
         }
     }
+}
+
+static Weight plain(const float *matrix, int64_t columns) {
+    return (Weight){.codes = (const uint8_t *)matrix, .columns = columns, .format = FLOAT32};
 }
 
 /* Gates, x in the order of the codes, the experts' hidden: this thread's share of one slab. */
@@ -387,7 +431,8 @@ static void prepare(LinearJob *job) {
     }
 #endif
     if (l->router) { /* a few rows: each thread makes all gates rather than wait for another's */
-        project(job, l->router, 0, l->experts, l->experts, job->own_gates);
+        const Weight router = plain(l->router, l->weight.columns);
+        project(&router, job->x, job->m, 0, l->experts, 0, l->experts, NULL, job->own_gates);
         softmax_rows(l, job->m, job->own_gates);
         job->gates = job->own_gates;
         job->gate_stride = l->experts;
@@ -398,10 +443,12 @@ static void prepare(LinearJob *job) {
             if (job->gates[i * job->gate_stride + e] != 0.0f) job->open[e] = 1.0f;
     }
     share(width, 1, job->preparing, &begin, &end);
+    const Weight a = plain(l->lora_a, l->weight.columns);
     for (int64_t row = begin, stop; row < end; row = stop) { /* an expert, or what of it is ours */
         const int64_t e = row / l->rank;
         stop = (e + 1) * l->rank < end ? (e + 1) * l->rank : end;
-        if (job->open[e] != 0.0f) project(job, l->lora_a, row, stop, width, job->hidden);
+        if (job->open[e] != 0.0f)
+            project(&a, job->x, job->m, row, stop, 0, width, NULL, job->hidden);
         for (int64_t i = 0; i < job->m; i++)
             for (int64_t r = row; r < stop; r++) {
                 float *h = job->hidden + i * width + r; /* a closed expert is not read */
@@ -521,36 +568,90 @@ static void linear_region(void *argument) {
     }
 }
 
+#include "native_speakers.h"
+
+/* ---------------------------------------------------------------- the call */
+
+/* How the threads share the work, and the floats of scratch that it takes. */
+static int64_t plan(LinearJob *job, int threads) {
+    const Layer *l = job->layer;
+    const int64_t columns = l->weight.columns, m = job->m;
+    job->threads = threads;
+    if (!pool_run || m * l->rows * columns < 1 << 18) job->threads = 1; /* done before they wake up */
+    job->apart = job->threads > 1 && m >= 12 * (int64_t)job->threads;
+    job->slab = CACHE / (4 * columns) / 12 * 12;
+    if (job->slab < 12) job->slab = 12;
+    if (job->slab > m) job->slab = m;
+    const int64_t width = l->experts * l->rank;
+    /* Little to prepare: sooner done twice than waited for. */
+    job->preparing = job->apart || m * (width + 1) * columns <= ALONE ? 1 : job->threads;
+    const int copies = job->preparing == 1 ? job->threads : 1;
+    return aligned(job->slab * (columns + width) * copies) +
+           private_floats(l, job->slab) * job->threads;
+}
+
+static void place(LinearJob *job, float *scratch) {
+    const Layer *l = job->layer;
+    const int64_t columns = l->weight.columns, width = l->experts * l->rank;
+    const int copies = job->preparing == 1 ? job->threads : 1;
+    job->packed = scratch;
+    job->hidden = scratch + job->slab * columns * copies;
+    job->decoded = scratch + aligned(job->slab * (columns + width) * copies);
+}
+
+static int served(const Weight *w) {
+    return w->block >= 32 && !(w->block & (w->block - 1)) && w->columns % 64 == 0 &&
+           w->columns % w->block == 0 && w->columns / w->block <= MAX_SCALES;
+}
+
+/* y += the part of every row's own speaker; before it, unless it is there, the base. */
+static int linear_of_speakers(const Layer *l, const Call *call) {
+    const Speakers *s = &l->speakers;
+    const Weight *a = &s->lora_a, *b = &s->lora_b;
+    if ((a->format == INT8 && (!served(a) || b->block < UNIT || (b->block & (b->block - 1)))) ||
+        s->span > UNIT || UNIT % s->span || l->rows * s->span % UNIT)
+        return 1;
+    Layer base = *l;
+    base.experts = 0;
+    base.router = NULL;
+    LinearJob first = {.layer = &base, .x = call->x, .y = call->y, .m = call->m};
+    const int64_t floats = plan(&first, (int)call->threads);
+    SpeakersJob job = {.layer = l, .call = call, .threads = first.threads};
+    const int64_t shared = call->added ? 0 : floats, own = speaker_floats(l);
+    const size_t for_floats = (size_t)aligned(shared + own * job.threads) * sizeof(float);
+    const size_t for_rows = (size_t)call->m * (sizeof(Group) + sizeof(int64_t));
+    char *scratch = aligned_alloc(
+        64, (for_floats + for_rows + (size_t)(s->count + 1) * sizeof(int64_t) + 63) / 64 * 64);
+    if (!scratch) return 2;
+    Group *groups = (Group *)(scratch + for_floats);
+    int64_t *order = (int64_t *)(groups + call->m);
+    job.count = group_rows(l, call, order, groups, order + call->m);
+    job.order = order;
+    job.groups = groups;
+    job.scratch = (float *)scratch + shared;
+    job.base = call->added ? NULL : &first;
+    if (job.base) place(job.base, (float *)scratch);
+    if (job.count >= 0) parallel(speakers_region, &job, job.threads);
+    free(scratch);
+    return job.count < 0 ? 3 : 0;
+}
+
 /* y = x W^T + scaling * sum over experts of gate * (x A^T) B^T + bias, all float32 and contiguous;
  * the gates [m, experts] in rows gate_stride apart, or softmax(x V^T / temperature) by the layer's
- * router V. Returns 0; 1 where the weight is not served (native.py: serves); 2 without memory. */
-int saml_linear(const Layer *l, const float *x, const float *gates, int64_t gate_stride, float *y,
-                int64_t m, int threads) {
-    const int64_t columns = l->weight.columns, block = l->weight.block;
-    if (level == PORTABLE || block < 32 || (block & (block - 1)) || columns % 64 ||
-        columns % block || columns / block > MAX_SCALES)
-        return 1;
-    LinearJob job = {.layer = l, .x = x, .gates = gates, .gate_stride = gate_stride, .y = y};
-    job.m = m;
-    job.threads = threads;
-    if (!pool_run || m * l->rows * columns < 1 << 18) job.threads = 1; /* done before they wake up */
-    job.apart = job.threads > 1 && m >= 12 * (int64_t)job.threads;
-    job.slab = CACHE / (4 * columns) / 12 * 12;
-    if (job.slab < 12) job.slab = 12;
-    if (job.slab > m) job.slab = m;
-    const int64_t width = l->experts * l->rank, own = private_floats(l, job.slab);
-    /* Little to prepare: sooner done twice than waited for. */
-    job.preparing = job.apart || m * (width + 1) * columns <= ALONE ? 1 : job.threads;
-    const int copies = job.preparing == 1 ? job.threads : 1;
-    const int64_t shared = aligned(job.slab * (columns + width) * copies);
-    const size_t bytes = (size_t)(shared + own * job.threads) * sizeof(float);
-    float *scratch = aligned_alloc(64, bytes);
+ * router V. Returns 0; 1 where the weight or the experts are not served (native.py: serves);
+ * 2 without memory; 3 where a speaker's index is out of range. */
+int saml_linear(const Layer *l, const Call *call) {
+    if (level == PORTABLE || !served(&l->weight)) return 1;
+    if (l->speakers.count) return linear_of_speakers(l, call);
+    LinearJob job = {.layer = l, .x = call->x, .gates = call->gates, .y = call->y, .m = call->m};
+    job.gate_stride = call->gate_stride;
+    _Alignas(64) float here[SMALL]; /* a token's: it has no time for the heap */
+    const int64_t floats = plan(&job, (int)call->threads);
+    float *scratch = floats <= SMALL ? here : aligned_alloc(64, (size_t)floats * sizeof(float));
     if (!scratch) return 2;
-    job.packed = scratch;
-    job.hidden = scratch + job.slab * columns * copies;
-    job.decoded = scratch + shared;
+    place(&job, scratch);
     parallel(linear_region, &job, job.threads);
-    free(scratch);
+    if (scratch != here) free(scratch);
     return 0;
 }
 #endif

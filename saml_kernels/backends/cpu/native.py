@@ -7,27 +7,43 @@ needs it: `available()` is False without it, and the backend then runs on plain 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
-from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from operator import is_
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saml_kernels.backends.reference import Gating
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.tensor import NESTED_CODE, QuantizedTensor, code_table
 
-__all__ = ["Layer", "available", "dequantize", "fits", "native_status", "select", "serves"]
+__all__ = [
+    "Layer",
+    "available",
+    "dequantize",
+    "fits",
+    "native_status",
+    "select",
+    "serves",
+    "serves_speakers",
+]
 
-ABI = 2  # the same number stands in native.c
+ABI = 3  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
+UNIT, SPANS = 64, (1, 2, 4, 8, 16, 32, 64)  # of a speaker's lora_b; as native_speakers.h has them
+FLOAT32 = torch.float32
 LEVELS = ("portable C", "AVX2", "AVX-512", "NEON")
-FORMATS = {"nf4": 0, "fp4": 0, "int4": 0, "int8": 1}
+FORMATS = {"nf4": 0, "fp4": 0, "int4": 0, "int8": 1, "float32": 2}
 PARTS = ("codes", "absmax", "nested_absmax", "offset")
 POOL = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+# `Call` of native.c, in one piece: ctypes takes longer over nine arguments than over all the rest.
+pack_call = Struct("@PPqPqqPqq").pack
 
 _selections = 0  # calls of `select`; a layer described before one has to be described anew
 
@@ -48,6 +64,18 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Speakers(ctypes.Structure):
+    """`Speakers` of native.c."""
+
+    _fields_ = (
+        ("lora_a", _Weight),
+        ("lora_b", _Weight),
+        ("count", c_int64),
+        ("groups", c_int64),
+        ("span", c_int64),
+    )
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of native.c."""
 
@@ -63,6 +91,7 @@ class _Layer(ctypes.Structure):
         ("top_k", c_int64),
         ("scaling", c_float),
         ("temperature", c_float),
+        ("speakers", _Speakers),
     )
 
 
@@ -128,6 +157,11 @@ class Layer:
     Where the same tensors come again, `holds` says so in a microsecond, which is what one token
     has. It refers to the tensors, so that their memory stays; it is never copied or saved with a
     model.
+
+    Attributes:
+        many: whether the experts are those of many speakers, or of one in int8.
+        one_by_one: whether every row has a speaker.
+        most_elements: of x, up to which this is the fastest way.
     """
 
     def __init__(
@@ -138,57 +172,76 @@ class Layer:
         router: Tensor | None,
         bias: Tensor | None,
         scaling: float,
-        top_k: int | None = None,
-        temperature: float = 1.0,
+        gating: Gating | None = None,
     ) -> None:
         """Everything float32 and contiguous on the CPU, and `serves(weight)`.
 
         Args:
             weight: [N, K].
-            lora_a: [E, r, K]; lora_b: [E, N, r].
-            router: [E, K] of a token router, or None where gates are given to the call.
+            lora_a: [E, r, K]; lora_b: [E, N, r]. Of S speakers: [S, E, r, K] and [S, E, N, r],
+                float32 (lora_b may lie in memory as [S, N, E, r]) or both in int8 without double
+                quantisation; of one speaker in int8 as well.
+            router: [E, K] of a token router ([S, E, K] of many speakers), or None where gates are
+                given to the call.
             bias: [N] or None.
             scaling: s.
-            top_k, temperature: of the router, as in `saml_linear_routed`.
+            gating: top_k and temperature of the router, as in `saml_linear_routed`.
 
         Raises:
             SAMLError: a tensor is not what C will take it for.
         """
         rows, columns = weight.shape
-        if not isinstance(lora_a, Tensor) or lora_a.dim() != 3:
-            raise SAMLError("lora_a: expected a tensor [E, r, K]")
-        experts, rank = lora_a.shape[:2]
+        if len(lora_a.shape) not in (3, 4):
+            raise SAMLError("lora_a: expected a tensor [E, r, K] or [S, E, r, K]")
+        lead, (experts, rank) = lora_a.shape[:-3], lora_a.shape[-3:-1]
+        top_k, temperature = gating or (None, 1.0)
         if top_k is not None and not 1 <= top_k <= experts:
             raise SAMLError(f"top_k: {top_k}; expected 1..{experts} or None")
+        stored = [t for t in (lora_a, lora_b) if isinstance(t, QuantizedTensor)]
+        self.many, self.one_by_one = bool(lead or stored), bool(lead)
         wanted = {
-            "lora_a": (lora_a, (experts, rank, columns)),
-            "lora_b": (lora_b, (experts, rows, rank)),
-            "router": (router, (experts, columns)),
+            "lora_a": (lora_a, (*lead, experts, rank, columns)),
+            "lora_b": (lora_b, (*lead, experts, rows, rank)),
+            "router": (router, (*lead, experts, columns)),
             "bias": (bias, (rows,)),
         }
         for name, (tensor, shape) in wanted.items():
-            if tensor is not None and not (
+            if isinstance(tensor, QuantizedTensor) and name in ("lora_a", "lora_b"):
+                if tensor.shape != shape or len(stored) != 2:
+                    raise SAMLError(f"{name}: expected {shape}, both experts in int8 or neither")
+            elif tensor is not None and not (
                 isinstance(tensor, Tensor)
                 and tensor.shape == shape
                 and tensor.dtype == torch.float32
                 and tensor.is_cpu
-                and tensor.is_contiguous()
+                and (tensor.is_contiguous() or (self.many and name == "lora_b"))
             ):
                 raise SAMLError(f"{name}: expected contiguous float32 {shape} on the CPU")
         parts: dict[str, Any] = weight._buffers
         self.tensors = (*(parts[n] for n in PARTS), lora_a, lora_b, router, bias)
-        self.present = tuple(t for t in self.tensors if t is not None)
-        self.addresses = [*map(Tensor.data_ptr, self.present)]
-        self.settings = (scaling, top_k, temperature)
+        self.stored = [(t._buffers, t.codes, t.absmax) for t in stored]
+        kept = [t for t in self.tensors if isinstance(t, Tensor)]
+        kept += [t for _, *parts_of in self.stored for t in parts_of]
+        self.places = [t.data_ptr for t in kept]
+        self.addresses = [place() for place in self.places]
+        self.scaling, self.gating = scaling, gating
         self.selection = _selections
         self.rows, self.columns, self.experts = rows, columns, experts
-        self.most_rows = _library().saml_most_rows()
+        self.most_elements = _library().saml_most_rows() * columns
         self.call = _library().saml_linear
-        kept = experts if top_k is None else top_k
-        addresses = (None if t is None else t.data_ptr() for t in self.tensors[len(PARTS) :])
+        self.speakers = lead[0] if lead else 1
+        plain: list[int | None] = [None, None]
+        speakers = _Speakers()
+        if self.many:
+            speakers = _describe_speakers(lora_a, lora_b, self.speakers)
+        else:
+            plain = [t.data_ptr() for t in (lora_a, lora_b)]  # type: ignore[union-attr,operator]
+        addresses = (None if t is None else t.data_ptr() for t in (router, bias))
+        chosen = experts if top_k is None else top_k
         self.described = _Layer(
-            _describe(weight), *addresses, rows, experts, rank, kept, scaling, temperature
-        )
+            _describe(weight), *plain, *addresses, rows, experts, rank, chosen, scaling,
+            temperature, speakers,
+        )  # fmt: skip
         self.pointer = byref(self.described)
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -205,41 +258,142 @@ class Layer:
         lora_b: Tensor | QuantizedTensor,
         router: Tensor | None,
         bias: Tensor | None,
-        *settings: Any,
+        scaling: float,
+        gating: Gating | None,
     ) -> bool:
         """Whether it was made for these very tensors, which lie where they lay."""
+        # Spelled out: a loop over the eight takes as long as all the rest.
+        codes, absmax, nested, offset, own_a, own_b, own_router, own_bias = self.tensors
         parts: dict[str, Any] = weight._buffers
-        given = (
-            parts["codes"], parts["absmax"], parts["nested_absmax"], parts["offset"],
-            lora_a, lora_b, router, bias,
-        )  # fmt: skip
-        if settings != self.settings or self.selection != _selections:
-            return False
-        return all(map(is_, self.tensors, given)) and self.lies()
+        return (
+            lora_a is own_a
+            and lora_b is own_b
+            and router is own_router
+            and bias is own_bias
+            and parts["codes"] is codes
+            and parts["absmax"] is absmax
+            and parts["nested_absmax"] is nested
+            and parts["offset"] is offset
+            and scaling == self.scaling
+            and gating == self.gating
+            and self.selection == _selections
+            and [place() for place in self.places] == self.addresses
+            and (not self.stored or self._stored_holds())
+        )
 
-    def lies(self) -> bool:
-        """Whether its tensors lie where they lay when they were described."""
-        return [*map(Tensor.data_ptr, self.present)] == self.addresses
+    def _stored_holds(self) -> bool:
+        return all(p["codes"] is c and p["absmax"] is s for p, c, s in self.stored)
 
-    def __call__(self, x: Tensor, gates: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor | None:
         """y [..., N] of x [..., K] by gates [..., E] or [E] for all; without gates by the router.
 
-        x and gates float32 and contiguous, which the caller sees to. An expert whose gate is zero
-        for all rows that are worked on together is not read.
+        None where x or the gates are not float32, contiguous and on the CPU, or do not fit, and
+        where x is too large for this to be the fastest way (unless y is given). An expert whose
+        gate is zero for all rows that are worked on together is not read.
+
+        Args:
+            x, gates: see above.
+            index: int32, contiguous: the speaker of every row of x, or of as many rows side by side
+                each; None takes the first for all.
+            y: [..., N] that holds x W^T + bias; the experts' part is added to it in place.
+
+        Raises:
+            SAMLError: an index is out of range.
         """
-        y = x.new_empty((*x.shape[:-1], self.rows))
-        m = x.numel() // self.columns
-        address, stride = None, 0
+        if x.dtype is not FLOAT32 or not x.is_cpu or not x.is_contiguous():
+            return None
+        shape, size = x.shape, x.numel()
+        if not size or shape[-1] != self.columns or (size > self.most_elements and y is None):
+            return None
+        m = size // self.columns
+        address = stride = 0
         if gates is not None:
+            if gates.dtype is not FLOAT32 or not gates.is_cpu or not gates.is_contiguous():
+                return None
+            experts, own = self.experts, gates.shape
+            if not own or own[-1] != experts or len(own) > len(shape):
+                return None
+            if gates.numel() != experts:
+                if own[:-1] != shape[:-1]:
+                    return None
+                stride = experts
             address = gates.data_ptr()
-            stride = self.experts if gates.numel() == m * self.experts else 0
-        refused = self.call(
-            self.pointer, x.data_ptr(), address, stride, y.data_ptr(), m, torch.get_num_threads()
+        added, whose, each = y is not None, 0, 1
+        if y is None:  # sizes one by one: a tuple is slower to read
+            two = len(shape) == 2
+            y = x.new_empty(m, self.rows) if two else x.new_empty(*shape[:-1], self.rows)
+        if index is not None:
+            whose, each = index.data_ptr(), m // index.numel()
+        threads = torch.get_num_threads()
+        packed = pack_call(
+            x.data_ptr(), address, stride, y.data_ptr(), m, threads, whose, each, added
         )
+        refused = self.call(self.pointer, packed)
+        if refused == 3 and index is not None:
+            wrong = index[(index < 0) | (index >= self.speakers)]
+            raise SAMLError(
+                f"speakers: holds {int(wrong[0])}; expected 0..{self.speakers - 1} for these "
+                "experts"
+            )
         if refused:
-            why = "out of memory" if refused == 2 else "weight not served"
-            raise RuntimeError(f"native code: {why}: x {tuple(x.shape)}, {self.rows} rows")
+            why = "out of memory" if refused == 2 else "weight or experts not served"
+            raise RuntimeError(f"native code: {why}: x {tuple(shape)}, {self.rows} rows")
         return y
+
+
+def serves_speakers(
+    lora_a: Tensor | QuantizedTensor, lora_b: Tensor | QuantizedTensor
+) -> tuple[int, int] | None:
+    """Whether `Layer` takes these experts of many speakers, or of one in int8.
+
+    Args:
+        lora_a: [..., E, r, K], float32 or int8 without double quantisation; lora_b: [..., E, N, r].
+
+    Returns:
+        What lora_b is in memory, (groups, span) of [..., groups, N, span]; None: not served.
+    """
+    (experts, rank, columns), rows = lora_a.shape[-3:], lora_b.shape[-2]
+    groups, span = experts, rank
+    for tensor in (lora_a, lora_b):
+        if not isinstance(tensor, QuantizedTensor):
+            continue
+        if tensor.format != "int8" or tensor.nested_absmax is not None or tensor.block_size < UNIT:
+            return None
+        if tensor is lora_a and (columns % tensor.block_size or columns // UNIT > MAX_SCALES):
+            return None
+    if isinstance(lora_b, Tensor) and not lora_b.is_contiguous():
+        groups, span = 1, experts * rank
+        if not lora_b.transpose(-3, -2).is_contiguous():
+            return None
+    served = span in SPANS and rows * span % UNIT == 0 and columns % UNIT == 0
+    return (groups, span) if served else None
+
+
+def _describe_speakers(
+    lora_a: Tensor | QuantizedTensor, lora_b: Tensor | QuantizedTensor, count: int
+) -> _Speakers:
+    """Experts [S, E, r, K] and [S, E, N, r] for C.
+
+    Raises:
+        SAMLError: C does not serve them.
+    """
+    laid = serves_speakers(lora_a, lora_b)
+    if laid is None:
+        shapes = f"{tuple(lora_a.shape)}, {tuple(lora_b.shape)}"
+        raise SAMLError(f"lora_a, lora_b: {shapes} are not served by native code as they lie")
+    a, b = (_describe(t) if isinstance(t, QuantizedTensor) else _plain(t) for t in (lora_a, lora_b))
+    return _Speakers(a, b, count, *laid)
+
+
+def _plain(tensor: Tensor) -> _Weight:
+    """A matrix of float32 for C."""
+    return _Weight(codes=tensor.data_ptr(), columns=tensor.shape[-1], format=FORMATS["float32"])
 
 
 def _describe(weight: QuantizedTensor) -> _Weight:
@@ -248,7 +402,7 @@ def _describe(weight: QuantizedTensor) -> _Weight:
     parts = (weight.codes, weight.absmax, nested, offset)
     if not all(t is None or (t.is_cpu and t.is_contiguous()) for t in parts):
         raise SAMLError(f"weight: on {weight.device}; expected contiguous buffers on the CPU")
-    size = weight.shape[0] * weight.shape[1]
+    size = math.prod(weight.shape)
     blocks = -(-size // weight.block_size)
     packed = size if weight.format == "int8" else (size + 1) // 2
     if (
@@ -266,7 +420,7 @@ def _describe(weight: QuantizedTensor) -> _Weight:
         None if nested is None else _nested_table().data_ptr(),
         None if weight.format == "int8" else _table(weight.format).data_ptr(),
         weight.block_size,
-        weight.shape[1],
+        weight.shape[-1],
         FORMATS[weight.format],
     )
 
@@ -308,9 +462,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     library.saml_dequantise.restype = None
     library.saml_most_rows.restype = c_int64
     if hasattr(library, "saml_linear"):  # x86-64 and aarch64
-        library.saml_linear.argtypes = [
-            c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int,
-        ]  # fmt: skip
+        library.saml_linear.argtypes = [c_void_p, c_char_p]
     pool = _torch_threads()
     if pool is None:
         return library, "one thread (torch's OpenMP runtime has no GOMP entry points)"

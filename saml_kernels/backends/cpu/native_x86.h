@@ -122,7 +122,7 @@ AVX512 INLINE void dense_avx512(const Tile *t, const int rows, const int ms, __m
 AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, const int format,
                                float *sums) {
     const __m512 table = format == FOUR_BIT ? _mm512_loadu_ps(t->table) : _mm512_setzero_ps();
-    const int late = format == FOUR_BIT && ms <= 2; /* scale a group's sum, not its weights */
+    const int late = format != FLOAT32 && ms <= 2; /* scale a group's sum, not its weights */
     __m512 acc[24];
 #pragma GCC unroll 24
     for (int i = 0; i < rows * ms; i++) acc[i] = _mm512_setzero_ps();
@@ -154,15 +154,16 @@ AVX512 INLINE void tile_avx512(const Tile *t, const int rows, const int ms, cons
 #pragma GCC unroll 8
                 for (int m = 0; m < ms; m++) {
                     __m512 x = _mm512_loadu_ps(t->x + m * t->columns + 64 * g + 16 * j);
-                    if (!late)
+                    if (!late) {
                         acc[r * ms + m] = _mm512_fmadd_ps(w, x, acc[r * ms + m]);
-                    else
-                        part[m] = j ? _mm512_fmadd_ps(w, x, part[m]) : _mm512_mul_ps(w, x);
+                        continue;
+                    }
+                    const int begins = format == FOUR_BIT ? j == 0 : j % 2 == 0;
+                    const int ends = format == FOUR_BIT ? j == 3 : j % 2 == 1;
+                    part[m] = begins ? _mm512_mul_ps(w, x) : _mm512_fmadd_ps(w, x, part[m]);
+                    if (ends) acc[r * ms + m] = _mm512_fmadd_ps(part[m], scale, acc[r * ms + m]);
                 }
             }
-            if (late)
-                for (int m = 0; m < ms; m++)
-                    acc[r * ms + m] = _mm512_fmadd_ps(part[m], scale, acc[r * ms + m]);
         }
     }
     for (int64_t e = 0; e < t->experts; e++)
@@ -222,7 +223,7 @@ AVX2 INLINE void look_up_bytes(const __m256i *planes, __m256i index, __m256 *out
 
 AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const int format,
                            float *sums) {
-    const int late = format == FOUR_BIT && ms <= 2; /* scale a group's sum, not its weights */
+    const int late = format != FLOAT32 && ms <= 2; /* scale a group's sum, not its weights */
     __m256i planes[4];
     __m256 acc[8];
     if (format == FOUR_BIT)

@@ -76,7 +76,9 @@ class ConformerSpeechModel(SpeechModel):
             return [processor.tokenizer.bos_token_id]
         silence = np.zeros(SAMPLE_RATE, np.float32)
         ask: Any = processor.apply_transcription_request
-        return ask(silence, source_language=language or "en")["decoder_input_ids"][0].tolist()
+        rate = processor.feature_extractor.sampling_rate  # transformers 5.17 checks that it is told
+        asked = ask(silence, source_language=language or "en", sampling_rate=rate)
+        return asked["decoder_input_ids"][0].tolist()
 
     def prompt_language(self, clips: Sequence[Clip]) -> str | None:
         """None has to be named: Canary's prompt has its own, ESPnet's model has no prompt."""

@@ -1,10 +1,12 @@
 """Layers that hold many speakers' experts: each clip is as with its own speaker's alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from saml_kernels import SAMLConfig, SAMLError, SAMLLinear
+from saml_kernels import SAMLConfig, SAMLError, SAMLLinear, quantize
 from saml_kernels.layers.context import BatchContext, SpeakerExperts
 
 K, N, SPEAKERS = 64, 48, 3
@@ -85,6 +87,22 @@ def test_an_expert_that_a_speaker_has_not_is_not_heard():
     routing.speakers = torch.zeros(2, dtype=torch.int32)
     x = torch.randn(2, 7, K)
     torch.testing.assert_close(layer(x), few(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["token", "speaker", "speaker merged"])
+def test_experts_in_int8(name):
+    config = replace(CONFIGS[name], rank=4)
+    layers = [mixed_batch(config, s, BatchContext()) for s in range(SPEAKERS)]
+    shared = mixed_batch(config, 9, BatchContext())
+    shared.context.speakers = torch.tensor([2, 0, 0, 1], dtype=torch.int32)
+    wide, x = stacked(layers), torch.randn(4, 5, K)
+    kept = [quantize(t, "int8", 64, double_quant=False) for t in (wide.lora_a, wide.lora_b)]
+    found = []
+    for a, b in (kept, [t.dequantize() for t in kept]):
+        shared.speaker_experts = SpeakerExperts(a, b, wide.router)
+        with torch.no_grad():
+            found.append(shared(x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_must_be_the_beams_of_clips():

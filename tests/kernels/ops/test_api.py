@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saml_kernels import SAMLError, available_backends, quantize, saml_linear
 from saml_kernels.backends import registry
 from saml_kernels.backends.reference import saml_linear_reference
+from saml_kernels.ops import call
 from saml_kernels.ops.library import parts_of
 from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor
 
@@ -333,3 +335,27 @@ def test_experts_of_other_formats_are_refused() -> None:
     nested = [quantize(t, "int8") for t in (a, b)]
     with pytest.raises(SAMLError, match="lora_a: int8; expected int8, double_quant=False"):
         saml_linear(x, weight, *nested, gates, bias)
+
+
+def test_layers_that_read_the_same_x_share_its_cast(monkeypatch):
+    """Under autocast q, k and v read one copy of x, which goes when its graph goes."""
+    weight = quantize(torch.randn(32, 64))
+    a, b = (torch.randn(s, requires_grad=True) for s in ((2, 4, 64), (2, 32, 4)))
+    x, seen = torch.randn(9, 64, requires_grad=True) * 1, []
+    cast = call._cast
+    monkeypatch.setattr(call, "_cast", lambda *given: seen.append(cast(*given)) or seen[-1])
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return saml_linear(x, weight, a, b, torch.ones(2))
+
+    first, second = run(), run()
+    assert seen[0] is seen[1] and torch.equal(first, second)
+    with torch.no_grad():
+        x.add_(1)
+    third = run()
+    assert seen[2] is not seen[1] and not torch.equal(third, first)
+    copy = weakref.ref(seen[2])
+    seen.clear()
+    del first, second, third
+    assert copy() is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saml_kernels import SAMLConfig, SAMLError
+from saml_kernels.backends.cpu import native
 from saml_models.data.corpora import load_corpus
 from saml_models.models.registry import bind
 from saml_models.speakers import mixing as voices
@@ -103,6 +104,20 @@ def test_sixteen_speakers_have_the_words_each_has_alone(experts, clips, profiles
     assert decode_clips(bind(*experts), clips[:3]) == plain[:3]
     for parameter in experts[0].saml.experts().values():  # pruned ones were in their place
         parameter.requires_grad_(False).requires_grad_(True)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.native_status())
+def test_experts_stay_in_int8_where_all_profiles_have_them_so(experts, profiles):
+    model = experts[0]
+    with mixed_batch(model, [profiles[0], profiles[1]]):
+        for name, layer in model.saml.layers.items():
+            for part in ("lora_a", "lora_b"):
+                kept = getattr(layer.speaker_experts, part)
+                own = profiles[1].experts(model)[f"{name}.{part}"]
+                assert kept.codes.dtype == torch.int8 and kept.shape == (2, *own.shape)
+                assert torch.equal(kept.dequantize()[1], own)
+    with mixed_batch(model, [profiles[0], None]):
+        assert all(torch.is_tensor(x.speaker_experts.lora_a) for x in model.saml.layers.values())
 
 
 def test_two_speakers_and_beams(experts, clips, profiles):
