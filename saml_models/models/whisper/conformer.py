@@ -14,7 +14,7 @@ Importing this module tells transformers' Auto classes of the model.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from transformers.models.whisper.modeling_whisper import (
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["ConformerWhisper", "ConformerWhisperConfig", "new_branches"]
+__all__ = ["ConformerWhisper", "ConformerWhisperConfig", "ConformerWhisperLayer", "new_branches"]
 
 KERNEL = 31  # frames of 20 ms, as many as the paper's
 LARGEST_KERNEL = 255
@@ -148,7 +148,7 @@ class ConformerWhisperEncoder(WhisperEncoder):
     """Whisper's encoder with Conformer blocks: features [B, mel bins, 2 T] -> [B, T, d]."""
 
     config: ConformerWhisperConfig
-    _no_split_modules = ("ConformerWhisperLayer",)
+    _no_split_modules: ClassVar[Any] = ["ConformerWhisperLayer"]
 
     def __init__(self, config: ConformerWhisperConfig) -> None:
         super().__init__(config)
@@ -156,7 +156,7 @@ class ConformerWhisperEncoder(WhisperEncoder):
         self.layers = nn.ModuleList(layers)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         # transformers asks for layers with parameters alone where a class is not its own.
         super()._init_weights(module)
         if getattr(module, ZERO, False):
@@ -175,7 +175,7 @@ class ConformerWhisper(WhisperForConditionalGeneration):
 
     config_class = ConformerWhisperConfig
     config: ConformerWhisperConfig
-    _no_split_modules = ("ConformerWhisperLayer", "WhisperDecoderLayer")
+    _no_split_modules: ClassVar[Any] = ["ConformerWhisperLayer", "WhisperDecoderLayer"]
 
     def __init__(self, config: ConformerWhisperConfig) -> None:
         super().__init__(config)
