@@ -18,6 +18,7 @@ from saml_models.compress.calibrate import calibrate
 from saml_models.compress.calibration_speech import CalibrationClip
 from saml_models.compress.checkpoint import load_saml, save_saml
 from saml_models.compress.layers import quantised_tensors
+from saml_models.data.corpora import utterances_of
 from saml_models.evaluation.protocol import SYSTEMS
 from saml_models.models.registry import bind
 from saml_models.models.whisper.conformer import ConformerWhisper
@@ -43,7 +44,7 @@ def pair(tiny_en: Any) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def clips() -> list[Any]:
     draw = np.random.default_rng(0)
-    return [draw.normal(0, 0.1, n).astype(np.float32) for n in (16000, 28000, 20000, 40000)]
+    return [draw.normal(0, 0.1, n).astype(np.float32) for n in (8000, 14000, 10000, 20000)]
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,8 @@ def test_low_bits_everywhere_but_the_depthwise_convolutions(
     at = "model.encoder.layers.{}.conv_module.depthwise"
     assert report.kept == {
         **{at.format(i): "depthwise" for i in range(2)},
-        "model.encoder.embed_positions": "positions",
-        "model.decoder.embed_positions": "positions",
-    } | {name: why for name, why in report.kept.items() if why not in ("depthwise", "positions")}
-    assert list(report.kept.values()).count("depthwise") == 2
+        **{f"model.{side}.embed_positions": "positions" for side in ("encoder", "decoder")},
+    }
     block = network.model.encoder.layers[0]
     for layer in (
         *(block.half_step.fc1, block.half_step.fc2),
@@ -163,8 +162,6 @@ def test_pretraining_and_what_the_loop_guard_stops(
     pair: tuple[Any, Any], spoken: list[tuple[Any, str]]
 ) -> None:
     network, processor = compressed(pair)
-    from saml_models.data.corpora import utterances_of
-
     before = {n: p.detach().clone() for n, p in network.saml.experts().items()}
     profile = pretrain(
         network, processor, utterances_of(spoken), QUICK, original=copy.deepcopy(pair[0])
@@ -185,8 +182,12 @@ def test_pretraining_and_what_the_loop_guard_stops(
 def test_the_recogniser_adapts_transcribes_evaluates_and_saves(
     pair: tuple[Any, Any], spoken: list[tuple[Any, str]], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    for part in pair:
+    folder, spoken = tmp_path / "model", spoken[:2]
+    network = copy.deepcopy(pair[0])
+    with torch.no_grad():  # texts of a few tokens
+        end = network.model.decoder.embed_tokens.weight[50256]
+        network.model.decoder.layer_norm.bias.add_(4 * end)
+    for part in (network, pair[1]):
         part.save_pretrained(folder)
     recogniser = Recogniser.load(folder)
     assert isinstance(recogniser.model, ConformerWhisper)
