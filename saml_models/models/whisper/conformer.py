@@ -41,7 +41,7 @@ from saml_kernels.errors import SAMLError
 __all__ = ["ConformerWhisper", "ConformerWhisperConfig", "ConformerWhisperLayer", "new_branches"]
 
 KERNEL = 31  # frames of 20 ms, as many as the paper's
-LARGEST_KERNEL = 255
+LARGEST_KERNEL, LARGEST_WIDTH = 255, 65536
 ZERO = "zero_at_first"  # marks layers
 NEW = ("half_step", "conv_module")  # what a block has beside Whisper's
 
@@ -67,8 +67,8 @@ class ConformerWhisperConfig(WhisperConfig):
             raise SAMLError(
                 f"conv_kernel_size: {kernel}; expected an odd number up to {LARGEST_KERNEL}"
             )
-        if width is not None and width < 1:
-            raise SAMLError(f"half_step_ffn_dim: {width}; expected at least 1, or None")
+        if width is not None and not 1 <= width <= LARGEST_WIDTH:
+            raise SAMLError(f"half_step_ffn_dim: {width}; expected 1 to {LARGEST_WIDTH}, or None")
 
 
 def _zero_at_first(layer: nn.Linear) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""A Conformer grown from a small random Whisper: what learns when, killed and resumed, the command."""
+"""A Conformer grown from a small random Whisper: what learns when, resumed, and the command."""
 
 from __future__ import annotations
 
