@@ -159,11 +159,12 @@ def _filled(
 ) -> ConformerWhisper:
     """Give a grown model what the file says; `tensors` are taken from their dict."""
     for key, parameter in model.named_parameters():
-        delta = [tensors.pop(f"{key}.delta.{part}", None) for part in PARTS]
+        delta: dict[str, Any] = {p: tensors.pop(f"{key}.delta.{p}", None) for p in PARTS}
         stored = {k: tensors.pop(k) for k in (key, f"{key}.int8", f"{key}.scale") if k in tensors}
-        if delta[0] is not None:
-            parts: Any = delta
-            weight = QuantizedTensor.from_parts(*parts, list(parameter.shape), FORMAT, BLOCK)
+        if delta["codes"] is not None:
+            weight = QuantizedTensor.from_parts(
+                **delta, shape=list(parameter.shape), format=FORMAT, block_size=BLOCK
+            )
             value = _released(public[key]) + weight.validate(key).dequantize()
         elif stored:
             value = unpack_expert(stored, key, parameter.shape)

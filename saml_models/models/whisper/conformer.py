@@ -14,6 +14,7 @@ Importing this module tells transformers' Auto classes of the model.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,13 @@ from transformers.models.whisper.modeling_whisper import (
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["ConformerWhisper", "ConformerWhisperConfig", "ConformerWhisperLayer", "new_branches"]
+__all__ = [
+    "ConformerWhisper",
+    "ConformerWhisperConfig",
+    "ConformerWhisperLayer",
+    "new_branches",
+    "without_branches",
+]
 
 KERNEL = 31  # frames of 20 ms, as many as the paper's
 LARGEST_KERNEL, LARGEST_WIDTH = 255, 65536
@@ -218,6 +225,18 @@ class ConformerWhisper(WhisperForConditionalGeneration):
             return given, model_kwargs
         prepare = cast(Any, super())._prepare_decoder_input_ids_for_generation
         return prepare(batch_size, model_input_name, model_kwargs, *rest, **more)
+
+
+@torch.no_grad()
+def without_branches(model: ConformerWhisper) -> ConformerWhisper:
+    """A copy at full precision whose new branches add nothing, as at the start."""
+    bare = copy.deepcopy(model)
+    for module in bare.modules():
+        if getattr(module, ZERO, False):
+            own: Any = module
+            own.weight.zero_()
+            own.bias.zero_()
+    return bare
 
 
 def new_branches(model: nn.Module) -> dict[str, nn.Parameter]:
