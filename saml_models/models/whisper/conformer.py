@@ -173,12 +173,7 @@ class ConformerWhisperEncoder(WhisperEncoder):
 
 
 class ConformerWhisper(WhisperForConditionalGeneration):
-    """Whisper with Conformer blocks in its encoder; `generate` and all else as Whisper's.
-
-    Example:
-        >>> whisper, processor = load_whisper("tiny.en")
-        >>> model = ConformerWhisper.grown_from(whisper)
-    """
+    """Whisper with Conformer blocks in its encoder; `generate` and all else as Whisper's."""
 
     config_class = ConformerWhisperConfig
     config: ConformerWhisperConfig
@@ -212,7 +207,7 @@ class ConformerWhisper(WhisperForConditionalGeneration):
         own = set(new_branches(model))
         if unexpected or set(missing) - own:
             raise SAMLError(f"{kind}: its weights are not those of its configuration")
-        model.generation_config = whisper.generation_config
+        model.generation_config = copy.deepcopy(whisper.generation_config)
         parameter = next(whisper.parameters())
         return model.to(parameter.device, parameter.dtype).train(whisper.training)
 
