@@ -1,7 +1,7 @@
 """A Conformer grown from a Whisper: its new branches learn first, then its whole encoder gently.
 
 The decoder stays as it is, and so does what it expects of the encoder. As a control, the Whisper's
-own encoder learns from the same clips for as many steps.
+own encoder learns from the same clips for as many epochs.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def grow_conformer(
     if control:
         grown = copy.deepcopy(model)
     else:
-        torch.manual_seed(growth.branches.seed)  # of the new branches' first weights
-        grown = ConformerWhisper.grown_from(model, **growth.sizes)
+        with torch.random.fork_rng([]):  # the caller's state comes back
+            torch.manual_seed(growth.branches.seed)
+            grown = ConformerWhisper.grown_from(model, **growth.sizes)
     encoder = {f"model.encoder.{name}" for name, _ in grown.model.encoder.named_parameters()}
     encoder.discard("model.encoder.embed_positions.weight")  # sinusoids
     if control:
