@@ -31,6 +31,7 @@ COMMANDS = {
     "busy-core": "bench.models.busy_core",
     "defaults": "bench.accuracy.defaults",
     "windows": "bench.accuracy.windows",
+    "conformer": "bench.accuracy.conformer",
     "rounding": "bench.accuracy.rounding",
     "identification": "bench.accuracy.identification",
     "profiles": "bench.accuracy.profiles",

@@ -1,5 +1,7 @@
 """`import saml_models.hf`: transformers reads and writes models with low-bit weights and experts.
 
+It also knows `ConformerWhisper` then, at full precision too.
+
     import saml_models.hf
     from transformers import AutoModelForSpeechSeq2Seq
 
@@ -9,5 +11,11 @@ Whatever loads or compresses a model through this package has registered it too.
 """
 
 from saml_models.compress.quantizer import SAMLQuantizationConfig, SAMLQuantizer
+from saml_models.models.whisper.conformer import ConformerWhisper, ConformerWhisperConfig
 
-__all__ = ["SAMLQuantizationConfig", "SAMLQuantizer"]
+__all__ = [
+    "ConformerWhisper",
+    "ConformerWhisperConfig",
+    "SAMLQuantizationConfig",
+    "SAMLQuantizer",
+]

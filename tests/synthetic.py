@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from saml_models.models.conformer.model import Conformer
+from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 
-__all__ = ["END", "small_conformer", "small_whisper"]
+__all__ = ["END", "small_conformer", "small_conformer_whisper", "small_whisper"]
 
 PAD, BEGIN, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 VOCABULARY = 40
@@ -48,6 +49,20 @@ def small_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> torc
         init_std=0.1,
     )
     return WhisperForConditionalGeneration(config).eval()
+
+
+def small_conformer_whisper(seed: int = 0, layers: int = 1, vocabulary: int = 300) -> Any:
+    """`small_whisper` with Conformer blocks whose new branches say something."""
+    model = ConformerWhisper.grown_from(
+        small_whisper(seed, layers, vocabulary), conv_kernel_size=7, half_step_ffn_dim=96
+    )
+    with torch.no_grad():
+        for parameter in new_branches(model).values():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter[0].numel()))
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def small_conformer(seed: int = 0) -> tuple[Any, Any]:

@@ -22,30 +22,20 @@ and outlying columns no longer set the scales of their blocks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.rounding import round_together
 from saml_models.compress.calibration import Calibration
-from saml_models.compress.calibration_rows import (
-    TOGETHER,
-    Moments,
-    Pairs,
-    Rows,
-    attended,
-    counted_frames,
-    shift_of,
-    unfolded,
-)
+from saml_models.compress.calibration_rows import Moments, Pairs
 from saml_models.compress.calibration_speech import (
     CLIPS,
     CalibrationClip,
@@ -54,16 +44,12 @@ from saml_models.compress.calibration_speech import (
     prepare_clips,
 )
 from saml_models.compress.calibration_stages import fingerprint, read_stage, write_stage
+from saml_models.compress.calibration_walk import Walk, half, stages
 from saml_models.data.corpora import Utterance
-from saml_models.models.interface import QUANTISED_MARGIN, SHORT_WINDOW_MARGIN, SpeechModel
+from saml_models.models.interface import SpeechModel
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
-from saml_models.models.whisper.windows import FRAMES_PER_SECOND, log_mel, window_frames
 
 __all__ = ["Recipe", "calibrate", "calibrate_on", "check_can_calibrate"]
-
-LONG = 4  # one clip in so many has a window as a quantised Whisper is given, the others a short one
-EMBEDDING = "model.decoder.embed_tokens"
-POSITIONS = "model.decoder.embed_positions.weight"
 
 
 @dataclass(frozen=True)
@@ -149,13 +135,13 @@ def calibrate_on(
     """
     check_can_calibrate(speech)
     chosen = choose_utterances(utterances, count, seed)
-    stages, heard = _stages(speech.network), 0
+    total, heard = stages(speech.network), 0
 
     def on_clip(done: int) -> None:
         nonlocal heard
         heard += done
         if on_progress:
-            on_progress(heard, len(chosen) + stages, "what is said")
+            on_progress(heard, len(chosen) + total, "what is said")
 
     def on_stage(done: int, total: int, title: str) -> None:
         if on_progress:
@@ -171,12 +157,6 @@ def calibrate_on(
         folder=folder,
         on_progress=on_stage,
     )
-
-
-def _stages(network: Any) -> int:
-    """How many steps a calibration has."""
-    config = network.config
-    return 4 + 4 * config.encoder_layers + 6 * config.decoder_layers
 
 
 def check_can_calibrate(speech: SpeechModel) -> None:
@@ -195,7 +175,7 @@ def check_can_calibrate(speech: SpeechModel) -> None:
         )
 
 
-class _Run:
+class _Run(Walk):
     """One calibration: both models, and where they are in every clip."""
 
     def __init__(
@@ -230,7 +210,7 @@ class _Run:
         self, folder: Path | None, on_progress: Callable[[int, int, str], None] | None
     ) -> Calibration:
         """All stages in their order."""
-        self.total, self.done = _stages(self.full), 0
+        self.total, self.done = stages(self.full), 0
         self.on_progress, self.folder = on_progress, folder
         self.mark = fingerprint(self.full, self.made.about)
         self._decoder(self._encoder())
@@ -244,18 +224,9 @@ class _Run:
         aimed: bool,
         outputs: bool = False,
     ) -> None:
-        """Round the layers of these names.
-
-        Args:
-            names: of layers with the same inputs.
-            pairs: of each clip: inputs on the rounded side, and those on the full side or, with
-                `outputs`, what the one layer should put out, less its bias.
-            aimed: at the full side.
-        """
         self._keep(names[0], partial(self._round, names, pairs, aimed, outputs))
 
     def _keep(self, title: str, make: Callable[[], tuple[dict[str, QuantizedTensor], Any]]) -> None:
-        """Take a stage's results from the folder, or make them and leave them there."""
         path = None if self.folder is None else self.folder / f"{title}.safetensors"
         found = None if path is None else read_stage(path, self.mark, self.full, self.config)
         weights, parameters = found or make()
@@ -305,7 +276,7 @@ class _Run:
         for name, layer, weight, mean in zip(names, layers, made, wanted, strict=True):
             if recipe.biases and layer.bias is not None:
                 found = weight.dequantize(torch.float64).flatten(1) @ mean_x
-                parameters[f"{name}.bias"] = _half(layer.bias + (mean - found).float())
+                parameters[f"{name}.bias"] = half(layer.bias + (mean - found).float())
         return dict(zip(names, made, strict=True)), parameters
 
     def _rounded(
@@ -322,174 +293,3 @@ class _Run:
             refinements=self.recipe.refinements,
             name=name,
         )
-
-    # --- the encoder --------------------------------------------------------------------------
-
-    def _encoder(self) -> Rows:
-        full, rounded = self.full.model.encoder, self.rounded.model.encoder
-        aimed = self.recipe.encoder_target
-        mels = [
-            log_mel(self.processor, [clip.samples], window_frames(len(clip.samples), margin))
-            for clip, margin in zip(self.clips, _margins(len(self.clips)), strict=True)
-        ]
-
-        def first() -> Pairs:
-            for clip, mel in zip(self.clips, mels, strict=True):
-                rows = unfolded(full.conv1, mel)
-                rows = rows[counted_frames(clip, len(rows), FRAMES_PER_SECOND)]
-                yield rows, rows
-
-        def second() -> Pairs:
-            for clip, mel in zip(self.clips, mels, strict=True):
-                rows = [unfolded(e.conv2, F.gelu(e.conv1(mel))) for e in (rounded, full)]
-                heard = counted_frames(clip, len(rows[0]), _RATE)
-                yield rows[0][heard], rows[1][heard]
-
-        self._stage(["model.encoder.conv1"], first, aimed=False)
-        self._stage(["model.encoder.conv2"], second, aimed=aimed)
-
-        def embedded(encoder: Any, mel: Tensor) -> Tensor:
-            hidden = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel))))[0].T
-            return hidden + encoder.embed_positions.weight[: len(hidden)]
-
-        x = [embedded(full, mel) for mel in mels]
-        heard = [
-            counted_frames(clip, len(one), _RATE) for clip, one in zip(self.clips, x, strict=True)
-        ]
-        rows = Rows.of(x, [embedded(rounded, mel) for mel in mels], heard)
-        for number in range(len(full.layers)):
-            at = f"model.encoder.layers.{number}"
-            self._attention(rows, at, "self_attn", aimed=aimed)
-            self._feed_forward(rows, at, aimed=aimed)
-        rows.x, rows.y = full.layer_norm(rows.x), rounded.layer_norm(rows.y)
-        return rows
-
-    # --- the decoder --------------------------------------------------------------------------
-
-    def _decoder(self, heard: Rows) -> Rows:
-        full, rounded = self.full.model.decoder, self.rounded.model.decoder
-        names = [
-            f"model.decoder.layers.{number}.encoder_attn.{kind}_proj"
-            for number in range(len(full.layers))
-            for kind in "kv"
-        ]
-
-        def encoded() -> Pairs:
-            return heard.pairs(heard.y.__getitem__, heard.x.__getitem__)
-
-        self._stage(names, encoded, aimed=self.recipe.encoder_target)
-        tokens = [torch.tensor(clip.tokens[:-1]) for clip in self.clips]
-        self._keep(EMBEDDING, partial(self._embedding, tokens, heard))
-
-        def embedded(decoder: Any, ids: Tensor) -> Tensor:
-            return decoder.embed_tokens(ids) + decoder.embed_positions.weight[: len(ids)]
-
-        rows = Rows.of(
-            [embedded(full, ids) for ids in tokens],
-            [embedded(rounded, ids) for ids in tokens],
-            [torch.ones(len(ids), dtype=torch.bool) for ids in tokens],
-        )
-        aimed = self.recipe.decoder_target
-        for number in range(len(full.layers)):
-            at = f"model.decoder.layers.{number}"
-            self._attention(rows, at, "self_attn", aimed=aimed, causal=True)
-            self._attention(rows, at, "encoder_attn", aimed=aimed, encoded=heard)
-            self._feed_forward(rows, at, aimed=aimed)
-        return rows
-
-    def _embedding(
-        self, tokens: list[Tensor], heard: Rows
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        decoder = self.full.model.decoder
-        table = decoder.embed_tokens.weight.detach()
-        hessian = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
-        said = torch.zeros(len(table), dtype=torch.float64)
-        for clip, ids, span in zip(self.clips, tokens, heard.spans, strict=True):
-            hidden = decoder(
-                input_ids=ids[None], encoder_hidden_states=heard.x[span][None], use_cache=False
-            ).last_hidden_state[0, clip.prompt - 1 :]
-            hessian += hidden.T @ hidden
-            said += (hidden @ table.T).softmax(dim=-1).sum(dim=0)
-        parameters = {}
-        if self.recipe.shift:
-            vector = shift_of(table, said)
-            table = table - vector
-            parameters[POSITIONS] = _half(decoder.embed_positions.weight + vector)
-        (weight,) = self._rounded([table], hessian, self.recipe.look_up, EMBEDDING)
-        return {EMBEDDING: weight}, parameters
-
-    # --- what both have -----------------------------------------------------------------------
-
-    def _attention(
-        self,
-        state: Rows,
-        at: str,
-        kind: str,
-        *,
-        aimed: bool,
-        causal: bool = False,
-        encoded: Rows | None = None,
-    ) -> None:
-        """Query, key, value (with `encoded` the query alone), then the output projection."""
-        full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
-        norm = f"{kind}_layer_norm"
-        x, y = getattr(full, norm)(state.x), getattr(rounded, norm)(state.y)
-        kinds = ("q",) if encoded else ("q", "k", "v")
-        self._stage(
-            [f"{at}.{kind}.{k}_proj" for k in kinds],
-            lambda: state.pairs(y.__getitem__, x.__getitem__),
-            aimed=aimed,
-        )
-        for i, span in enumerate(state.spans):
-            own, other = (None, None) if encoded is None else (
-                encoded.x[encoded.spans[i]], encoded.y[encoded.spans[i]]
-            )  # fmt: skip
-            x[span] = attended(getattr(full, kind), x[span], own, causal)
-            y[span] = attended(getattr(rounded, kind), y[span], other, causal)
-        project, project_rounded = getattr(full, kind).out_proj, getattr(rounded, kind).out_proj
-        wanted = F.linear(x, project.weight)
-        self._stage(
-            [f"{at}.{kind}.out_proj"],
-            lambda: state.pairs(y.__getitem__, wanted.__getitem__),
-            aimed=aimed,
-            outputs=True,
-        )
-        state.x += wanted.add_(project.bias)
-        state.y += project_rounded(y)
-
-    def _feed_forward(self, state: Rows, at: str, *, aimed: bool) -> None:
-        full, rounded = (m.get_submodule(at) for m in (self.full, self.rounded))
-        x, y = full.final_layer_norm(state.x), rounded.final_layer_norm(state.y)
-        self._stage(
-            [f"{at}.fc1"],
-            lambda: state.pairs(y.__getitem__, x.__getitem__),
-            aimed=aimed,
-        )
-
-        def inside(layer: Any, rows: Tensor) -> Tensor:
-            return layer.activation_fn(layer.fc1(rows))
-
-        for part in x.split(TOGETHER):
-            part.copy_(F.linear(inside(full, part), full.fc2.weight))
-        within = torch.cat([inside(rounded, part) for part in y.split(TOGETHER)])
-        self._stage(
-            [f"{at}.fc2"],
-            lambda: state.pairs(within.__getitem__, x.__getitem__),
-            aimed=aimed,
-            outputs=True,
-        )
-        state.x += x.add_(full.fc2.bias)
-        state.y += rounded.fc2(within)
-
-
-_RATE = FRAMES_PER_SECOND // 2  # of the encoder
-
-
-def _margins(count: int) -> Iterator[float]:
-    """Seconds of silence after each clip."""
-    return (SHORT_WINDOW_MARGIN if i % LONG else QUANTISED_MARGIN for i in range(count))
-
-
-def _half(value: Tensor) -> Tensor:
-    """As it is stored."""
-    return value.detach().half().float()

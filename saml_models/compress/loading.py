@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import saml_models.compress.quantizer  # noqa: F401 (its import tells transforme
 from saml_kernels.errors import SAMLError, one_line
 from saml_kernels.files import read_json
 from saml_models.compress.checkpoint import DESCRIPTION, load_saml
+from saml_models.compress.difference import find_difference, read_difference
 from saml_models.compress.pretrained_folder import CONFIG, is_pretrained_folder
 from saml_models.models.conformer.loading import is_conformer, load_conformer
 from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import kind_named
 from saml_models.models.whisper.loading import load_whisper
+from saml_models.runtime.devices import on_device
 from saml_models.runtime.tensors import read_headers
 
 __all__ = ["load_model"]
@@ -29,8 +32,9 @@ def load_model(
 
     Args:
         name_or_path: a folder that `save_saml` or, with the processor's files beside the model's,
-            `save_pretrained` wrote; or what `load_whisper` or `load_conformer` know: a name, a
-            hub's id or a folder. A folder comes before a name.
+            `save_pretrained` wrote; a Conformer that ships with the package, by its name, or a
+            file that `write_difference` wrote; or what `load_whisper` or `load_conformer` know: a
+            name, a hub's id or a folder. A folder comes before a name.
         device: None is the CPU.
 
     Raises:
@@ -41,6 +45,11 @@ def load_model(
     if (folder / DESCRIPTION).is_file():
         model, processor = load_saml(folder, device)
         model.config._name_or_path = os.fspath(name_or_path)
+    elif (difference := find_difference(name_or_path)) is not None:
+        with as_file(difference) as file:
+            model, processor = read_difference(file)
+        model.config._name_or_path = os.fspath(name_or_path)
+        on_device(model, device)
     else:
         if is_pretrained_folder(folder):
             _check_extent(folder)

@@ -32,7 +32,7 @@ from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import hash_of_weights
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
-__all__ = ["read_rounding", "write_rounding"]
+__all__ = ["model_hash", "read_rounding", "write_rounding"]
 
 KIND, VERSION = "saml-rounding", 1
 ROWS = 4096  # of weights whose columns' means are kept
@@ -78,7 +78,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         "block_size": block_size,
         "double_quant": double_quant,
         "parameters": _count(model),
-        "model_sha256": _fingerprint(model),
+        "model_sha256": model_hash(model),
         "weight_hash": hash_of_weights(calibration.weights),
         "calibration": calibration.about,
     }
@@ -112,7 +112,7 @@ def read_rounding(
     }
     if any(about.get(key) != value for key, value in asked.items()):
         return None
-    if about.get("model_sha256") != _fingerprint(model):
+    if about.get("model_sha256") != model_hash(model):
         return None
     weights = {}
     for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
@@ -224,8 +224,8 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hex) of all parameters in float16."""
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the names, shapes and values of all parameters in float16."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -33,6 +33,10 @@ def kind_named(model_type: Any) -> type[SpeechModel]:
         from saml_models.models.whisper.speech_model import WhisperSpeechModel
 
         return WhisperSpeechModel
+    if model_type == "conformer_whisper":
+        from saml_models.models.whisper.speech_model import ConformerWhisperSpeechModel
+
+        return ConformerWhisperSpeechModel
     if model_type == "canary":
         from saml_models.models.conformer.speech_model import ConformerSpeechModel
 
@@ -41,4 +45,4 @@ def kind_named(model_type: Any) -> type[SpeechModel]:
         from saml_models.models.espnet import EspnetSpeechModel
 
         return EspnetSpeechModel
-    raise SAMLError(f"model type {model_type!r}: expected whisper or canary")
+    raise SAMLError(f"model type {model_type!r}: expected whisper, conformer_whisper or canary")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import WhisperForConditionalGeneration
 
 __all__ = ["attention_as_products"]
 
@@ -20,9 +21,9 @@ def attention_as_products(model: nn.Module, precision: str) -> Iterator[None]:
     until they were used: 27 MB for six heads and 30 s.
     """
     whisper: Any = model
-    config = getattr(model, "config", None)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if getattr(config, "model_type", None) != "whisper" or not on_cpu or precision != "bf16":
+    known = isinstance(model, WhisperForConditionalGeneration)
+    if not known or not on_cpu or precision != "bf16":
         yield
         return
     own = whisper.config._attn_implementation

@@ -14,6 +14,7 @@ from transformers import (
 
 from saml_kernels.errors import SAMLError, install, one_line
 from saml_kernels.files import read_json
+from saml_models.models.whisper.conformer import ConformerWhisper
 from saml_models.models.whisper.convert import load_ctranslate2
 from saml_models.models.whisper.tokenizer import complete_merges
 from saml_models.models.whisper.wheels import OFFLINE_MODELS, find_model
@@ -37,6 +38,11 @@ OPENAI_NAMES = {
     "turbo": "openai/whisper-large-v3-turbo",
 }
 
+_CLASSES: dict[Any, type[WhisperForConditionalGeneration]] = {
+    "whisper": WhisperForConditionalGeneration,
+    "conformer_whisper": ConformerWhisper,
+}
+
 _HUB_TIMEOUT = 10.0  # seconds to wait for the hub's first answer
 
 _HUB_FILES = ["*.json", "merges.txt", "model.safetensors", "model-*.safetensors", "model.bin"]
@@ -47,7 +53,7 @@ def load_whisper(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
-    """Load a Whisper and its processor, ready for `model.generate`.
+    """Load a Whisper or a `ConformerWhisper` and its processor, ready for `model.generate`.
 
     Args:
         name_or_path: a folder in Hugging Face layout (safetensors only) or in CTranslate2's
@@ -147,14 +153,14 @@ def _load_transformers(
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """A folder as transformers' `save_pretrained` writes it."""
     kind = read_json(folder / "config.json").get("model_type")
-    if kind != "whisper":
+    if kind not in _CLASSES:
         raise SAMLError(
-            f"{folder}: config.json has model_type {kind!r}, expected 'whisper'; "
-            "give a Whisper's folder"
+            f"{folder}: config.json has model_type {kind!r}, expected "
+            f"{' or '.join(map(repr, _CLASSES))}; give a Whisper's folder"
         )
     try:
         with quiet_transformers():
-            load: Any = WhisperForConditionalGeneration.from_pretrained
+            load: Any = _CLASSES[kind].from_pretrained
             model, report = load(
                 folder,
                 dtype=dtype,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from saml_models.models.interface import Clip, Outputs, SpeechModel, causal_mask
 from saml_models.models.loops import is_loop, said_again
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits, token_limit
+from saml_models.models.whisper.conformer import ConformerWhisper, ConformerWhisperConfig
 from saml_models.models.whisper.greedy import can_decode, greedy
 from saml_models.models.whisper.languages import (
     detect_language,
@@ -44,7 +45,7 @@ from saml_models.models.whisper.windows import (
 from saml_models.runtime.prefetch import ahead
 from saml_models.text.transcript import Segment
 
-__all__ = ["WhisperSpeechModel"]
+__all__ = ["ConformerWhisperSpeechModel", "WhisperSpeechModel"]
 
 DETECTED = 5  # clips that say which language a speaker's are in
 TOGETHER = 9000  # mel frames decoded together, padding included: memory goes by them
@@ -54,8 +55,8 @@ class WhisperSpeechModel(SpeechModel):
     """Clips of up to 30 s are heard in windows of their own: `clip_window`."""
 
     model_type = "whisper"
-    network_class = WhisperForConditionalGeneration
-    config_class = WhisperConfig
+    network_class: ClassVar[Any] = WhisperForConditionalGeneration
+    config_class: ClassVar[Any] = WhisperConfig
 
     def prepare(self, clip: Clip) -> Tensor:
         """The samples themselves: log-mel values depend on the window."""
@@ -164,6 +165,14 @@ class WhisperSpeechModel(SpeechModel):
     def load_processor(cls, folder: Path) -> WhisperProcessor:
         """Whisper's feature extractor and tokeniser."""
         return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+
+
+class ConformerWhisperSpeechModel(WhisperSpeechModel):
+    """A Whisper in all but the blocks of its encoder."""
+
+    model_type = "conformer_whisper"
+    network_class = ConformerWhisper
+    config_class = ConformerWhisperConfig
 
 
 def _sinusoids(shape: torch.Size) -> Tensor:

@@ -114,8 +114,9 @@ def own_windows(
 ) -> Iterator[None]:
     """Within the block each row of a batch hears its own window, as if it were alone.
 
-    Nothing beyond a row's window reaches it: not the convolutions (which see the zeros that they
-    pad with), nor the attention of encoder or decoder. Where beams multiply a row, they follow it.
+    Nothing beyond a row's window reaches it: not the convolutions, a Conformer's among them (which
+    see the zeros that they pad with), nor the attention of encoder or decoder. Where beams multiply
+    a row, they follow it.
 
     Args:
         model: in `audio_window` of the longest.
@@ -139,7 +140,8 @@ def own_windows(
         return keys.repeat_interleave(rows // len(frames), dim=0).to(dtype)
 
     def convolve(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0] * inside.unsqueeze(1),)
+        """Of [B, channels, T] at either rate."""
+        return (args[0] * inside[:, None, :: longest // args[0].shape[-1]],)
 
     def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -147,7 +149,9 @@ def own_windows(
 
     attentions = [layer.self_attn for layer in encoder.layers]
     attentions += [layer.encoder_attn for layer in model.model.decoder.layers]
-    hooks = [encoder.conv2.register_forward_pre_hook(convolve)]
+    convolutions = [encoder.conv2]
+    convolutions += [m for m in encoder.layers.modules() if isinstance(m, nn.Conv1d)]
+    hooks = [m.register_forward_pre_hook(convolve) for m in convolutions]
     hooks += [m.register_forward_pre_hook(attend, with_kwargs=True) for m in attentions]
     try:
         yield

@@ -1,0 +1,120 @@
+"""A Conformer grown from a Whisper: its new branches learn first, then its whole encoder gently.
+
+The decoder stays as it is, and so does what it expects of the encoder. As a control, the Whisper's
+own encoder learns from the same clips for as many epochs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saml_kernels.errors import SAMLError
+from saml_models.data.corpora import Utterance
+from saml_models.models.registry import bind
+from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
+from saml_models.models.whisper.speech_model import WhisperSpeechModel
+from saml_models.training.loop import fit
+from saml_models.training.options import TrainingOptions, TrainingReport
+from saml_models.training.samples import training_samples
+
+__all__ = ["Growth", "grow_conformer"]
+
+# A plain model hears a clip in 30 s, a quantised one with 10 s after it or 1: it learns from all.
+WINDOWS = (1.0, 10.0, 30.0)
+
+BRANCHES = TrainingOptions(learning_rate=1e-3, epochs=2, noise=0.5, margins=WINDOWS)
+# Another seed: the same clips come in other batches, other noise and other windows.
+ENCODER = replace(BRANCHES, learning_rate=5e-5, average=0.3, seed=1)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a Conformer is grown.
+
+    Attributes:
+        branches: of the new branches; no epochs of it train none.
+        encoder: of the whole encoder after that, and of a control throughout.
+        sizes: `ConformerWhisperConfig`'s own values.
+    """
+
+    branches: TrainingOptions = BRANCHES
+    encoder: TrainingOptions = ENCODER
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def grow_conformer(
+    model: Any,
+    processor: Any,
+    utterances: Sequence[Utterance],
+    growth: Growth | None = None,
+    *,
+    control: bool = False,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_heard: Callable[[int, int], None] | None = None,
+) -> tuple[Any, list[TrainingReport]]:
+    """Train a Conformer that starts as `model`, on utterances of many speakers.
+
+    Args:
+        model: a Whisper at full precision; left as it is.
+        processor: of that model.
+        utterances: each with text; what is longer than 30 s is left out.
+        growth: `Growth()` unless given.
+        control: train a copy of the Whisper instead, its encoder alone, for as many epochs.
+        checkpoint: a file to resume from if the run is killed; each of the two trainings adds its
+            number to the name.
+        on_step: called with (steps done, steps in all, loss), in all of one training.
+        on_heard: called before that with (clips whose style was found, clips in all).
+
+    Returns:
+        The trained model in evaluation mode, and a report of each training.
+
+    Raises:
+        SAMLError: no Whisper at full precision, nothing to learn from, or bad audio.
+    """
+    growth = growth or Growth()
+    kind = type(model).__name__
+    speech = bind(model, processor)
+    if type(speech) is not WhisperSpeechModel or hasattr(model, "saml"):
+        raise SAMLError(f"{kind}: a Conformer grows from a Whisper at full precision")
+    if not utterances:
+        raise SAMLError("grow: no utterances; give speech of many speakers with its text")
+    samples = training_samples(
+        speech,
+        utterances,
+        keep_audio=False,
+        skip_long=True,
+        heard=None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.heard.json"),
+        on_done=on_heard,
+    )
+    grown: Any
+    if control:
+        grown = copy.deepcopy(model)
+    else:
+        with torch.random.fork_rng([]):  # the caller's state comes back
+            torch.manual_seed(growth.branches.seed)
+            grown = ConformerWhisper.grown_from(model, **growth.sizes)
+    encoder = {f"model.encoder.{name}" for name, _ in grown.model.encoder.named_parameters()}
+    encoder.discard("model.encoder.embed_positions.weight")  # sinusoids
+    if control:
+        epochs = growth.branches.epochs + growth.encoder.epochs
+        trainings = [(encoder, replace(growth.encoder, epochs=epochs))]
+    else:
+        trainings = [(set(new_branches(grown)), growth.branches), (encoder, growth.encoder)]
+    reports = []
+    for number, (names, options) in enumerate(trainings, start=1):
+        _learn_only(grown, names)
+        file = checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}")
+        reports.append(fit(bind(grown, processor), samples, options, file, on_step))
+    return grown.requires_grad_(False).eval(), reports
+
+
+def _learn_only(model: Any, names: Collection[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
