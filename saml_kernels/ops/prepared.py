@@ -55,6 +55,10 @@ class Prepared:
         self.scaling, self.gating = float(scaling), gating
         self.device = weight.codes.device
         self.parts, self.buffers = weight_parts(weight), weight._buffers
+        # Scales are made of these: what is written to them is followed.
+        watched = (weight.absmax, weight.nested_absmax, weight.offset) if weight.double_quant else ()
+        self.watched = tuple(t for t in watched if t is not None and not t.is_inference())
+        self.version = sum(t._version for t in self.watched)
         self.none = 0 in lora_a.shape[-3:-1]
         self.tensors = self._tensors(lora_a, lora_b, gates, bias)
         self.eight_bit = isinstance(lora_a, QuantizedTensor)
@@ -97,6 +101,12 @@ class Prepared:
             return False
         if self.none != (0 in lora_a.shape[-3:-1]):
             return False
+        version = sum([t._version for t in self.watched])
+        if version != self.version:
+            weight = self.weight()
+            assert weight is not None
+            self.version = version
+            weight.kernel_scales()
         given = self._tensors(lora_a, lora_b, gates, bias)
         for own, place, tensor in zip(self.tensors, self.places, given, strict=True):
             if own is not tensor:

@@ -189,7 +189,7 @@ def facts_of(
     cast = dtype is not None and dtype != x.dtype
     return Facts(
         x.numel() // k, n, k, dtype or x.dtype, weight.format, weight.block_size,
-        weight.nested_absmax is not None, count, rank, 0 if speakers is None else lora_a.shape[0],
+        count, rank, 0 if speakers is None else lora_a.shape[0],
         _strides(lora_a, False), _strides(lora_b, True), _block(lora_a), _block(lora_b),
         routing if count else None, *spans, bias is not None, precision(dtype or x.dtype),
         x.device, device_traits(x.device), (*kinds, cast or _aligned(x)), route,

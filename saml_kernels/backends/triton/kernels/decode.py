@@ -60,11 +60,11 @@ def _project(
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
-    codes, absmax, nested, nested_code, offset, table,
+    codes, absmax, table,
     experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [.., E], [..]
     M, D, O, R, E, rank, S, SPLIT, gates_span, speakers_span,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
-    BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    BITS: tl.constexpr, QBLOCK: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,9 +88,9 @@ def partial_kernel(
         first_o = (tile - tiles_c) * BLOCK_O
         outs = first_o + tl.arange(0, BLOCK_O)
         acc = base_product(
-            x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+            x, rows, row_ok, codes, absmax, table,
             first_o, outs < O, split * steps, last, D, D,
-            False, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+            False, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION,
             BLOCK_M, BLOCK_O, BLOCK_D,
         )  # fmt: skip
         y = base + at * O + rows[:, None] * O + outs[None, :]
