@@ -174,6 +174,8 @@ class _Layers:
                 for experts, gating, speakers in self._experts(m, n, k):
                     for bias in biases:
                         yield partial(self._call, m, weight, experts, bias, speakers, gating)
+                    if n == k and speakers is None and gating is not None and self.kind != "int8":
+                        yield partial(self._together, m, weight, experts, gating)
 
     def _call(
         self,
@@ -212,6 +214,21 @@ class _Layers:
         plan.backward_plan(facts, needs, False)(*back)
         for dtype in (None, torch.float32) if self.kind == "float32" else (None,):
             plan.backward_plan(facts, needs, plain is not None)(*back, plain, made, dtype)
+
+    def _together(
+        self, m: int, weight: QuantizedTensor, experts: tuple[Any, Any, Tensor], gating: Gating
+    ) -> None:
+        """An attention's q, k and v, which read the same few tokens."""
+        backend: Any = import_module("saml_kernels.backends.triton.backend")
+        single: Any = import_module("saml_kernels.backends.triton.single")
+        weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
+        (a, b, router), (n, k) = experts, weight.shape
+        x = self._tensor(m, k)
+        facts = backend.facts_of(x, weight, a, b, router, None, None, gating)
+        if facts.config("forward").route == "single":
+            codes, scales, table = weight_parts(weight)
+            member = (codes, scales, a, router, b, self._parameter(n))
+            single.together_plan(facts, 3).together(x, table, [member] * 3, 1.0)
 
     def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
         """(A, B, gates or router), gating and speakers; then a base without experts.

@@ -2,10 +2,10 @@
 
 A double-quantised scale is three loads, each waiting for the one before: code, code book, outer
 scale. In decoding that wait is longer than the bytes take, so a weight that moves to a GPU gets its
-scales in float32 beside the stored ones (4 bytes a block more; the stored ones stay, and are what is
-saved, copied and moved back). A float16 scale would not be exact. Codes need no other order than
-that of the file: a row's bytes lie side by side, so a tile of 32 columns or more is read 16 bytes at
-a time.
+scales in float32 beside the stored ones (4 bytes a block more; the stored ones stay, and are what
+is saved, copied and moved back). A float16 scale would not be exact. Codes need no other order than
+that of the file: a row's bytes lie side by side, so a tile of 32 columns or more is read 16 bytes
+at a time.
 
 A weight whose rows differ in format is one `QuantizedTensor` for each group of rows: a layout knows
 nothing of other rows.

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_kernels.errors import SAMLError, needs
-from saml_kernels.quantization.bitsandbytes import parse_state
 from saml_kernels.quantization import layout
+from saml_kernels.quantization.bitsandbytes import parse_state
 from saml_kernels.quantization.codes import (
     FORMATS,
     NESTED_BLOCK,
@@ -162,6 +162,7 @@ class QuantizedTensor(nn.Module):
                 self._buffers[name] = (
                     moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
                 )
+        self.prepared = None  # which would keep what has moved
         if self.device.type in layout.DEVICES:
             self.kernel_scales()
         return self

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import Gating
-from saml_kernels.backends.triton.configs import Config, choose
+from saml_kernels.backends.triton.configs import SHARED_OUT, Config, choose
 from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
 from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.quantization.codes import code_table
@@ -100,7 +100,7 @@ class Facts(NamedTuple):
         else:
             config = choose(direction, self.m, self.n, self.k, *self.traits)
             if route is not None:
-                split = config.split if route in ("decode", "split") else 1
+                split = config.split if route in SHARED_OUT else 1
                 config = replace(config, route=route, split=split)
         if self.speakers and config.route == "scratch":
             # [W | B] has room for one speaker's experts.

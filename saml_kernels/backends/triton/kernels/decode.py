@@ -26,11 +26,11 @@ from saml_kernels.backends.triton.kernels.device import (
     spread,
 )
 
-__all__ = ["finish_kernel", "partial_kernel"]
+__all__ = ["finish_kernel", "partial_kernel", "project_share"]
 
 
 @triton.jit
-def _project(
+def project_share(
     acc, x, rows, row_ok, first_step, last_step, D, s,
     experts, scales, router, columns, of_expert, of_router, R, E, rank,
     stride_s, stride_e, stride_j, stride_d,
@@ -105,14 +105,14 @@ def partial_kernel(
         if SPEAKERS:
             s = next_speaker(speaker, -1, S)
             while s < S:
-                found = _project(
+                found = project_share(
                     found, x, rows, row_ok & (speaker == s), split * steps, last, D, s,
                     experts, scales, router, columns, of_expert, of_router, R, E, rank,
                     stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,
                 )  # fmt: skip
                 s = next_speaker(speaker, s, S)
         else:
-            found = _project(
+            found = project_share(
                 found, x, rows, row_ok, split * steps, last, D, 0,
                 experts, scales, router, columns, of_expert, of_router, R, E, rank,
                 stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,

@@ -68,11 +68,11 @@ def coded_tile(
 ):  # fmt: skip
     """Columns first .. first + BLOCK of rows: values [len(rows), BLOCK], and their float32 scales.
 
-    The rows are counted from `first_row`. QBLOCK divides the width. Where BLOCK divides QBLOCK a row
-    of the tile lies whole in one block and scales are [len(rows)]; else QBLOCK divides BLOCK, scales
-    are [len(rows), BLOCK / QBLOCK], and columns past the width are zero. INT8 values are the codes
-    themselves in float32; others lie in -1..1, float32 (by memory, where PTX is empty) or VALUE (by
-    permutes).
+    The rows are counted from `first_row`. QBLOCK divides the width. Where BLOCK divides QBLOCK, a
+    row of the tile lies whole in one block and scales are [len(rows)]; else QBLOCK divides BLOCK,
+    scales are [len(rows), BLOCK / QBLOCK], and columns past the width are zero. INT8 values are the
+    codes themselves in float32; others lie in -1..1, float32 (by memory, where PTX is empty) or
+    VALUE (by permutes).
     """
     WIDE: tl.constexpr = BLOCK > QBLOCK
     if BITS == 8:
