@@ -224,10 +224,11 @@ class _Layers:
         weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
         (a, b, router), (n, k) = experts, weight.shape
         x = self._tensor(m, k)
-        facts = backend.facts_of(x, weight, a, b, router, None, None, gating)
+        bias = self._parameter(n)
+        facts = backend.facts_of(x, weight, a, b, router, bias, None, gating)
         if facts.config("forward").route == "single":
             codes, scales, table = weight_parts(weight)
-            member = (codes, scales, a, router, b, self._parameter(n))
+            member = (codes, scales, a, router, b, bias)
             single.together_plan(facts, 3).together(x, table, [member] * 3, 1.0)
 
     def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:

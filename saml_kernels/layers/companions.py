@@ -29,9 +29,10 @@ class Companions:
     def __init__(self, layers: Sequence[Any]) -> None:
         """See `of`."""
         self.layers = [weakref.ref(layer) for layer in layers]
-        self.x: weakref.ref[Tensor] | None = None
-        self.version = self.unasked = 0
-        self.found: dict[int, Tensor] = {}  # results by the identity of their layer
+        # What waits to be asked for: x, its version, results by the identity of their layer. In
+        # one piece, for the sake of threads.
+        self.waiting: tuple[weakref.ref[Tensor], int, dict[int, Tensor]] | None = None
+        self.unasked = 0
         self.plans: dict[torch.Size, Together] = {}
         self.changes = configs.changes
 
@@ -61,13 +62,14 @@ class Companions:
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """y of `layer` for x; None where it has to be computed alone."""
-        if self.found:
-            if self.x is not None and self.x() is x and self.version == _version(x):
-                y = self.found.pop(id(layer), None)
-                if y is not None:
-                    self.unasked = 0
-                    return y
-            self.found.clear()
+        waiting = self.waiting
+        if waiting is not None and waiting[2]:
+            of, version, found = waiting
+            y = found.pop(id(layer), None) if of() is x and version == _version(x) else None
+            if y is not None:
+                self.unasked = 0
+                return y
+            self.waiting = None
             self.unasked += 1
             if self.unasked >= PATIENCE:  # they do not read the same x after all
                 self._part()
@@ -83,7 +85,7 @@ class Companions:
         return self._run(layer, x, known)
 
     def _run(self, layer: Any, x: Tensor, known: Together | None) -> Tensor | None:
-        layers = [reference() for reference in self.layers]
+        layers: list[Any] = [reference() for reference in self.layers]
         calls, kinds = [], []
         for other in layers:
             ready = None if other is None else other.weight.prepared
@@ -101,9 +103,10 @@ class Companions:
         if not known.possible:
             return None
         results = known(x, kinds, calls)
-        self.found = {id(n): y for n, y in zip(layers, results, strict=True)}
-        self.x, self.version = weakref.ref(x), _version(x)
-        return self.found.pop(id(layer))
+        found = {id(n): y for n, y in zip(layers, results, strict=True)}
+        mine = found.pop(id(layer))
+        self.waiting = (weakref.ref(x), _version(x), found)
+        return mine
 
     def _part(self) -> None:
         for reference in self.layers:

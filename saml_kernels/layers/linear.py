@@ -171,9 +171,9 @@ class SAMLLinear(nn.Module):
             y = self._of_many(rows, self.speaker_experts)
             return y.view(*x.shape[:-1], self.out_features)
         if self.companions is not None and not torch.is_grad_enabled():
-            y = self.companions.take(self, x)
-            if y is not None:
-                return y
+            found = self.companions.take(self, x)
+            if found is not None:
+                return found
         lora_a, lora_b, bias = self.lora_a, self.lora_b, self.bias
         if lora_a.dtype != x.dtype:
             lora_a, lora_b, bias = (readable(t, x) for t in (lora_a, lora_b, bias))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,26 +31,26 @@ class Together:
         first = kinds[0]
         # Kinds belong to layers, which may go, or move.
         self.kinds = [weakref.ref(kind) for kind in kinds]
-        facts = {k.facts._replace(bias=False, kinds=_without_bias(k)) for k in kinds}
+        biases = {k.facts.kinds[BIAS] for k in kinds} - {None}
+        dtype, aligned = next(iter(biases), (first.dtype, True))
+        # One without a bias is given zeros.
+        facts = {k.facts._replace(bias=True, kinds=_with_bias(k, (dtype, True))) for k in kinds}
         routed = first.gating is not None or not first.facts.columns
         self.possible = (
             len(facts) == 1
+            and len(biases) <= 1
+            and aligned
             and len({k.scaling for k in kinds}) == 1
-            and len({k.facts.kinds[BIAS] for k in kinds} - {None}) <= 1
             and first.plan.route == "single"
             and routed
             and not (first.facts.speakers or first.facts.a_block or first.facts.b_block)
             and all(router is None or router.is_contiguous() for _, _, router, _ in calls)
         )
         self.zeros: Tensor | None = None
-        if not self.possible:
-            return
-        self.single = together_plan(facts.pop(), len(kinds))
-        biases = [bias for *_, bias in calls]
-        if None in biases:
-            like = next((b for b in biases if b is not None), None)
-            dtype = first.dtype if like is None else like.dtype
-            self.zeros = torch.zeros(first.facts.n, dtype=dtype, device=first.device)
+        if self.possible:
+            self.single = together_plan(facts.pop(), len(kinds))
+            if any(bias is None for *_, bias in calls):
+                self.zeros = torch.zeros(first.facts.n, dtype=dtype, device=first.device)
 
     def of(self, kinds: Sequence[Kind]) -> bool:
         """Whether it was made for these."""
@@ -72,6 +73,6 @@ class Together:
         return [part.view(first.shape) for part in y.unbind(0)]
 
 
-def _without_bias(kind: Kind) -> tuple[object, ...]:
+def _with_bias(kind: Kind, bias: tuple[torch.dtype, bool]) -> tuple[Any, ...]:
     kinds = kind.facts.kinds
-    return (*kinds[:BIAS], None, *kinds[BIAS + 1 :])
+    return (*kinds[:BIAS], bias, *kinds[BIAS + 1 :])

@@ -23,7 +23,7 @@ from saml_kernels.backends.triton.steps import FLOAT32_TILE
 __all__ = ["MEMBERS", "Member", "Single", "together_plan"]
 
 # Codes, scales, A, router, B and bias of a layer.
-Member = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]
+Member = tuple[Tensor | None, ...]
 MEMBERS = 3  # that the kernel can take
 NOBODY: tuple[None, ...] = (None,) * 6 * (MEMBERS - 1)
 
@@ -36,9 +36,8 @@ class Single:
     """Base product, experts and bias of a few tokens; of several layers that read the same ones."""
 
     def __init__(self, facts: Facts, config: Config, members: int = 1) -> None:
-        """Up to `MEMBERS` layers with equal facts, but for the bias: of several, all have one."""
-        f, self.members = facts, members
-        self.facts = f
+        """Of up to `MEMBERS` layers with equal facts."""
+        f = self.facts = facts
         small = FLOAT32_TILE if f.exact else 256
         block_m, block_o, block_d = (
             min(b, small) for b in (config.block_m, config.block_o, config.block_d)
@@ -69,7 +68,7 @@ class Single:
             EXPERTS=f.columns > 0, A_EBLOCK=f.a_block, B_EBLOCK=f.b_block, ROUTER=routed,
             # Dense gates of a token router leave no expert out.
             SKIP=f.columns > 0 and kept is not None and f.experts > 1,
-            SPEAKERS=f.speakers > 0 and f.columns > 0, BIAS=f.bias or members > 1,
+            SPEAKERS=f.speakers > 0 and f.columns > 0, BIAS=f.bias,
             ACQUIRE=waits, MEMBERS=members, **gating,
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_P=PIECE,
         )  # fmt: skip
@@ -135,7 +134,7 @@ class Single:
 
 @lru_cache(maxsize=256)
 def together_plan(facts: Facts, members: int) -> Single:
-    """The call of so many layers whose facts, but for the bias, are these."""
+    """The call of so many layers whose facts are these."""
     return Single(facts, facts.config("forward"), members)
 
 

@@ -144,7 +144,7 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
             yield config
             if forwards and m <= 64 and (warps, stages) == (4, 3):
                 yield replace(config, scale="after")
-    if forwards and m <= 64:
+    if forwards and m <= 256:
         for block_o, block_d, stages, split in product((16, 32, 64), (128, 256), (2, 4), splits):
             yield Config("single", rows[0], block_o, block_d, 2 * split, 4, stages)
     if m > 256:

@@ -53,9 +53,11 @@ def warm(layers, x):
         return [layer(x) for layer in layers]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
-@pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("mode", "top_k", "order"),
+    [(torch.no_grad, None, (0, 1, 2)), (torch.inference_mode, 2, (1, 2, 0))],
+    ids=["as transformers calls them", "as the greedy decoder does"],
+)
 def test_one_launch_and_the_same_bits(mode, top_k, order, launches):
     layers = attention(SAMLConfig(num_experts=3, rank=4, top_k=top_k))
     x = torch.randn(2, 3, 64)

@@ -79,8 +79,8 @@ def test_members_have_the_bits_they_have_alone(members, device):
     alone = [call(case, router) for case, router in zip(cases, routers, strict=True)]
     first = cases[0]
     facts = backend.facts_of(
-        first.x, first.weight, first.lora_a, first.lora_b, routers[0], None, None, (None, 1.0),
-        route=WAY,
+        first.x, first.weight, first.lora_a, first.lora_b, routers[0], first.bias, None,
+        (None, 1.0), route=WAY,
     )  # fmt: skip
     plan, given = together_plan(facts, members), []
     for case, router in zip(cases, routers, strict=True):
