@@ -9,6 +9,7 @@ captured), the capture itself zeroes new ones, which costs a node of the graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,66 +22,62 @@ STEP = 64  # slots start at multiples of this
 
 
 class Counters:
-    """Hands them out."""
+    """Those of one device."""
 
     def __init__(
         self,
-        stream_of: Callable[[torch.device], int | None],
-        capturing: Callable[[torch.device], bool],
+        device: torch.device,
+        stream_of: Callable[[int], int] | None,
+        capturing: Callable[[], bool] | None,
     ) -> None:
-        """`stream_of` names the current stream of a device, `capturing` says if it is captured."""
-        self.stream_of, self.capturing = stream_of, capturing
-        self.streams: dict[tuple[torch.device, int | None], Tensor] = {}
-        self.blocks: dict[torch.device, Tensor] = {}  # what captured calls have not taken yet
-        self.low: set[torch.device] = set()  # those where less than half a block is left
+        """`stream_of` names a device's current stream, `capturing` says whether it is captured.
 
-    def __call__(self, device: torch.device, count: int) -> Tensor:
+        None, and there is one stream and no capture.
+        """
+        self.device, self.index = device, device.index or 0
+        self.stream_of, self.capturing = stream_of, capturing
+        self.streams: dict[int, Tensor] = {}
+        self.block: Tensor | None = None  # what captured calls have not taken yet
+        self.low = True  # less than half of it
+
+    def take(self, count: int) -> Tensor:
         """At least `count` int32 zeros for a call that is launched now."""
-        if device.type == "meta":
-            return _zeros(count, device)
-        if self.capturing(device):
-            return self._captured(device, count)
-        key = (device, self.stream_of(device))
-        kept = self.streams.get(key)
+        stream = 0
+        if self.capturing is not None and self.stream_of is not None:
+            if self.capturing():
+                return self._captured(count)
+            stream = self.stream_of(self.index)
+            if self.low:
+                self._refill()
+        kept = self.streams.get(stream)
         if kept is None or kept.numel() < count:
-            kept = self.streams[key] = _zeros(max(ROOM, count), device)
-            if device not in self.blocks:
-                self.low.add(device)
-        if self.low and device in self.low:
-            self._refill(device)
+            kept = self.streams[stream] = self._zeros(max(ROOM, count))
         return kept
 
-    def _refill(self, device: torch.device) -> None:
-        self.low.discard(device)
-        self.blocks[device] = _zeros(BLOCK, device)
-        if device.type == "cuda":  # a graph may be replayed on another stream
-            torch.cuda.current_stream(device).synchronize()
+    def _refill(self) -> None:
+        self.block, self.low = self._zeros(BLOCK), False
+        if self.device.type == "cuda":  # a graph may be replayed on another stream
+            torch.cuda.current_stream(self.device).synchronize()
 
-    def _captured(self, device: torch.device, count: int) -> Tensor:
-        left = self.blocks.get(device)
+    def _captured(self, count: int) -> Tensor:
+        left = self.block
         if left is None or left.numel() < count:
-            self.low.add(device)
-            return _zeros(count, device)
+            self.low = True
+            return self._zeros(count)
         taken = -(-count // STEP) * STEP
-        self.blocks[device] = left[taken:]
-        if left.numel() - taken < BLOCK // 2:
-            self.low.add(device)
+        self.block = left[taken:]
+        self.low = self.block.numel() < BLOCK // 2
         return left[:count]
 
+    def _zeros(self, count: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(count, dtype=torch.int32, device=self.device)
 
-def _zeros(count: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(count, dtype=torch.int32, device=device)
 
-
-def _stream_of(device: torch.device) -> int | None:
+@cache
+def counters(device: torch.device) -> Counters:
+    """The counters of a device."""
     if device.type != "cuda":
-        return None
-    return torch._C._cuda_getCurrentRawStream(device.index)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
-
-
-counters = Counters(_stream_of, _capturing)
+        return Counters(device, None, None)
+    current, capturing = torch._C._cuda_getCurrentRawStream, torch._C._cuda_isCurrentStreamCapturing
+    return Counters(device, current, capturing)

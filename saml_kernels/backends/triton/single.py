@@ -29,6 +29,7 @@ NOBODY: tuple[None, ...] = (None,) * 6 * (MEMBERS - 1)
 
 PIECE = 16  # columns of [A ; router] that one program projects on: as little as a product takes
 P_SHARES = 8  # of the reduction, at most: one program adds them up
+P_DEPTH = 128  # of its tiles: A, router and x lie side by side in shared memory
 ACQUIRE = "ld.acquire.gpu.global.b32 $0, [$1];"  # PTX; a load, so that waiting disturbs nobody
 
 
@@ -37,7 +38,7 @@ class Single:
 
     def __init__(self, facts: Facts, config: Config, members: int = 1) -> None:
         """Of up to `MEMBERS` layers with equal facts."""
-        f = self.facts = facts
+        f = facts
         small = FLOAT32_TILE if f.exact else 256
         block_m, block_o, block_d = (
             min(b, small) for b in (config.block_m, config.block_o, config.block_d)
@@ -49,7 +50,8 @@ class Single:
         tiles_m, tiles_o = tiles(f.m, block_m), tiles(f.n, block_o)
         steps = tiles(f.k, block_d)
         shares = min(config.split, steps)
-        p_shares = min(P_SHARES, steps)
+        block_pd = min(block_d, P_DEPTH)
+        p_shares = min(P_SHARES, tiles(f.k, block_pd))
         pieces = tiles(columns, PIECE) * p_shares
         gating = f.gating_constants()
         kept = f.gating[0] if f.gating else f.experts
@@ -71,14 +73,18 @@ class Single:
             SPEAKERS=f.speakers > 0 and f.columns > 0, BIAS=f.bias,
             ACQUIRE=waits, MEMBERS=members, **gating,
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_P=PIECE,
+            BLOCK_PD=block_pd,
         )  # fmt: skip
-        self.sizes = (
+        sizes = (
             Varying(f.m), f.k, f.n, f.columns, f.experts, max(1, f.rank),
             Varying(max(1, f.speakers)), Varying(shares), Varying(p_shares),
             f.gates_span, f.speakers_span,
         )  # fmt: skip
-        self.inverse_temperature = f.inverse_temperature()
-        self.strides = (*f.a_strides, *f.b_strides) if f.columns else (0,) * 8
+        strides = (*f.a_strides, *f.b_strides) if f.columns else (0,) * 8
+        self.shape, self.routed, self.bare = (f.m, f.n), routed, not f.columns
+        self.sizes, self.last = sizes, (f.inverse_temperature(), *strides)
+        self.alone = (*NOBODY, *sizes)
+        self.take = counters(f.device).take
 
     def __call__(
         self,
@@ -94,15 +100,18 @@ class Single:
         scaling: float,
     ) -> Tensor:
         """Launch the kernel: y [M, N]."""
-        f = self.facts
-        if not f.columns:
+        router = None
+        if self.bare:
             a = a_scales = b = b_scales = gates = speakers = None
-        router, given = (gates, None) if f.gating is not None else (None, gates)
-        y = x.new_empty((f.m, f.n))
+        elif self.routed:
+            router, gates = gates, None
+        y = x.new_empty(self.shape)
+        work = x.new_empty(self.work, dtype=torch.float32)
         codes, scales, table = weight
-        self._start(
-            x, y, table, codes, scales, a, a_scales, router, b, b_scales, given, bias, speakers,
-            *NOBODY, scaling=scaling,
+        self.launch(
+            x, y, work, self.take(self.counters), table, codes, scales,
+            a, a_scales, router, b, b_scales, gates, bias, speakers,
+            *self.alone, scaling, *self.last,
         )  # fmt: skip
         return y
 
@@ -110,26 +119,20 @@ class Single:
         self, x: Tensor, table: Tensor | None, members: list[Member], scaling: float
     ) -> Tensor:
         """y [members, M, N] of layers with token routers or without experts."""
-        f = self.facts
-        if not f.columns:
+        if self.bare:
             members = [
                 (codes, scales, None, None, None, bias) for codes, scales, *_, bias in members
             ]
         (codes, scales, a, router, b, bias), *others = members
-        y = x.new_empty((len(members), f.m, f.n))
+        y = x.new_empty((len(members), *self.shape))
+        work = x.new_empty(self.work, dtype=torch.float32)
         rest = [part for member in others for part in member]
-        self._start(
-            x, y, table, codes, scales, a, None, router, b, None, None, bias, None,
-            *rest, *NOBODY[len(rest) :], scaling=scaling,
+        self.launch(
+            x, y, work, self.take(self.counters), table, codes, scales,
+            a, None, router, b, None, None, bias, None,
+            *rest, *NOBODY[len(rest) :], *self.sizes, scaling, *self.last,
         )  # fmt: skip
         return y
-
-    def _start(self, x: Tensor, y: Tensor, *tensors: Tensor | None, scaling: float) -> None:
-        work = x.new_empty(self.work, dtype=torch.float32)
-        self.launch(
-            x, y, work, counters(x.device, self.counters), *tensors,
-            *self.sizes, scaling, self.inverse_temperature, *self.strides,
-        )  # fmt: skip
 
 
 @lru_cache(maxsize=256)

@@ -98,7 +98,7 @@ def single_kernel(
     TOP_K: tl.constexpr, SKIP: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
     ACQUIRE: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_PD: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (MEMBERS times tiles of M times
     (tiles of [A ; router] times P_SHARES, and tiles of O times SHARES),).
@@ -136,8 +136,8 @@ def single_kernel(
             if not ROUTER:
                 gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
                 of_expert = of_expert & chosen(gate, columns // rank, BLOCK_E)
-            each = tl.cdiv(steps, P_SHARES)
-            last = tl.minimum((share + 1) * each, steps)
+            each = tl.cdiv(tl.cdiv(D, BLOCK_PD), P_SHARES)
+            last = tl.minimum((share + 1) * each, tl.cdiv(D, BLOCK_PD))
             mine = x + first_m * D
             found = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
             if SPEAKERS:
@@ -147,7 +147,7 @@ def single_kernel(
                         found, mine, rows, row_ok & (speaker == s), share * each, last, D, s,
                         a, a_scales, router, columns, of_expert, of_router, R, E, rank,
                         a_stride_s, a_stride_e, a_stride_j, a_stride_d,
-                        A_EBLOCK, ROUTER, PRECISION, BLOCK_D,
+                        A_EBLOCK, ROUTER, PRECISION, BLOCK_PD,
                     )  # fmt: skip
                     s = next_speaker(speaker, s, S)
             else:
@@ -155,7 +155,7 @@ def single_kernel(
                     found, mine, rows, row_ok, share * each, last, D, 0,
                     a, a_scales, router, columns, of_expert, of_router, R, E, rank,
                     a_stride_s, a_stride_e, a_stride_j, a_stride_d,
-                    A_EBLOCK, ROUTER, PRECISION, BLOCK_D,
+                    A_EBLOCK, ROUTER, PRECISION, BLOCK_PD,
                 )  # fmt: skip
             p = work + (share * size + first_m) * C + rows[:, None] * C + columns[None, :]
             tl.store(p, found, row_ok[:, None] & (columns < C)[None, :])

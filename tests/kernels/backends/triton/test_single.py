@@ -43,7 +43,7 @@ def test_any_order_gives_the_same_bits(gating, residents, device):
         assert launches[0] == launches[1] > 8
     if router is None:
         assert_close(expected, truth(case)[0], TOLERANCE[case.x.dtype], "y", truth(case, True)[0])
-    assert not any(t.any() for t in counters.streams.values())
+    assert not any(t.any() for t in counters(case.x.device).streams.values())
 
 
 @pytest.mark.skipif(not interpreting(), reason="a device orders its programs itself")
@@ -56,7 +56,7 @@ def test_without_tickets_programs_would_wait_for_ever(device, monkeypatch):
         with pytest.raises(Exception, match="Stuck"), interleaved(0, 1, backwards=True):
             call(case)
     finally:
-        counters.streams.clear()
+        counters(case.x.device).streams.clear()
 
 
 @pytest.mark.parametrize("m", [1, 5, 33])
