@@ -96,7 +96,8 @@ def read_table(text: str, source: str) -> Rules:
             rules[direction] = []
             for entry in values[direction]:
                 where = {k: entry.pop(k) for k in ("max_m", "m", "n", "k") if k in entry}
-                entry.pop("microseconds", None)
+                for told in ("microseconds", "before_microseconds"):
+                    entry.pop(told, None)
                 rules[direction].append((where, Config(**entry)))
         return rules
     except (ValueError, TypeError, KeyError, AttributeError) as error:
