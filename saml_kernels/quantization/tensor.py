@@ -156,13 +156,15 @@ class QuantizedTensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedTensor:
         # `.half()` and `.to(dtype)` concern what the model computes in: only the device follows.
+        before = tuple(self._buffers.values())
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = (
                     moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
                 )
-        self.prepared = None  # which would keep what has moved
+        if any(a is not b for a, b in zip(before, self._buffers.values(), strict=True)):
+            self.prepared = None  # which would keep what has moved
         if self.device.type in layout.DEVICES:
             self.kernel_scales()
         return self
