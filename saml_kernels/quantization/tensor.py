@@ -165,7 +165,8 @@ class QuantizedTensor(nn.Module):
                 )
         if any(a is not b for a, b in zip(before, self._buffers.values(), strict=True)):
             self.prepared = None  # which would keep what has moved
-        if self.device.type in layout.DEVICES:
+        # A tracer's tensors have no numbers.
+        if self.device.type in layout.DEVICES and type(self.absmax) is Tensor:
             self.kernel_scales()
         return self
 
