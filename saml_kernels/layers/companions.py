@@ -74,6 +74,8 @@ class Companions:
             if self.unasked >= PATIENCE:  # they do not read the same x after all
                 self._part()
                 return None
+        if layer.weight.prepared is None:  # no GPU, or a first call
+            return None
         if self.changes != configs.changes or len(self.plans) > REMEMBERED:
             self.plans.clear()
             self.changes = configs.changes
@@ -90,7 +92,7 @@ class Companions:
         for other in layers:
             ready = None if other is None else other.weight.prepared
             given = None if ready is None else other.arguments(x)
-            # What prepares a layer is its own first call.
+            # Each is prepared by its own first call.
             if ready is None or given is None or x.device != ready.device:
                 return None
             tensors = given[:4]
