@@ -45,6 +45,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 EXPERT_FORMATS = ("float", "float32", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
+SHARED_LIMITS = {"sm_90": 227 * 1024}  # of an architecture that has a table of its own
 REGISTERS = 255  # a thread's most
 
 
@@ -174,6 +175,8 @@ class _Layers:
                 for experts, gating, speakers in self._experts(m, n, k):
                     for bias in biases:
                         yield partial(self._call, m, weight, experts, bias, speakers, gating)
+                    if n == k and speakers is None and gating is not None and self.kind != "int8":
+                        yield partial(self._together, m, weight, experts, gating)
 
     def _call(
         self,
@@ -212,6 +215,22 @@ class _Layers:
         plan.backward_plan(facts, needs, False)(*back)
         for dtype in (None, torch.float32) if self.kind == "float32" else (None,):
             plan.backward_plan(facts, needs, plain is not None)(*back, plain, made, dtype)
+
+    def _together(
+        self, m: int, weight: QuantizedTensor, experts: tuple[Any, Any, Tensor], gating: Gating
+    ) -> None:
+        """An attention's q, k and v, which read the same few tokens."""
+        backend: Any = import_module("saml_kernels.backends.triton.backend")
+        single: Any = import_module("saml_kernels.backends.triton.single")
+        weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
+        (a, b, router), (n, k) = experts, weight.shape
+        x = self._tensor(m, k)
+        bias = self._parameter(n)
+        facts = backend.facts_of(x, weight, a, b, router, bias, None, gating)
+        if facts.config("forward").route == "single":
+            codes, scales, table = weight_parts(weight)
+            member = (codes, scales, a, router, b, bias)
+            single.together_plan(facts, 3).together(x, table, [member] * 3, 1.0)
 
     def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
         """(A, B, gates or router), gating and speakers; then a base without experts.
@@ -325,7 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
             tile = "x".join(str(v) for n, v in k.constants.items() if n.startswith("BLOCK"))
             print(f"{k.name:8} {tile:>14} {k.warps:5} {k.registers:9} {k.spilled:7} "
                   f"{k.shared:7} {k.size:7}")  # fmt: skip
-            bad += k.spilled > 0 or k.shared > SHARED_LIMIT
+            limit = SHARED_LIMITS.get(o.arch, SHARED_LIMIT)
+            bad += k.spilled > 0 or k.shared > limit
     except SAMLError as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.accuracy import rounding_rows
+from bench.layers import predicted
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
@@ -377,6 +378,13 @@ def _launches(results: Path) -> str:
     return "\n".join(_markdown_table(["rows", "forward", "backward"], rows)).strip()
 
 
+def _predicted(results: Path) -> str:
+    """The cost model's times for boards; computed, not read from a file."""
+    counts = ["1 token" if m == 1 else f"{m} tokens" for m in predicted.TOKENS]
+    heads = ["predicted", "layer", *(f"{count}, us" for count in counts)]
+    return "\n".join(_markdown_table(heads, predicted.rows())).strip()
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: _wer("wer", tuple(SPEECH), results),
     "wer-base": lambda results: _wer("wer-base", ("test-other", "speechocean762"), results),
@@ -388,6 +396,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rounding": _rounding,
     "host": _host,
     "launches": _launches,
+    "predicted": _predicted,
     "benchmark": lambda results: markdown(load(timed_files(results))),
 }
 """Markdown of a table from a folder of results, by the name that a page's marker has."""

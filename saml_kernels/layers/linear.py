@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from saml_kernels.backends import grouping, reference
 from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
+from saml_kernels.layers.companions import Companions
 from saml_kernels.layers.context import BatchContext, BlockGates, SpeakerExperts
 from saml_kernels.layers.init import balanced, roots
 from saml_kernels.layers.routers import Router, SpeakerRouter, TokenRouter, UtteranceRouter
@@ -33,6 +36,7 @@ class SAMLLinear(nn.Module):
     """
 
     speaker_experts: SpeakerExperts | None = None
+    companions: Companions | None = None  # layers that read the same x; see `together`
 
     def __init__(
         self,
@@ -166,24 +170,22 @@ class SAMLLinear(nn.Module):
             rows = x if x.dim() > 2 else x.unsqueeze(-2)
             y = self._of_many(rows, self.speaker_experts)
             return y.view(*x.shape[:-1], self.out_features)
+        if self.companions is not None and not torch.is_grad_enabled():
+            found = self.companions.take(self, x)
+            if found is not None:
+                return found
         lora_a, lora_b, bias = self.lora_a, self.lora_b, self.bias
         if lora_a.dtype != x.dtype:
             lora_a, lora_b, bias = (readable(t, x) for t in (lora_a, lora_b, bias))
         if len(lora_a) == 0:
             return saml_linear(x, self.weight, lora_a, lora_b, x.new_empty(0), bias)
         c, scaling = self.config, self.config.scaling
-        dropping = self.training and c.dropout > 0
-        balancing = self.training and c.balance > 0  # needs the router's own probabilities
-        router = self.router if isinstance(self.router, TokenRouter) else None
-        plain = router is not None and router.offset is None and not dropping and not balancing
-        # accelerate moves a router's weight to x only while the router itself is called.
-        if plain and router is not None and router.weight.device == x.device:
-            weight = router.weight
-            if weight.dtype != x.dtype:
-                weight = readable(weight, x)
+        weight = self._plain_router(x)
+        if weight is not None:
             return saml_linear_routed(
                 x, self.weight, lora_a, lora_b, weight, bias, scaling, c.top_k, c.temperature
             )
+        dropping = self.training and c.dropout > 0
         x = x.to(autocast_dtype(x) or x.dtype)
         gates = self.gates(x)
         if self.config.mix == "sum" and not dropping:
@@ -194,6 +196,48 @@ class SAMLLinear(nn.Module):
         seen = F.dropout(x, self.config.dropout, self.training)
         experts = _merged if self.config.mix == "merged" else _summed
         return base + scaling * experts(seen, lora_a.to(x.dtype), lora_b.to(x.dtype), gates)
+
+    def _plain_router(self, x: Tensor) -> Tensor | None:
+        """The weight of a token router that the kernels can run themselves, as x wants it."""
+        c, router = self.config, self.router
+        if not isinstance(router, TokenRouter) or router.offset is not None:
+            return None
+        # Dropout changes what the experts see, balancing needs the router's own probabilities.
+        if self.training and (c.dropout > 0 or c.balance > 0):
+            return None
+        weight = router.weight
+        # accelerate moves a router's weight to x only while the router itself is called.
+        if weight.device != x.device:
+            return None
+        return weight if weight.dtype == x.dtype else readable(weight, x)
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...] | None:
+        """lora_a, lora_b, router, bias, scaling and gating of a call that is the operator alone.
+
+        None where it is more than that, or gates are made elsewhere.
+        """
+        if self.speaker_experts is not None:
+            return None
+        lora_a, lora_b, bias = (readable(t, x) for t in (self.lora_a, self.lora_b, self.bias))
+        if len(lora_a) == 0:
+            return lora_a, lora_b, x.new_empty(0), bias, 1.0, None
+        c, router = self.config, self._plain_router(x)
+        if router is None:
+            return None
+        return lora_a, lora_b, router, bias, c.scaling, (c.top_k, c.temperature)
+
+    @staticmethod
+    def together(layers: Sequence[SAMLLinear]) -> bool:
+        """Let layers that read the same x run in one launch: q, k and v of an attention.
+
+        Used like before, one by one. For a few tokens, without gradients and on a GPU, whoever is
+        called first with an x runs all of them, and the others hand out what was computed; calls
+        that this does not serve go their own way. Copies and pickles of a layer are on their own.
+
+        Returns:
+            Whether the layers can: two or three of one shape, format and configuration.
+        """
+        return Companions.of(layers)
 
     def _of_many(self, x: Tensor, speaker_experts: SpeakerExperts) -> Tensor:
         """x [rows, T, K] -> [rows, T, N], each clip by its own speaker's experts."""

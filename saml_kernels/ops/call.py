@@ -24,7 +24,7 @@ from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.ops.prepared import Prepared
 from saml_kernels.quantization.tensor import QuantizedTensor
 
-__all__ = ["run"]
+__all__ = ["eager", "run"]
 
 Experts = Tensor | QuantizedTensor
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -50,8 +50,8 @@ def run(
     speakers: Tensor | None,
 ) -> Tensor:
     """The operator; with `gating`, `gates` is a token router's weight. See `api.saml_linear`."""
-    eager = _eager(x)
-    if eager:
+    watched = not eager(x)
+    if not watched:
         ready = weight.prepared
         if ready is not None and backend in (None, "triton") and x.device == ready.device:
             same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
@@ -67,8 +67,8 @@ def run(
     check(x, weight, lora_a, lora_b, gates, bias, speakers, gating, dtype)
     name = choose_backend(x if dtype is None else x.new_empty(0, dtype=dtype), weight, backend)
     tensors = (x, lora_a, lora_b, gates, bias, speakers)
-    eager = eager and all(map(_plain, tensors))
-    if name == "triton" and eager and x.numel():
+    watched = watched or not all(map(_plain, tensors))
+    if name == "triton" and not watched and x.numel():
         ready = Prepared(weight, lora_a, lora_b, gates, bias, scaling, gating)
         if ready.serves(x, gates, bias):
             weight.prepared = ready
@@ -79,7 +79,7 @@ def run(
     )
     if gating is not None and (lora_a.shape[-3] == 0 or not _routes(name, speakers)):
         gates, gating = _gates(x, gates, gating, speakers, dtype), None
-    if not eager:
+    if watched:
         if not torch.compiler.is_compiling():
             _refuse_transforms(*tensors)
         return _as_operator(
@@ -91,7 +91,7 @@ def run(
     return call.forward(x, lora_a, lora_b, gates, bias)[0]
 
 
-def _eager(x: Tensor) -> bool:
+def eager(x: Tensor) -> bool:
     """Whether nothing watches: no compiler, tracer, dispatch mode, transform or tangent."""
     return not (
         is_compiling()

@@ -25,7 +25,7 @@ from saml_kernels.ops.arguments import autocast_dtype, check, span
 from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.quantization.tensor import QuantizedTensor
 
-__all__ = ["Prepared"]
+__all__ = ["Kind", "Prepared"]
 
 MOST_SHAPES = 256  # inputs that a layer remembers
 READABLE = (*DTYPES, torch.int8)
@@ -55,13 +55,19 @@ class Prepared:
         self.scaling, self.gating = float(scaling), gating
         self.device = weight.codes.device
         self.parts, self.buffers = weight_parts(weight), weight._buffers
+        # Scales are made of these: what is written to them is followed.
+        watched = (
+            (weight.absmax, weight.nested_absmax, weight.offset) if weight.double_quant else ()
+        )
+        self.watched = tuple(t for t in watched if t is not None and not t.is_inference())
+        self.version = sum(t._version for t in self.watched)
         self.none = 0 in lora_a.shape[-3:-1]
         self.tensors = self._tensors(lora_a, lora_b, gates, bias)
         self.eight_bit = isinstance(lora_a, QuantizedTensor)
         self.readable = all(t is None or t.dtype in READABLE for t in self.tensors[4:])
         self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
         self.changes = configs.changes
-        self.calls: dict[Any, _Kind] = {}
+        self.calls: dict[Any, Kind] = {}
 
     def __deepcopy__(self, memo: Any) -> None:
         """None: a copied layer is prepared anew."""
@@ -97,6 +103,12 @@ class Prepared:
             return False
         if self.none != (0 in lora_a.shape[-3:-1]):
             return False
+        version = sum([t._version for t in self.watched])
+        if version != self.version:
+            weight = self.weight()
+            assert weight is not None
+            self.version = version
+            weight.kernel_scales()
         given = self._tensors(lora_a, lora_b, gates, bias)
         for own, place, tensor in zip(self.tensors, self.places, given, strict=True):
             if own is not tensor:
@@ -125,6 +137,26 @@ class Prepared:
         """
         experts = () if self.eight_bit else (lora_a, lora_b)
         wanted = learning(x, gates, bias, *experts)  # type: ignore[arg-type]
+        kind = self.kind(x, lora_a, lora_b, gates, bias, speakers, wanted)
+        if wanted:
+            return Operator.apply(x, lora_a, lora_b, gates, bias, _Bound(kind, speakers))
+        return kind.forward(x, lora_a, lora_b, gates, bias, speakers)[0]
+
+    def kind(
+        self,
+        x: Tensor,
+        lora_a: Experts,
+        lora_b: Experts,
+        gates: Tensor,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        wanted: bool,
+    ) -> Kind:
+        """What a call with such tensors is; `wanted` says that its gradients are.
+
+        Raises:
+            SAMLError: x, given gates or the speaker index do not fit.
+        """
         dtype = autocast_dtype(x) or x.dtype
         key = [x.shape, x.dtype, dtype, wanted, x.data_ptr() % ALIGNMENT]
         if dtype == torch.float32:
@@ -137,14 +169,12 @@ class Prepared:
         if kind is None:
             if len(self.calls) >= MOST_SHAPES:
                 self.calls.clear()
-            kind = _Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, wanted)
+            kind = Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, wanted)
             self.calls[tuple(key)] = kind
-        if wanted:
-            return Operator.apply(x, lora_a, lora_b, gates, bias, _Bound(kind, speakers))
-        return kind.forward(x, lora_a, lora_b, gates, bias, speakers)[0]
+        return kind
 
 
-class _Kind:
+class Kind:
     """Calls of one layer with inputs of one shape, dtype and alignment.
 
     With `keep` they leave P and the gates for a backward.
@@ -179,7 +209,7 @@ class _Kind:
             found = span(speakers.shape, lead)
             self.spread_speakers, self.speakers_span = found is None, found or 1
         self.lead = lead
-        x, gates, speakers = self._given(x, gates, speakers)
+        x, gates, speakers = self.given(x, gates, speakers)
         spans = (self.gates_span, self.speakers_span)
         self.facts: Facts = facts_of(
             x, weight, lora_a, lora_b, gates, bias, speakers, layer.gating,
@@ -190,7 +220,7 @@ class _Kind:
         self.bias: tuple[int, Tensor] | None = None
         self.backward_facts: dict[bool, Facts] = {}
 
-    def _given(
+    def given(
         self, x: Tensor, gates: Tensor, speakers: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the kernels are given: contiguous, broadcast where entries do not lie in a row."""
@@ -221,7 +251,7 @@ class _Kind:
         speakers: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """y [..., N], and what the backward wants kept."""
-        x, gates, speakers = self._given(x, gates, speakers)
+        x, gates, speakers = self.given(x, gates, speakers)
         if self.casts_bias and bias is not None:
             bias = self._cast(bias)
         with on_device(self.device):
@@ -246,7 +276,7 @@ class _Bound:
 
     __slots__ = ("kind", "speakers", "x_dtype")
 
-    def __init__(self, kind: _Kind, speakers: Tensor | None) -> None:
+    def __init__(self, kind: Kind, speakers: Tensor | None) -> None:
         self.kind, self.speakers = kind, speakers
 
     def forward(
@@ -271,7 +301,7 @@ class _Bound:
             dy = dy.to(kind.dtype)
         if not dy.is_contiguous():
             dy = dy.contiguous()
-        _, given, _ = kind._given(x, gates, None)
+        _, given, _ = kind.given(x, gates, None)
         aligned = dy.data_ptr() % ALIGNMENT == 0
         facts = kind.backward_facts.get(aligned)
         if facts is None:

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.quantization.codes import NESTED_BLOCK, code_table, nested_code
+from saml_kernels.quantization.layout import stored_scales
 from saml_kernels.quantization.tensor import (
     QuantizedTensor,
     check_settings,
     pack_codes,
     store_scales,
-    stored_scales,
 )
 
 __all__ = ["output_error", "round_calibrated", "round_together"]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saml_kernels.errors import SAMLError, needs
+from saml_kernels.quantization import layout
 from saml_kernels.quantization.bitsandbytes import parse_state
 from saml_kernels.quantization.codes import (
     FORMATS,
@@ -27,6 +28,12 @@ from saml_kernels.quantization.codes import (
     nested_lookup,
     pair_table,
     sorted_codes,
+)
+from saml_kernels.quantization.layout import (
+    blockwise,
+    kernel_scales,
+    refresh_scales,
+    stored_scales,
 )
 
 __all__ = ["NESTED_CODE", "QuantizedTensor", "quantize"]
@@ -149,12 +156,18 @@ class QuantizedTensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedTensor:
         # `.half()` and `.to(dtype)` concern what the model computes in: only the device follows.
+        before = tuple(self._buffers.values())
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = (
                     moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
                 )
+        if any(a is not b for a, b in zip(before, self._buffers.values(), strict=True)):
+            self.prepared = None  # which would keep what has moved
+        # A tracer's tensors have no numbers.
+        if self.device.type in layout.DEVICES and type(self.absmax) is Tensor:
+            self.kernel_scales()
         return self
 
     def _load_from_state_dict(
@@ -169,6 +182,7 @@ class QuantizedTensor(nn.Module):
             **parts, shape=self.shape, format=self.format, block_size=self.block_size
         ).validate(prefix.removesuffix(".") or "weight")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        refresh_scales(self.absmax, self.nested_absmax, self.offset)
 
     @property
     def double_quant(self) -> bool:
@@ -185,6 +199,15 @@ class QuantizedTensor(nn.Module):
         """Bytes of all buffers: what the weight takes on disk."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on a GPU: `nbytes`, and float32 scales where those are stored in 8 bits."""
+        return self.nbytes + (4 * self.absmax.numel() if self.double_quant else 0)
+
+    def kernel_scales(self) -> Tensor:
+        """float32 [blocks]: the scales as kernels on a GPU read them; see layout.py."""
+        return kernel_scales(self.absmax, self.nested_absmax, self.offset)
+
     def scales(self, blocks: Tensor | None = None) -> Tensor:
         """float32: the scale of each block, double quantisation undone.
 
@@ -200,7 +223,7 @@ class QuantizedTensor(nn.Module):
         """
         numel = self.shape.numel()
         values = self._values(self.codes)
-        scaled = _blockwise(values.reshape(-1)[:numel], self.scales(), self.block_size)
+        scaled = blockwise(values.reshape(-1)[:numel], self.scales(), self.block_size)
         return scaled.reshape(self.shape).to(dtype or torch.float32)
 
     def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -404,19 +427,6 @@ def store_scales(absmax: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return stored, nested, offset
 
 
-def stored_scales(
-    absmax: Tensor, nested: Tensor | None, offset: Tensor | None, blocks: Tensor | None = None
-) -> Tensor:
-    """`QuantizedTensor.scales` of its parts."""
-    chosen = absmax if blocks is None else absmax[blocks]
-    if nested is None or offset is None:
-        return chosen
-    values = nested_code(absmax.device)[chosen.int()]
-    if blocks is None:
-        return _blockwise(values, nested, NESTED_BLOCK) + offset
-    return values * nested[blocks // NESTED_BLOCK] + offset
-
-
 def _quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """Scales less their mean -> uint8 codes of the dynamic map, float32 scale per 256."""
     count = centred.numel()
@@ -436,11 +446,3 @@ def pack_codes(codes: Tensor) -> Tensor:
     """Codes 0..15 [n] -> uint8 [ceil(n / 2)], the first of each pair in the high nibble."""
     codes = F.pad(codes.to(torch.uint8), (0, codes.numel() % 2))
     return (codes[::2] << 4) | codes[1::2]
-
-
-def _blockwise(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """values [n] times the scale of their block; the last block may be short."""
-    count = values.numel()
-    if count % block_size == 0:
-        return (values.view(-1, block_size) * scales.unsqueeze(-1)).view(-1)
-    return values * scales.repeat_interleave(block_size)[:count]

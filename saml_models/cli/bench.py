@@ -7,6 +7,7 @@ import tomllib
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Annotated, Any
 
 import typer
@@ -104,9 +105,12 @@ def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> 
         raise SAMLError(f"bench --tune: {reason or 'it measures a GPU; pass --device cuda'}")
     from saml_kernels.backends.triton.tuning import tune
 
+    gains: list[float] = []
     with progress("tuning") as show:
 
         def on_row(done: int, total: int, row: dict[str, Any]) -> None:
+            if row["before_microseconds"] is not None:
+                gains.append(row["before_microseconds"] / row["microseconds"])
             show(
                 done, total, f"{row['direction']} {row['m']} x {row['n']} x {row['k']}: "
                 f"{row['route']}",
@@ -114,3 +118,5 @@ def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> 
 
         path, done = tune(shapes, device=where, minutes=minutes, on_row=on_row)
     typer.echo(f"written: {path} ({done} rows); every later run on this GPU uses it")
+    if gains:
+        typer.echo(f"gained: {geometric_mean(gains):.2f}x in the mean, {max(gains):.2f}x at most")

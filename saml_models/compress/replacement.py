@@ -41,6 +41,8 @@ from saml_models.compress.shared_routers import (
 
 __all__ = ["CompressionReport", "replace_layers"]
 
+CROSS_ATTENTIONS = ("encoder_attn", "cross_attn")
+
 
 @dataclass
 class CompressionReport:
@@ -137,6 +139,7 @@ def replace_layers(
         report.replaced[type(new).__name__] = report.replaced.get(type(new).__name__, 0) + 1
     if config.router == "shared":
         attach_shared_routers(model, config, context, blocks)
+    _run_together(model)
     watch_encoder(model, context)
     adjust_methods(model)
     saml = Compression(model, config, context)
@@ -150,6 +153,16 @@ def replace_layers(
     tensors = {storage(t): t for t in model.state_dict().values() if t.numel()}
     report.memory_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     return report
+
+
+def _run_together(model: nn.Module) -> None:
+    """An attention's projections that read the same x share a launch where tokens are few."""
+    for path, module in model.named_modules():
+        cross = path.endswith(CROSS_ATTENTIONS)  # whose queries read something else
+        names = ("k_proj", "v_proj") if cross else ("q_proj", "k_proj", "v_proj")
+        layers = [getattr(module, name, None) for name in names]
+        if all(isinstance(layer, SAMLLinear) for layer in layers):
+            SAMLLinear.together(cast(list[SAMLLinear], layers))
 
 
 def _formats_of(

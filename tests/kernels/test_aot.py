@@ -209,8 +209,8 @@ def test_a_folder_for_another_device(folder):
 
 def test_a_kernel_that_is_not_in_the_folder(folder):
     ready = Prebuilt(folder, Driver(Library(), stream_of))
-    launch = next(c for c in calls(352, 1) if c.name == "partial")  # not a multiple of 64
-    with pytest.raises(SAMLError, match="holds no partial kernel for this call"):
+    launch = next(c for c in calls(352, 1) if c.name == "single")  # not a multiple of 64
+    with pytest.raises(SAMLError, match="holds no single kernel for this call"):
         ready.bind(key_of(launch), launch, 0, (8, 7))
 
 

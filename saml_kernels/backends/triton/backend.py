@@ -1,20 +1,22 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Five routes, chosen by shape from tuning tables (configs.py): `decode` takes a few tokens in two
-launches (decode.py); `split` and `fused` decode the weight in the loop of one kernel (product.py)
-after one pass over x that projects it on the experts (projection.py); `dense` and `scratch`
-dequantise one layer to scratch (dequantize.py) and go on with the same kernel (a dense product with
-the experts in its accumulator, which knows many speakers) or leave one product over [X | H] and
-[W | B] to cuBLAS. The scratch is a block of PyTorch's caching allocator: every layer and call of a
-stream gets the same one, nothing keeps it, and autograd never sees it. Whatever the route, forward
-is at most three launches (four with a cast of x) and backward at most five (plan.py).
+Six routes, chosen by shape from tuning tables (configs.py): `single` takes a few tokens in one
+launch (kernels/single.py), `decode` in two (kernels/decode.py); `split` and `fused` decode the
+weight in the loop of one kernel (kernels/product.py) after one pass over x that projects it on the
+experts (kernels/projection.py); `dense` and `scratch` dequantise one layer to scratch
+(kernels/dequantize.py) and go on with the same kernel (a dense product with the experts in its
+accumulator, which knows many speakers) or leave one product over [X | H] and [W | B] to cuBLAS. The
+scratch is a block of PyTorch's caching allocator: every layer and call of a stream gets the same
+one, nothing keeps it, and autograd never sees it. Whatever the route, forward is at most three
+launches (four with a cast of x) and backward at most five (plan.py).
 
+The weight's scales are read in float32 (quantization/layout.py), made when it moves to a GPU.
 Experts, router and bias are read as they lie, in float32 or in the type of x. Where gradients are
 wanted, P and the gates stay from forward to backward, 4 (R + E) bytes of a token beside the 2 K
 bytes of x that autograd holds anyway: to project again would read x once more. A compiled graph
 keeps the operator's own arguments alone, and projects again.
 
-Triton itself is imported at a kernel's first use (dispatch.py), so that the package works where
+Triton itself is imported at a kernel's first use (launcher.py), so that the package works where
 there is none.
 """
 
@@ -189,7 +191,7 @@ def facts_of(
     cast = dtype is not None and dtype != x.dtype
     return Facts(
         x.numel() // k, n, k, dtype or x.dtype, weight.format, weight.block_size,
-        weight.nested_absmax is not None, count, rank, 0 if speakers is None else lora_a.shape[0],
+        count, rank, 0 if speakers is None else lora_a.shape[0],
         _strides(lora_a, False), _strides(lora_b, True), _block(lora_a), _block(lora_b),
         routing if count else None, *spans, bias is not None, precision(dtype or x.dtype),
         x.device, device_traits(x.device), (*kinds, cast or _aligned(x)), route,

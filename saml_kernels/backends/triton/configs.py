@@ -26,6 +26,7 @@ from saml_kernels.errors import SAMLError
 
 __all__ = [
     "ROUTES",
+    "SHARED_OUT",
     "Config",
     "bounded",
     "choose",
@@ -38,10 +39,11 @@ __all__ = [
     "user_table",
 ]
 
-# decode: two launches for a few tokens; split: the reduction is shared out among programs; fused:
-# one program for a tile of the result; dense: as fused, on the weight dequantised to scratch;
-# scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
-ROUTES = ("decode", "split", "fused", "dense", "scratch")
+# single: one launch for a few tokens; decode: two; split: the reduction is shared out among
+# programs; fused: one program for a tile of the result; dense: as fused, on the weight dequantised
+# to scratch; scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
+ROUTES = ("single", "decode", "split", "fused", "dense", "scratch")
+SHARED_OUT = ("single", "decode", "split")  # those that share the reduction out among programs
 Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16
@@ -94,7 +96,8 @@ def read_table(text: str, source: str) -> Rules:
             rules[direction] = []
             for entry in values[direction]:
                 where = {k: entry.pop(k) for k in ("max_m", "m", "n", "k") if k in entry}
-                entry.pop("microseconds", None)
+                for told in ("microseconds", "before_microseconds"):
+                    entry.pop(told, None)
                 rules[direction].append((where, Config(**entry)))
         return rules
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -172,7 +175,7 @@ def choose(
         m, n, k: shape.
         capability: "sm_90" and the like; "" for none.
         device: its name, for the user's own table.
-        processors: of the device, which `decode` and `split` try to fill.
+        processors: of the device, which routes that share the reduction out try to fill.
     """
     config = Config()
     for table in _tables(capability, device):
@@ -180,17 +183,19 @@ def choose(
         if entry is not None:
             config = entry
             break
-    if config.route in ("decode", "split") and not config.split:
+    if config.route in SHARED_OUT and not config.split:
         out = n if direction == "forward" else k
         tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
         fill = math.ceil(2 * processors / max(1, tiles))
+        if config.route == "single":  # rather one share too many than half the device idle
+            fill = 1 << (fill - 1).bit_length()
         config = replace(config, split=min(fill, MAX_SPLIT))
     return bounded(config, direction, n, k)
 
 
 def bounded(config: Config, direction: str, n: int, k: int) -> Config:
     """`config` with as many shares of the reduction as it has steps, or fewer: a power of two."""
-    if config.route not in ("decode", "split"):
+    if config.route not in SHARED_OUT:
         return replace(config, split=1)
     steps = math.ceil((k if direction == "forward" else n) / config.block_d)
     shares = max(1, min(config.split, steps, MAX_SPLIT))

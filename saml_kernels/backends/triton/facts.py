@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import Gating
-from saml_kernels.backends.triton.configs import Config, choose
+from saml_kernels.backends.triton.configs import SHARED_OUT, Config, choose
 from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
 from saml_kernels.backends.triton.launcher import interpreting
-from saml_kernels.quantization.codes import code_table, nested_code
+from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
-A_KIND = 6  # where `Facts.kinds` has lora_a, after the parts of the weight
+A_KIND = 3  # where `Facts.kinds` has lora_a, after the parts of the weight
 
 Strides = tuple[int, int, int, int]  # of speaker, expert, direction within the expert, feature
 WeightParts = tuple[Tensor | None, ...]
@@ -39,7 +39,7 @@ class Facts(NamedTuple):
     Attributes:
         m, n, k: rows, out-features, in-features.
         dtype: of x and of the result.
-        format, block_size, nested: of the weight.
+        format, block_size: of the weight.
         experts, rank: E, r; either may be 0.
         speakers: S, or 0 where there is no speaker index.
         a_strides, b_strides: of lora_a and lora_b, in elements.
@@ -59,7 +59,6 @@ class Facts(NamedTuple):
     dtype: torch.dtype
     format: str
     block_size: int
-    nested: bool
     experts: int
     rank: int
     speakers: int
@@ -101,7 +100,7 @@ class Facts(NamedTuple):
         else:
             config = choose(direction, self.m, self.n, self.k, *self.traits)
             if route is not None:
-                split = config.split if route in ("decode", "split") else 1
+                split = config.split if route in SHARED_OUT else 1
                 config = replace(config, route=route, split=split)
         if self.speakers and config.route == "scratch":
             # [W | B] has room for one speaker's experts.
@@ -120,16 +119,9 @@ class Facts(NamedTuple):
 
 
 def weight_parts(weight: QuantizedTensor) -> WeightParts:
-    """What kernels are given of a weight: codes, scales, and the tables that decode both."""
-    nested = weight.nested_absmax is not None
-    return (
-        weight.codes,
-        weight.absmax,
-        weight.nested_absmax,
-        nested_code(weight.device) if nested else None,
-        weight.offset,
-        code_table(weight.format, weight.device) if BITS[weight.format] == 4 else None,
-    )
+    """What kernels are given of a weight: codes, float32 scales, the table that decodes codes."""
+    table = code_table(weight.format, weight.device) if BITS[weight.format] == 4 else None
+    return weight.codes, weight.kernel_scales(), table
 
 
 def decoding_facts(facts: Facts, along: int, after: bool = False) -> dict[str, Any]:
@@ -138,19 +130,20 @@ def decoding_facts(facts: Facts, along: int, after: bool = False) -> dict[str, A
     `after` asks for scales after the product, which AFTER grants where blocks and tiles allow it.
     """
     bits = BITS[facts.format]
-    aligned = facts.k % facts.block_size == 0 and facts.block_size % along == 0
-    after = after and aligned
+    whole, wide = facts.block_size % along == 0, along % facts.block_size == 0
+    aligned = facts.k % facts.block_size == 0 and (whole or wide)
+    after = after and aligned and whole
     # Scaled before, a code in float16 is as good as in bfloat16 and better.
     value = facts.dtype if after or facts.exact else torch.float16
     permutes = bits == 4 and not interpreting() and torch.version.hip is None
     ptx = lookup_ptx(facts.format, str(value).removeprefix("torch.")) if permutes else ""
     return {
-        "BITS": bits, "QBLOCK": facts.block_size, "NESTED": facts.nested,
+        "BITS": bits, "QBLOCK": facts.block_size,
         "ALIGNED": aligned, "AFTER": after, "PTX": ptx,
     }  # fmt: skip
 
 
-DENSE = {"BITS": 16, "QBLOCK": 0, "NESTED": False, "ALIGNED": False, "AFTER": False, "PTX": ""}
+DENSE = {"BITS": 16, "QBLOCK": 0, "ALIGNED": False, "AFTER": False, "PTX": ""}
 
 
 def tiles(size: int, block: int) -> int:

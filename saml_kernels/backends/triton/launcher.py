@@ -39,7 +39,8 @@ __all__ = [
 
 # The module of each kernel, which is called <name>_kernel there.
 KERNELS = {
-    "product": "product", "reduce": "product", "partial": "decode", "finish": "decode",
+    "product": "product", "reduce": "product", "single": "single",
+    "partial": "decode", "finish": "decode",
     "project": "projection", "project_backward": "projection", "gradients": "gradients",
     "dequantize": "dequantize",
 }  # fmt: skip

@@ -21,6 +21,7 @@ from saml_kernels.backends.triton.configs import on_change
 from saml_kernels.backends.triton.facts import Facts, WeightParts, power_of_2, tiles
 from saml_kernels.backends.triton.launcher import Launcher
 from saml_kernels.backends.triton.signature import Varying
+from saml_kernels.backends.triton.single import Single
 from saml_kernels.backends.triton.steps import Decode, Fill, Product, Projection, narrow_tiles
 
 __all__ = ["BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan"]
@@ -37,13 +38,17 @@ class ForwardPlan:
         """With `keep` a call also returns P and the gates, which the backward wants."""
         f = self.facts = facts
         config = f.config("forward")
-        if keep and config.route == "decode":
+        if keep and f.columns and config.route in ("single", "decode"):
             config = replace(config, route="split")  # whose projection is whole
         self.route, self.keep = config.route, keep and f.columns > 0
         self.stride = f.columns
-        self.decode = self.project = self.product = self.fill = None
+        self.whole: Single | Decode | None = None
+        self.project = self.product = self.fill = None
+        if config.route == "single":
+            self.whole = Single(f, config)
+            return
         if config.route == "decode" and f.columns:
-            self.decode = Decode(f, config)
+            self.whole = Decode(f, config)
             return
         pad = 0
         if config.route == "scratch":
@@ -77,9 +82,9 @@ class ForwardPlan:
         `gates` are given ones [.., E], or a token router's weight.
         """
         f = self.facts
-        if self.decode is not None:
+        if self.whole is not None:
             given = (x, weight, a, a_scales, b, b_scales, gates, bias, speakers, scaling)
-            return self.decode(*given), None, None
+            return self.whole(*given), None, None
         router = f.gating is not None
         plain = made = hidden = None
         if self.route == "scratch":

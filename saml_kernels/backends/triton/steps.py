@@ -254,7 +254,7 @@ class Fill:
 
     def parts(self, weight: WeightParts, like: Tensor) -> WeightParts:
         """The scratch as a product takes a weight: no scales, no tables."""
-        return self(weight, like), None, None, None, None, None
+        return self(weight, like), None, None
 
 
 def narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:

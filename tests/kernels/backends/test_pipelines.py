@@ -29,6 +29,7 @@ PROCESSORS = {"sm_80": 108, "sm_87": 16, "sm_90": 132, "sm_120": 170}
 STAGES = (2, 3, 4, 5)
 WAYS = (
     None, *ROUTES, Config(), Config("decode", 16, 32, 64, 2, scale="after"),
+    *(Config("single", 16, 32, 256, 2, stages=s) for s in STAGES[:2]),
     *(Config(route, stages=s) for route in ("fused", "dense") for s in STAGES),
     *(Config(route, split=2, stages=s) for route in ("decode", "split") for s in STAGES),
 )  # fmt: skip
@@ -41,7 +42,7 @@ WIDTHS = ((512, 512), (512, 2048), (2048, 512))  # N, K
 ROUTINGS = (None, (None, 1.0), (2, 0.5))  # gates given, or a token router
 # PIPELINES=all asks for every call there is; what the suite runs is a fixed choice of these.
 EVERYTHING = os.environ.get("PIPELINES") == "all"
-CHOSEN = 24
+CHOSEN = 20
 
 
 def calls(arch: str) -> list[tuple]:
@@ -96,6 +97,21 @@ def test_every_read_finds_its_own_iteration(arch):
                 directions[direction] += max(reports[key].buffers.values(), default=0) > 1
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:20])
     assert all(directions), "no buffer of several slots"
+
+
+@pytest.mark.parametrize("arch", ["sm_87", "sm_90"])
+def test_codes_are_read_sixteen_bytes_at_a_time(arch):
+    """As they lie in the file: rows of packed bytes, which a layout of their own would not help."""
+    call = ((torch.float16,) * 2, (4, 16), (None, 1.0), 1, (512, 512), "single")
+    (launch,), _ = launches(arch, call)
+    text = ttgir(launch, arch)
+    copies = re.findall(r"async_copy_global_to_local .*tensor<\w+x!tt.ptr<i8>, (#\w+)>", text)
+    assert copies
+    for layout in copies:
+        (per_thread,) = re.findall(
+            rf"^{layout} = #ttg.blocked<{{sizePerThread = (\[.*?\])", text, re.M
+        )
+        assert per_thread == "[1, 16]"
 
 
 # The checker itself: a kernel that is right, one that is not, and a right one's IR made wrong.

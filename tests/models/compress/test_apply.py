@@ -49,6 +49,19 @@ def test_tiny_en_has_no_full_precision_layer_left(tiny_en: Any) -> None:
     assert "\n" not in str(report)
 
 
+def test_projections_of_one_x_run_together() -> None:
+    """In every attention; the cross-attention's queries read something else."""
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    own = [m.self_attn for m in model.modules() if hasattr(m, "self_attn")]
+    cross = [m.encoder_attn for m in model.modules() if hasattr(m, "encoder_attn")]
+    assert own and cross
+    for attention in (*own, *cross):
+        q, k, v, out = (getattr(attention, f"{n}_proj").companions for n in ("q", "k", "v", "out"))
+        assert k is v is not None and out is None
+        assert (q is None) == (attention in cross) and q in (None, k)
+
+
 def test_only_experts_and_routers_are_trainable() -> None:
     model = small_whisper()
     report = apply_saml(model, SAMLConfig(num_experts=2, rank=2))

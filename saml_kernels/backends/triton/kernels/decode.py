@@ -26,11 +26,11 @@ from saml_kernels.backends.triton.kernels.device import (
     spread,
 )
 
-__all__ = ["finish_kernel", "partial_kernel"]
+__all__ = ["finish_kernel", "partial_kernel", "project_share"]
 
 
 @triton.jit
-def _project(
+def project_share(
     acc, x, rows, row_ok, first_step, last_step, D, s,
     experts, scales, router, columns, of_expert, of_router, R, E, rank,
     stride_s, stride_e, stride_j, stride_d,
@@ -60,11 +60,11 @@ def _project(
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
-    codes, absmax, nested, nested_code, offset, table,
+    codes, absmax, table,
     experts, scales, router, gates, speakers,        # [S, ...], of int8, [S, E, D], [.., E], [..]
     M, D, O, R, E, rank, S, SPLIT, gates_span, speakers_span,
     stride_s, stride_e, stride_j, stride_d,          # of the experts
-    BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    BITS: tl.constexpr, QBLOCK: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,9 +88,9 @@ def partial_kernel(
         first_o = (tile - tiles_c) * BLOCK_O
         outs = first_o + tl.arange(0, BLOCK_O)
         acc = base_product(
-            x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+            x, rows, row_ok, codes, absmax, table,
             first_o, outs < O, split * steps, last, D, D,
-            False, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+            False, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION,
             BLOCK_M, BLOCK_O, BLOCK_D,
         )  # fmt: skip
         y = base + at * O + rows[:, None] * O + outs[None, :]
@@ -105,14 +105,14 @@ def partial_kernel(
         if SPEAKERS:
             s = next_speaker(speaker, -1, S)
             while s < S:
-                found = _project(
+                found = project_share(
                     found, x, rows, row_ok & (speaker == s), split * steps, last, D, s,
                     experts, scales, router, columns, of_expert, of_router, R, E, rank,
                     stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,
                 )  # fmt: skip
                 s = next_speaker(speaker, s, S)
         else:
-            found = _project(
+            found = project_share(
                 found, x, rows, row_ok, split * steps, last, D, 0,
                 experts, scales, router, columns, of_expert, of_router, R, E, rank,
                 stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, PRECISION, BLOCK_D,

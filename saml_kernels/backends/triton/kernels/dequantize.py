@@ -14,11 +14,11 @@ __all__ = ["dequantize_kernel"]
 
 @triton.jit
 def dequantize_kernel(
-    codes, absmax, nested, nested_code, offset, table, out,
+    codes, absmax, table, out,
     experts, scales, router,                         # B [E, N, r] or A [E, r, K], of int8, V [E, K]
     N, K, R, E, rank, stride,
     stride_e, stride_j, stride_o,                    # of the experts
-    BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr,
+    BITS: tl.constexpr, QBLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     PTX: tl.constexpr, BESIDE: tl.constexpr, BELOW: tl.constexpr, ROUTER: tl.constexpr,
     EBLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -35,8 +35,8 @@ def dequantize_kernel(
         first_n, first = row_tile * BLOCK_N, column_tile * BLOCK_K
         row_ok = lines < N - first_n
         w = weight_tile(
-            codes, absmax, nested, nested_code, offset, table, first_n, lines, row_ok, first, K,
-            BLOCK_K, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+            codes, absmax, table, first_n, lines, row_ok, first, K,
+            BLOCK_K, QBLOCK, BITS, ALIGNED, PTX, dtype,
         )  # fmt: skip
         cols = first + across
         mask = row_ok[:, None] & (cols < K)[None, :]

@@ -60,40 +60,34 @@ def next_speaker(speaker, last, S):
 
 
 @triton.jit
-def _scales(block, absmax, nested, nested_code, offset, mask, NESTED: tl.constexpr):
-    """float32 scales of blocks; double-quantised ones are read as they lie."""
-    if NESTED:
-        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
-        outer = tl.load(nested + block // 256, mask=mask, other=0.0)
-        return tl.load(nested_code + code) * outer + tl.load(offset)
-    else:
-        return tl.load(absmax + block, mask=mask, other=0.0)
-
-
-@triton.jit
 def coded_tile(
-    codes, absmax, nested, nested_code, offset, table,  # the quantised weight, rows of `width`
+    codes, absmax, table,  # the quantised weight, rows of `width`
     first_row, rows, row_ok, first, width,
-    BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr,
     PTX: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Columns first .. first + BLOCK of rows: values [len(rows), BLOCK], float32 scales [rows].
+    """Columns first .. first + BLOCK of rows: values [len(rows), BLOCK], and their float32 scales.
 
-    The rows are counted from `first_row`. QBLOCK divides the width and BLOCK divides QBLOCK, so
-    that a row of the tile lies whole in one block. INT8 values are the codes themselves in float32;
-    others lie in -1..1, float32 (by memory, where PTX is empty) or VALUE (by permutes).
+    The rows are counted from `first_row`. QBLOCK divides the width. Where BLOCK divides QBLOCK, a
+    row of the tile lies whole in one block and scales are [len(rows)]; else QBLOCK divides BLOCK,
+    scales are [len(rows), BLOCK / QBLOCK], and columns past the width are zero. INT8 values are the
+    codes themselves in float32; others lie in -1..1, float32 (by memory, where PTX is empty) or
+    VALUE (by permutes).
     """
+    WIDE: tl.constexpr = BLOCK > QBLOCK
     if BITS == 8:
         cols = first + tl.arange(0, BLOCK)
         codes += tl.cast(first_row, tl.int64) * width
         where = rows[:, None] * width + cols[None, :]
-        values = tl.load(codes + where, mask=row_ok[:, None], other=0).to(tl.float32)
+        mask = row_ok[:, None] & (cols < width)[None, :] if WIDE else row_ok[:, None]
+        values = tl.load(codes + where, mask=mask, other=0).to(tl.float32)
     else:
         pairs = first // 2 + tl.arange(0, BLOCK // 2)
         half = tl.multiple_of(width // 2, 16)
         codes += tl.cast(first_row, tl.int64) * half
         where = rows[:, None] * half + pairs[None, :]
-        packed = tl.load(codes + where, mask=row_ok[:, None], other=0)
+        mask = row_ok[:, None] & (pairs < half)[None, :] if WIDE else row_ok[:, None]
+        packed = tl.load(codes + where, mask=mask, other=0)
         if PTX == "":
             high = tl.load(table + (packed >> 4).to(tl.int32))
             low = tl.load(table + (packed & 15).to(tl.int32))
@@ -110,8 +104,14 @@ def coded_tile(
         if PTX != "":
             values = values.to(VALUE, bitcast=True)
     # 2^31 blocks are 2^36 weights and more.
-    block = (first_row + rows) * (width // QBLOCK) + first // QBLOCK
-    scale = _scales(block, absmax, nested, nested_code, offset, row_ok, NESTED)
+    blocks = width // QBLOCK
+    block = (first_row + rows) * blocks + first // QBLOCK
+    if WIDE:
+        number = tl.arange(0, BLOCK // QBLOCK)
+        inside = row_ok[:, None] & (first // QBLOCK + number < blocks)[None, :]
+        scale = tl.load(absmax + block[:, None] + number[None, :], mask=inside, other=0.0)
+    else:
+        scale = tl.load(absmax + block, mask=row_ok, other=0.0)
     if BITS == 8:
         scale = scale * (1.0 / 127)
     return values, scale
@@ -119,9 +119,9 @@ def coded_tile(
 
 @triton.jit
 def weight_tile(
-    codes, absmax, nested, nested_code, offset, table,  # the quantised weight, rows of `width`
+    codes, absmax, table,  # the quantised weight, rows of `width`
     first_row, rows, row_ok, first, width,
-    BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr, NESTED: tl.constexpr,
+    BLOCK: tl.constexpr, QBLOCK: tl.constexpr, BITS: tl.constexpr,
     ALIGNED: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Columns first .. first + BLOCK of rows, dequantised: [len(rows), BLOCK] in DTYPE.
@@ -140,11 +140,15 @@ def weight_tile(
     elif ALIGNED:
         value: tl.constexpr = DTYPE if tl.float32 == DTYPE else tl.float16
         w, scale = coded_tile(
-            codes, absmax, nested, nested_code, offset, table,
+            codes, absmax, table,
             first_row, rows, row_ok, first, width,
-            BLOCK, QBLOCK, BITS, NESTED, PTX, value,
+            BLOCK, QBLOCK, BITS, PTX, value,
         )  # fmt: skip
-        return (w.to(tl.float32) * scale[:, None]).to(DTYPE)
+        if BLOCK > QBLOCK:
+            apart = tl.reshape(w.to(tl.float32), (w.shape[0], BLOCK // QBLOCK, QBLOCK))
+            return tl.reshape((apart * scale[:, :, None]).to(DTYPE), (w.shape[0], BLOCK))
+        else:
+            return (w.to(tl.float32) * scale[:, None]).to(DTYPE)
     else:
         cols = first + tl.arange(0, BLOCK)
         mask = row_ok[:, None] & (cols < width)[None, :]
@@ -155,7 +159,7 @@ def weight_tile(
             packed = tl.load(codes + index // 2, mask=mask, other=0).to(tl.int32)
             code = tl.where(index % 2 == 0, packed >> 4, packed & 15)
             w = tl.load(table + code)
-        scale = _scales(index // QBLOCK, absmax, nested, nested_code, offset, mask, NESTED)
+        scale = tl.load(absmax + index // QBLOCK, mask=mask, other=0.0)
         return tl.where(mask, w * scale, 0.0).to(DTYPE)
 
 
@@ -238,9 +242,9 @@ def spread(gates, expert, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def base_product(
-    x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+    x, rows, row_ok, codes, absmax, table,
     first_o, out_ok, first_step, last_step, D, width,
-    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -263,26 +267,26 @@ def base_product(
         if AFTER:
             # [BLOCK_O, BLOCK_D], [BLOCK_O]
             w, scale = coded_tile(
-                codes, absmax, nested, nested_code, offset, table,
+                codes, absmax, table,
                 first_o, tl.arange(0, BLOCK_O), out_ok, first_d, width,
-                BLOCK_D, QBLOCK, BITS, NESTED, PTX, dtype,
+                BLOCK_D, QBLOCK, BITS, PTX, dtype,
             )  # fmt: skip
             part = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
             acc += multiply(tile, w.to(dtype).T, part, PRECISION) * scale[None, :]
         elif TRANSPOSED:
             # [BLOCK_D, BLOCK_O]
             w = weight_tile(
-                codes, absmax, nested, nested_code, offset, table,
+                codes, absmax, table,
                 first_d, inside, d_ok, first_o, width,
-                BLOCK_O, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+                BLOCK_O, QBLOCK, BITS, ALIGNED, PTX, dtype,
             )  # fmt: skip
             acc = multiply(tile, w, acc, PRECISION)
         else:
             # [BLOCK_O, BLOCK_D] -> [BLOCK_D, BLOCK_O]
             w = weight_tile(
-                codes, absmax, nested, nested_code, offset, table,
+                codes, absmax, table,
                 first_o, tl.arange(0, BLOCK_O), out_ok, first_d, width,
-                BLOCK_D, QBLOCK, BITS, NESTED, ALIGNED, PTX, dtype,
+                BLOCK_D, QBLOCK, BITS, ALIGNED, PTX, dtype,
             )  # fmt: skip
             acc = multiply(tile, w.T, acc, PRECISION)
     return acc

@@ -30,12 +30,12 @@ __all__ = ["product_kernel", "reduce_kernel"]
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
 def product_kernel(
     x, y,                                            # [M, D] in, [SPLIT, M, O] out
-    codes, absmax, nested, nested_code, offset, table,
+    codes, absmax, table,
     hidden, experts, scales, router,                 # [M, R (+ E)], [S, ...], of int8, [S, E, O]
     gates, bias, speakers,                           # [.., E], [O], [..]
     M, D, O, width, R, E, rank, S, SPLIT, hidden_stride, gates_span, speakers_span,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
-    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SKIP: tl.constexpr,
     SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
@@ -60,9 +60,9 @@ def product_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     x += first_m * D
     acc = base_product(
-        x, rows, row_ok, codes, absmax, nested, nested_code, offset, table,
+        x, rows, row_ok, codes, absmax, table,
         first_o, out_ok, split * steps, last, D, width,
-        TRANSPOSED, BITS, QBLOCK, NESTED, ALIGNED, AFTER, PTX, PRECISION,
+        TRANSPOSED, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION,
         BLOCK_M, BLOCK_O, BLOCK_D,
     )  # fmt: skip
 

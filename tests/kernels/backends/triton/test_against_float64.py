@@ -78,7 +78,7 @@ def test_no_experts(device):
     assert_close(y, expected.cpu(), 2e-6, "y")
 
 
-@pytest.mark.parametrize("route", ["decode", "fused", "split"])
+@pytest.mark.parametrize("route", ["single", "decode", "fused", "split"])
 @pytest.mark.parametrize("index", [-1, 3, 2**30])
 def test_speaker_out_of_range_is_nan(index, route, device):
     case = make_case(2, 6, 64, 128, 2, 4, speakers=3, device=device)

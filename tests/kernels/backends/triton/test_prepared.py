@@ -146,6 +146,17 @@ def test_never_copied_with_the_weight(device):
     assert case.weight.prepared is not None
 
 
+def test_a_moved_weight_leaves_nothing_behind(device):
+    """What was prepared would keep the tensors that it was made for."""
+    case, a, b = layer(device)
+    call(case, a, b)
+    case.weight.to(device)  # which is where it lies
+    assert case.weight.prepared is not None
+    codes = weakref.ref(case.weight.codes)
+    case.weight._apply(torch.Tensor.clone)
+    assert case.weight.prepared is None and codes() is None
+
+
 def test_a_dropped_layer_is_gone_at_once(device):
     """No cycle keeps its memory until the garbage collector comes by."""
     case, a, b = layer(device)

@@ -1,7 +1,6 @@
 """Tuning with a clock of the test's own: what is measured is written, found and used."""
 
 import json
-from itertools import count
 
 import pytest
 import torch
@@ -44,13 +43,14 @@ class Clock:
 
 
 def test_the_fastest_is_written_and_used(cache, device):
-    clock, rows = Clock(5.0, 3.0, 4.0), []
+    clock, rows = Clock(5.0, 3.0, 4.0, 9.0), []
     shapes = [(64, 128)]
     path, done = tuning.tune(
         shapes, (2, 40), device=device, clock=clock, tried=few, on_row=lambda *row: rows.append(row)
     )
-    assert done == 4 and clock.asked == 12 and path.parent == cache
+    assert done == 4 and clock.asked == 16 and path.parent == cache
     assert [(n, total) for n, total, _ in rows] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [row["before_microseconds"] / row["microseconds"] for *_, row in rows] == [3.0] * 4
     traits = configs.device_traits(torch.device(device))
     for direction in ("forward", "backward"):
         for m in (2, 3, 40):  # 3 is near 2
@@ -61,8 +61,10 @@ def test_the_fastest_is_written_and_used(cache, device):
 
 
 def test_a_second_run_replaces_what_it_repeats_and_keeps_the_rest(cache, device):
-    tuning.tune([(64, 128)], (2, 40), device=device, clock=Clock(5.0, 3.0, 4.0), tried=few)
-    path, _ = tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 3.0, 4.0), tried=few)
+    tuning.tune([(64, 128)], (2, 40), device=device, clock=Clock(5.0, 3.0, 4.0, 9.0), tried=few)
+    path, _ = tuning.tune(
+        [(64, 128)], (2,), device=device, clock=Clock(1.0, 3.0, 4.0, 9.0), tried=few
+    )
     found = {r["m"]: r["route"] for r in json.loads(path.read_text())["forward"]}
     assert found == {2: "fused", 40: "split"}
 
@@ -91,15 +93,17 @@ def test_what_is_timed_is_what_will_run(cache, device):
         yield Config("fused", 16, 32, 32, 1)
         yield from (Config("split", 16, 32, 32, split) for split in (1, 2, 4, 8))
 
-    times = count(5, -1)
+    timed = []
 
     def clock(run, rounds, device):
-        return {"median_us": next(times)}
+        timed.append(run.args[0])
+        return {"median_us": 1.0 if timed[-1].split == 2 else 2.0}
 
     path, _ = tuning.tune([(64, 96)], (2,), device=device, clock=clock, tried=shared)
     table = json.loads(path.read_text())
     assert [table[d][0]["split"] for d in ("forward", "backward")] == [2, 2]  # of 3 and 2 steps
-    assert next(times) == 1  # fused and two shares, in each direction
+    # Fused, two shares and what was chosen before, in each direction.
+    assert [c.route for c in timed] == ["fused", "split", "single", "fused", "split", "split"]
     traits = configs.device_traits(torch.device(device))
     assert configs.choose("forward", 2, 64, 96, *traits) == Config("split", 16, 32, 32, 2)
 

@@ -6,17 +6,18 @@ from dataclasses import replace
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from saml_kernels.backends.triton.configs import ROUTES, Config
+from saml_kernels.backends.triton.configs import ROUTES, SHARED_OUT, Config
 from saml_kernels.backends.triton.launcher import triton_errors
 
 SIZES = st.sampled_from((16, 32, 64, 128))
 WAYS = st.one_of(
     st.sampled_from((None, *ROUTES)),
     st.builds(
-        Config, st.sampled_from(("decode", "split", "fused", "dense")), SIZES, SIZES, SIZES,
+        Config, st.sampled_from(("single", "decode", "split", "fused", "dense")),
+        SIZES, SIZES, SIZES,
         st.sampled_from((1, 2, 3, 5)), group=st.integers(1, 9),
         scale=st.sampled_from(("before", "after")),
-    ).map(lambda c: c if c.route in ("decode", "split") else replace(c, split=1)),
+    ).map(lambda c: c if c.route in SHARED_OUT else replace(c, split=1)),
 )  # fmt: skip
 
 
