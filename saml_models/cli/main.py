@@ -11,12 +11,13 @@ from saml_models.cli.bench import DOOR, bench
 from saml_models.cli.doctor import doctor
 from saml_models.cli.evaluate import demo, evaluate
 from saml_models.cli.quantize import quantize
+from saml_models.cli.serve import serve
 from saml_models.cli.speakers import speakers
 from saml_models.cli.train import pretrain
 from saml_models.cli.transcribe import transcribe
 
 __all__ = ["app"]
 
-for command in (transcribe, adapt, evaluate, pretrain, quantize, bench, demo, doctor):
+for command in (transcribe, adapt, evaluate, pretrain, quantize, serve, bench, demo, doctor):
     app.command(**(DOOR if command is bench else {}))(command)
 app.add_typer(speakers, name="speakers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +65,19 @@ class Media:
         SAMLError: not a format with audio in it; the message is the reason alone.
     """
 
-    def __init__(self, file: io.RawIOBase, mix: Downmix) -> None:
+    def __init__(
+        self, file: io.RawIOBase | BinaryIO, mix: Downmix, largest: int | None = None
+    ) -> None:
+        """Open a file.
+
+        Args:
+            file: binary, at its beginning; can seek.
+            mix: takes the channels.
+            largest: bytes of a packet; one of more, which takes many times its size decoded, is
+                refused. None is any.
+        """
         av: Any = import_module("av")
-        self._av, self._mix = av, mix
+        self._av, self._mix, self._largest = av, mix, largest
         try:
             options = {"format_whitelist": _DEMUXERS}
             self._container: Any = av.open(file, metadata_errors="ignore", options=options)
@@ -91,6 +101,10 @@ class Media:
         """Samples a second, and the average of the channels [samples]; a damaged packet is left."""
         with self._container:
             for packet in self._packets():
+                if self._largest is not None and packet.size > self._largest:
+                    raise SAMLError(
+                        f"a packet of {packet.size:,} bytes; expected at most {self._largest:,}"
+                    )
                 try:
                     frames = packet.decode()
                 except self._av.FFmpegError:
