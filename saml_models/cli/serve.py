@@ -22,9 +22,7 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="Lines of OWNER TOKEN; each owner has voices of its own.")
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option(min=1, help="Clips and windows decoded together.")
-    ] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="Clips and windows decoded together.")] = 16,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Recordings taken and not done; more are told to wait.")
     ] = 64,
@@ -34,7 +32,8 @@ def serve(
         int, typer.Option(min=1, help="Bytes of decoded recordings held at once.")
     ] = 2**30,
     origin: Annotated[
-        list[str] | None, typer.Option(help="Of another site whose pages may call; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Of another site whose pages may call; may be repeated."),
     ] = None,
     experts: Experts = None,
     store: Store = None,

@@ -58,6 +58,7 @@ class Media:
 
     Attributes:
         claim: seconds that the container promises; None where it only estimates them.
+        rate: samples a second that the container says; 0 where it does not.
         tracks: of audio.
         lost: seconds of packets that could not be decoded, so far.
 
@@ -80,7 +81,7 @@ class Media:
         self._av, self._mix, self._largest = av, mix, largest
         try:
             options = {"format_whitelist": _DEMUXERS}
-            self._container: Any = av.open(file, metadata_errors="ignore", options=options)
+            self._container: Any = av.open(file, "r", metadata_errors="ignore", options=options)
         except (av.FFmpegError, ValueError) as error:
             raise SAMLError(getattr(error, "strerror", None) or str(error)) from error
         self.tracks = len(self._container.streams.audio)
@@ -89,6 +90,7 @@ class Media:
             self._container.close()
             raise SAMLError("there is no audio in it")
         stream = self._container.streams.audio[0]
+        self.rate = int(stream.rate or 0)
         # A bare stream of frames says no length: FFmpeg guesses one from the bitrate.
         guessed = self._container.format.flags & av.format.Flags.generic_index.value
         self.claim: float | None = None

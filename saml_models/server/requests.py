@@ -63,9 +63,8 @@ class Server:
             after = {"Retry-After": f"{error.retry_after:.0f}"}
             raise HTTPException(429, str(error), after) from error
         except SAMLError as error:
-            raise HTTPException(
-                400, f"file: {error}" if upload.clip is None else str(error)
-            ) from error
+            text = str(error) if upload.clip.size else f"file: {error}"
+            raise HTTPException(400, text) from error
         finally:
             upload.clip = upload.clip[:0].copy()
             self.memory.give(upload.held)
@@ -110,6 +109,7 @@ async def waited_for(request: Request, engine: Engine, job: Job) -> Transcript:
         return future.result()
     finally:
         left.cancel()
+        future.cancel()  # nobody asks any more; the job's own is the engine's
         if not job.future.done():
             engine.cancel(job)
 

@@ -151,6 +151,7 @@ async def _events(
                     said = text
             yield done(future.result())
         finally:
+            future.cancel()
             if not job.future.done():
                 server.engine.cancel(job)
 

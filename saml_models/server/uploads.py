@@ -67,6 +67,8 @@ def decode_upload(
             infinite samples; and what `take` raises.
     """
     media = Media(file, Downmix(), LARGEST)
+    if media.rate:
+        _check_rate(media.rate)
     _check_length(media.claim or 0.0, max_seconds)
     # Memory is used where it is written: a short recording does not take the room of a long one.
     room = np.empty(int(max_seconds * SAMPLE_RATE) + SAMPLE_RATE, np.float32)
@@ -81,8 +83,7 @@ def decode_upload(
         count += len(samples)
 
     for found, block in media:
-        if not RATES[0] <= found <= RATES[1]:
-            raise SAMLError(f"{found:,} samples a second; expected {RATES[0]:,} to {RATES[1]:,}")
+        _check_rate(found)
         if found != rate:
             if stream is not None:
                 keep(stream.resample_chunk(np.zeros(0, np.float32), last=True))
@@ -102,6 +103,11 @@ def decode_upload(
     if not np.isfinite(clip).all():
         raise SAMLError("some of its samples are NaN or infinite")
     return clip if 4 * count > len(room) else clip.copy()
+
+
+def _check_rate(rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise SAMLError(f"{rate:,} samples a second; expected {RATES[0]:,} to {RATES[1]:,}")
 
 
 def _check_length(seconds: float, most: float) -> None:

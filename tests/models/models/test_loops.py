@@ -14,7 +14,7 @@ from saml_models.models.loops import Tried, best_of, draws, is_loop, once, repea
 from saml_models.models.registry import bind
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper import speech_model as whisper_speech
-from saml_models.models.whisper.greedy import _listen, _say, Step, greedy
+from saml_models.models.whisper.greedy import Step, _listen, _say, greedy
 from saml_models.models.whisper.windows import audio_window
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.transcription.clips import decode_clips

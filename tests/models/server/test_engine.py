@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import CancelledError
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_errors_are_the_recordings_own() -> None:
         bad = engine.submit(np.zeros((2, 2), np.float32), None, TIMED)
         good = engine.submit(noise(12), None, TIMED, on_text=texts.append)
         assert good.future.result(5).text == texts[-1] == " ".join(said(12 * 16000))
-        assert len(texts) == 4 and all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+        assert len(texts) == 4 and all(b.startswith(a) for a, b in pairwise(texts))
         bad.future.exception(5)
         assert engine.is_alive
     with pytest.raises(SAMLError, match="max_batch"):
