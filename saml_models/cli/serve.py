@@ -66,7 +66,7 @@ def serve(
         store=store or default_folder(),
         origins=tuple(origin or ()),
         load=model,
-        experts=experts and str(experts),
+        experts=None if experts is None else str(experts),
         device=named,
     )
     speech = bind(recogniser.model, recogniser.processor)

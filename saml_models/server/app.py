@@ -17,9 +17,11 @@ from starlette.responses import JSONResponse, Response
 from saml_kernels.errors import one_line
 from saml_models.server.engine import Engine
 from saml_models.server.guard import Guard, error_body
+from saml_models.server.learning import Learning
 from saml_models.server.metrics import Metrics
 from saml_models.server.requests import Server
 from saml_models.server.settings import Settings
+from saml_models.server.speakers import speaker_routes
 from saml_models.server.transcriptions import transcription_routes
 
 __all__ = ["create_app"]
@@ -35,15 +37,18 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         engine: running, or started before the first request.
         settings: limits, tokens and names.
     """
-    server = Server(engine, settings)
+    server, learning = Server(engine, settings), Learning(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await learning.start()
         yield
+        await learning.stop()
 
     app = FastAPI(title="saml", docs_url=None, redoc_url=None, lifespan=lifespan)
     metrics = Metrics(engine)
     app.include_router(transcription_routes(server))
+    app.include_router(speaker_routes(server, learning))
 
     @app.get("/healthz")
     def healthz() -> Response:

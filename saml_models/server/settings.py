@@ -54,6 +54,7 @@ class Settings:
         store: the folder of voices.
         origins: of other sites whose pages may call.
         load, experts, device: what the model was loaded by, for those who learn voices beside it.
+        epochs: of learning; None is as `saml adapt` has it.
     """
 
     model: str = "tiny.en"
@@ -64,6 +65,7 @@ class Settings:
     load: str = ""
     experts: str | None = None
     device: str = "cpu"
+    epochs: int | None = None
 
     def owner_of(self, token: str | None) -> str | None:
         """Whose token it is: "" where none is needed, None where it is nobody's."""

@@ -72,7 +72,7 @@ class Voice:
         """Raise SAMLError where the name is not safe."""
         self.name = check_name(name)
         self.path = store.path(name)
-        self.folder = store.folder / "enrolment" / name
+        self.folder = store.recordings(name)
 
     @property
     def exists(self) -> bool:
