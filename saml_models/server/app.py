@@ -12,7 +12,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 from saml_kernels.errors import one_line
 from saml_models.server.engine import Engine
@@ -27,6 +28,12 @@ from saml_models.server.transcriptions import transcription_routes
 __all__ = ["create_app"]
 
 PAGE = Path(__file__).parent / "page"
+# Nothing from elsewhere: no scripts, no styles, no frames.
+POLICY = (
+    "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; "
+    "connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -49,6 +56,12 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     metrics = Metrics(engine)
     app.include_router(transcription_routes(server))
     app.include_router(speaker_routes(server, learning))
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": POLICY})
 
     @app.get("/healthz")
     def healthz() -> Response:
