@@ -24,12 +24,12 @@ class Talker:
     """Hears a word a second; `pause` seconds pass for every batch.
 
     Attributes:
-        network: a small Whisper with experts, so that profiles can be checked and mixed.
+        network: with experts, so that profiles can be checked and mixed; a small one by default.
         batches: how many pieces each batch had.
     """
 
-    def __init__(self, pause: float = 0.0) -> None:
-        self.network, self.pause = small_voices.make(), pause
+    def __init__(self, pause: float = 0.0, network: Any = None) -> None:
+        self.network, self.pause = network or small_voices.make(), pause
         self.batches: list[int] = []
         self.context: BatchContext = self.network.saml.context
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,11 +19,12 @@ import numpy.typing as npt
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import DecodingOptions, SpeechModel
 from saml_models.runtime.quiet import quiet_transformers
+from saml_models.speakers.identify import identify
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.transcript import Transcript
 from saml_models.transcription.together import Passage, Together
 
-__all__ = ["Counts", "Engine", "Job", "QueueFull"]
+__all__ = ["Counts", "Engine", "Job", "QueueFull", "ignored"]
 
 Result = TypeVar("Result")
 
@@ -77,8 +78,8 @@ class Job:
         self.future.set_running_or_notify_cancel()
 
 
-def _ignored(*told: Any) -> None:
-    pass
+def ignored(*told: Any) -> None:
+    """What is told and nobody asks for."""
 
 
 class Engine:
@@ -140,8 +141,8 @@ class Engine:
         clip: npt.NDArray[np.float32],
         profile: SpeakerProfile | None = None,
         options: DecodingOptions | None = None,
-        on_text: Callable[[str], None] = _ignored,
-        on_progress: Callable[[float, float], None] = _ignored,
+        on_text: Callable[[str], None] = ignored,
+        on_progress: Callable[[float, float], None] = ignored,
     ) -> Job:
         """Queue a recording; answers at once, from any thread.
 
@@ -185,6 +186,17 @@ class Engine:
             self._changed.notify_all()
         return future
 
+    def identify(
+        self, clip: npt.NDArray[np.float32], candidates: Sequence[SpeakerProfile]
+    ) -> Future[SpeakerProfile | None]:
+        """Who of the candidates speaks, or None; see `speakers.identify`."""
+
+        def chosen() -> SpeakerProfile | None:
+            fitting = [one for one in candidates if self._fits(one)]
+            return identify(self.speech, clip, fitting).profile if fitting else None
+
+        return self.call(chosen)
+
     def close(self) -> None:
         """End the thread; what is not done is cancelled."""
         with self._changed:
@@ -192,6 +204,13 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+
+    def _fits(self, profile: SpeakerProfile) -> bool:
+        try:
+            profile.check(self.speech.network)
+        except SAMLError:
+            return False
+        return True
 
     def _check_open(self) -> None:
         if self._closing:

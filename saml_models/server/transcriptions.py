@@ -17,7 +17,6 @@ from saml_models.models.interface import DecodingOptions
 from saml_models.server.answers import FORMATS, MEDIA_TYPES, answer, delta, done
 from saml_models.server.engine import Job
 from saml_models.server.requests import Gone, Server, Upload, found_or_404, waited_for
-from saml_models.speakers.identify import identify
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import AUTO
 
@@ -69,12 +68,7 @@ def transcription_routes(server: Server) -> APIRouter:
         candidates = voices.candidates()
         if not candidates:
             raise HTTPException(400, "speaker auto: none of your voices agreed to be recognised")
-        clip = upload.clip
-
-        def chosen() -> SpeakerProfile | None:
-            return identify(engine.speech, clip, candidates).profile
-
-        return await asyncio.wrap_future(engine.call(chosen))
+        return await asyncio.wrap_future(engine.identify(upload.clip, candidates))
 
     @routes.post("/v1/audio/transcriptions")
     async def transcriptions(

@@ -17,9 +17,12 @@ import pytest
 import soundfile
 from serving import Talker, noise, served
 
+from saml_models.data.corpora import load_corpus
+from saml_models.models.registry import bind
 from saml_models.server.app import create_app
 from saml_models.server.engine import Engine
 from saml_models.server.settings import Settings
+from saml_models.speakers.pretrained import load_adaptable
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -49,8 +52,6 @@ class Stage:
 
 def reader() -> tuple[Any, str]:
     """A sentence of a LibriSpeech reader."""
-    from saml_models.data.corpora import load_corpus
-
     root = Path(os.environ.get("SAML_SPEECH", "../shared/data")) / "LibriSpeech" / "test-other"
     said = min(load_corpus(root, ["1688"]), key=lambda u: abs(len(u.load()) - 80_000))
     return said.load(), said.text.capitalize() + "."
@@ -58,14 +59,9 @@ def reader() -> tuple[Any, str]:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    speech: Any = Talker()
-    samples, says = noise(30), None
-    if PICTURES:
-        from saml_models.models.registry import bind
-        from saml_models.speakers.pretrained import load_adaptable
-
-        speech = bind(*load_adaptable("tiny.en"))
-        samples, says = reader()
+    model = load_adaptable("tiny.en")  # the learner's too
+    speech: Any = bind(*model) if PICTURES else Talker(network=model[0])
+    samples, says = reader() if PICTURES else (noise(30), None)
     microphone, store = tmp_path / "microphone.wav", tmp_path / "store"
     soundfile.write(microphone, samples, 16000, "PCM_16")
     settings = Settings("tiny.en", store=store, load="tiny.en", epochs=8 if PICTURES else 1)
