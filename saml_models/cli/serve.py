@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,8 @@ from saml_models.cli.options import Device, Experts, Model, Store, device_named
 from saml_models.runtime.quiet import quiet_libraries
 
 __all__ = ["serve"]
+
+ENGINES = ("local", "ray")
 
 
 def serve(
@@ -35,6 +37,13 @@ def serve(
         list[str] | None,
         typer.Option(help="Of another site whose pages may call; may be repeated."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local: in this process; ray: in replicas of Ray Serve.")
+    ] = "local",
+    replicas: Annotated[int, typer.Option(min=1, help="With --engine ray: how many.")] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --engine ray: a cluster's; default: this machine.")
+    ] = None,
     experts: Experts = None,
     store: Store = None,
     device: Device = None,
@@ -47,18 +56,19 @@ def serve(
         import uvicorn
 
         from saml_models.server.app import create_app
-    from saml_models.models.registry import bind
-    from saml_models.recogniser import Recogniser
-    from saml_models.server.engine import Engine
     from saml_models.server.settings import Limits, Settings, is_loopback, read_tokens
     from saml_models.speakers.store import default_folder
 
+    if engine not in ENGINES:
+        raise SAMLError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if engine == "local" and (replicas > 1 or ray_address is not None):
+        raise SAMLError("--replicas, --ray-address: need --engine ray")
     tokens = {} if token_file is None else read_tokens(token_file)
     if not tokens and not is_loopback(host):
         raise SAMLError(f"--host {host}: others can reach it; give --token-file, or 127.0.0.1")
     limits = Limits(bytes=max_bytes, seconds=max_seconds, memory=max_memory)
     named = device_named(device)
-    recogniser = Recogniser.load(model, device=named, experts=experts)
+    chosen = None if experts is None else str(experts)
     settings = Settings(
         model=Path(model).name,
         limits=limits,
@@ -66,13 +76,27 @@ def serve(
         store=store or default_folder(),
         origins=tuple(origin or ()),
         load=model,
-        experts=None if experts is None else str(experts),
+        experts=chosen,
         device=named,
     )
-    speech = bind(recogniser.model, recogniser.processor)
-    with Engine(speech, max_batch=max_batch, max_queue=max_queue) as engine:
+    if engine == "ray":
+        from saml_models.server.fleet import RayEngine
+
+        running: Any = RayEngine(
+            model, chosen, named, max_batch=max_batch, max_queue=max_queue, replicas=replicas,
+            address=ray_address,
+        )  # fmt: skip
+    else:
+        from saml_models.models.registry import bind
+        from saml_models.recogniser import Recogniser
+        from saml_models.server.engine import Engine
+
+        recogniser = Recogniser.load(model, device=named, experts=chosen)
+        speech = bind(recogniser.model, recogniser.processor)
+        running = Engine(speech, max_batch=max_batch, max_queue=max_queue)
+    with running:
         config = uvicorn.Config(
-            create_app(engine, settings),
+            create_app(running, settings),
             host=host,
             port=port,
             log_level="warning",

@@ -13,14 +13,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from saml_kernels.errors import SAMLError, needs
+from saml_kernels.errors import SAMLError, needs, one_line
 from saml_models.models.interface import DecodingOptions
 from saml_models.models.registry import bind
 from saml_models.recogniser import Recogniser
@@ -33,6 +33,7 @@ NAME = "saml"
 KEPT = 256  # profiles that a replica, and this process for it, remember
 OBJECTS = 512 * 2**20  # bytes of Ray's shared memory, where it is started here
 _STARTED = 600.0  # seconds in which replicas have to be ready
+_LEFT = 5.0  # seconds that cancelled recordings have to end
 
 
 class Replica:
@@ -130,14 +131,17 @@ class RayEngine:
         self._ray, self._serve = ray, serve
         self.counts, self.max_queue = Counts(), max_queue * replicas
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if address is None:
-            ray.init(
-                include_dashboard=False, _node_ip_address="127.0.0.1",
-                object_store_memory=OBJECTS, log_to_driver=False, configure_logging=False,
-            )  # fmt: skip
-        else:
-            ray.init(address=address, log_to_driver=False)
-        serve.start(proxy_location="Disabled")
+        here: dict[str, Any] = {
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "object_store_memory": OBJECTS,
+        }
+        try:
+            ray.init(**(here if address is None else {"address": address}), log_to_driver=False)
+            serve.start(proxy_location="Disabled")
+        except Exception as error:  # Ray raises plain ones
+            ray.shutdown()
+            raise SAMLError(f"--engine ray: Ray does not start: {one_line(error)}") from error
         cores = max(1, (os.cpu_count() or 1) // (2 * replicas)) if address is None else 1
         options: dict[str, Any] = {"num_cpus": cores}
         if device.startswith("cuda"):
@@ -155,7 +159,8 @@ class RayEngine:
             self._handle: Any = serve.run(application, name=NAME, route_prefix=None)
         except RuntimeError as error:
             self._end()
-            raise SAMLError(f"--engine ray: the replicas do not start: {error}") from error
+            text = f"--engine ray: the replicas do not start: {one_line(error)}"
+            raise SAMLError(text) from error
         self._codes: dict[str | None, str | None] = {}
         self._objects: OrderedDict[str, Any] = OrderedDict()
         self._jobs: dict[Job, asyncio.Task[None] | None] = {}
@@ -170,8 +175,10 @@ class RayEngine:
 
     def __exit__(self, *error: object) -> None:
         """End the replicas; what is not done is cancelled."""
-        for job in list(self._jobs):
+        left = list(self._jobs)
+        for job in left:
             self.cancel(job)
+        wait([job.future for job in left], timeout=_LEFT)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._end()

@@ -57,9 +57,14 @@ def reader() -> tuple[Any, str]:
     return said.load(), said.text.capitalize() + "."
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """What the learner loads too."""
+    return load_adaptable("tiny.en")
+
+
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    model = load_adaptable("tiny.en")  # the learner's too
+def stage(tmp_path: Path, model: Any) -> Iterator[Stage]:
     speech: Any = bind(*model) if PICTURES else Talker(network=model[0])
     samples, says = reader() if PICTURES else (noise(30), None)
     microphone, store = tmp_path / "microphone.wav", tmp_path / "store"
