@@ -254,19 +254,23 @@ class RayEngine:
             async for answer in answers:
                 if isinstance(answer, str):
                     job.on_text(answer)
-                else:
-                    self.counts.recordings += 1
-                    self.counts.audio += answer.duration
-                    job.future.set_result(answer)
+                    continue
+                self._leave(job)
+                self.counts.recordings += 1
+                self.counts.audio += answer.duration
+                job.future.set_result(answer)
         except asyncio.CancelledError:
             answers.cancel()
             job.future.set_exception(CancelledError())
         except Exception as error:
+            self._leave(job)
             self.counts.failed += 1
             job.future.set_exception(_own(error))
-        finally:
-            with self._lock:
-                self._jobs.pop(job, None)
+
+    def _leave(self, job: Job) -> None:
+        """Its place is free."""
+        with self._lock:
+            self._jobs.pop(job, None)
 
     def _object(self, profile: SpeakerProfile | None) -> Any:
         """A profile in Ray's shared memory, put there once."""

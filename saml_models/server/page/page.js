@@ -176,6 +176,7 @@ async function follow(name) {
   }
   await refresh();
   if (current()?.name === name && current().status.state === "learnt") {
+    by("heard-as").value = name;
     say(`${name} is learnt.`);
     if (!by("result").hidden) by("result-title").focus();
   }
