@@ -172,8 +172,6 @@ def test_a_voice_is_taught_and_heard(stage: Stage) -> None:
     subtitles = download.value.path().read_text()
     assert subtitles.startswith("1\n00:00:00,000 --> 00:00:0")
     stage.picture("transcribed")
-    page.emulate_media(color_scheme="dark")
-    stage.picture("dark")
 
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete this voice").click()
