@@ -11,7 +11,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from saml_models.text.transcript import Transcript
 from saml_models.text.writers import render
 
-__all__ = ["FORMATS", "MEDIA_TYPES", "answer", "delta", "done"]
+__all__ = ["FORMATS", "MEDIA_TYPES", "answer", "delta", "done", "failed"]
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
@@ -64,6 +64,11 @@ def done(transcript: Transcript) -> str:
     """The last server-sent event."""
     body = {"type": "transcript.text.done", "text": transcript.text}
     return _event(body | {"usage": _usage(transcript)}) + "data: [DONE]\n\n"
+
+
+def failed(message: str) -> str:
+    """The last server-sent event where there is no text."""
+    return _event({"type": "error", "error": {"message": message, "type": "invalid_request_error"}})
 
 
 def _usage(transcript: Transcript) -> dict[str, Any]:

@@ -92,8 +92,8 @@ def found_or_404(name: str) -> Iterator[None]:
         raise HTTPException(404, f"speaker {name!r}: there is no such voice") from None
 
 
-async def waited_for(request: Request, engine: Engine, job: Job) -> Transcript:
-    """A job's transcript; a client that leaves gives up its place.
+async def waited_for(request: Request, job: Job) -> Transcript:
+    """A job's transcript.
 
     Raises:
         Gone: it has left.
@@ -110,8 +110,6 @@ async def waited_for(request: Request, engine: Engine, job: Job) -> Transcript:
     finally:
         left.cancel()
         future.cancel()  # nobody asks any more; the job's own is the engine's
-        if not job.future.done():
-            engine.cancel(job)
 
 
 async def _left(request: Request) -> None:

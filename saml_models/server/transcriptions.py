@@ -11,10 +11,11 @@ from fastapi import APIRouter, File, Form, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import DecodingOptions
-from saml_models.server.answers import FORMATS, MEDIA_TYPES, answer, delta, done
+from saml_models.server.answers import FORMATS, MEDIA_TYPES, answer, delta, done, failed
 from saml_models.server.engine import Job
 from saml_models.server.requests import Gone, Server, Upload, found_or_404, waited_for
 from saml_models.speakers.profile import SpeakerProfile
@@ -108,12 +109,11 @@ def transcription_routes(server: Server) -> APIRouter:
                 loop.call_soon_threadsafe(texts.put_nowait, text)
 
             job = engine.submit(upload.clip, profile, options, on_text)
+            stack.callback(engine.cancel, job)  # where it is not done by then
             if stream and response_format in ("json", "text"):
-                kept = stack.pop_all()  # what the recording holds is held until all is said
-                events = _events(server, job, texts, kept)
-                return StreamingResponse(events, media_type="text/event-stream")
+                return _Stream(_events(job, texts), stack.pop_all())
             try:
-                found = await waited_for(request, engine, job)
+                found = await waited_for(request, job)
             except Gone:
                 return Response(status_code=_CLOSED)
             body = answer(found, response_format, words, "segment" in asked)
@@ -124,30 +124,40 @@ def transcription_routes(server: Server) -> APIRouter:
     return routes
 
 
-async def _events(
-    server: Server, job: Job, texts: asyncio.Queue[str], kept: AsyncExitStack
-) -> AsyncIterator[str]:
+class _Stream(StreamingResponse):
+    """Server-sent events; what they hold is let go whatever becomes of the client."""
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.held:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(job: Job, texts: asyncio.Queue[str]) -> AsyncIterator[str]:
     """Deltas as they are heard, and the whole text; together they are the same."""
     said = ""
-    async with kept:
-        future = asyncio.wrap_future(job.future)
+    future = asyncio.wrap_future(job.future)
+    try:
+        while not (future.done() and texts.empty()):
+            newest = asyncio.ensure_future(texts.get())
+            first: set[asyncio.Future[Any]] = {future, newest}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not newest.done():
+                newest.cancel()
+                continue
+            text = newest.result()
+            if text != said:
+                yield delta(text[len(said) :])
+                said = text
         try:
-            while not (future.done() and texts.empty()):
-                newest = asyncio.ensure_future(texts.get())
-                first: set[asyncio.Future[Any]] = {future, newest}
-                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-                if not newest.done():
-                    newest.cancel()
-                    continue
-                text = newest.result()
-                if text != said:
-                    yield delta(text[len(said) :])
-                    said = text
             yield done(future.result())
-        finally:
-            future.cancel()
-            if not job.future.done():
-                server.engine.cancel(job)
+        except SAMLError as error:  # the answer has begun: its status cannot be changed
+            yield failed(str(error))
+    finally:
+        future.cancel()
 
 
 def _check(format: str, granularities: Sequence[str], prompt: str, temperature: float) -> None:
