@@ -125,14 +125,15 @@ def beside_a_long_one(engine: Engine, clip: Any, long: Any, rounds: int) -> dict
         time.sleep(alone)
     done = job.future.done()
     engine.cancel(job)
-    window = statistics.median(np.diff(windows))
+    window, longest = statistics.median(np.diff(windows)), max(np.diff(windows))
     return {
         "seconds of the long recording": round(len(long) / SAMPLE_RATE),
         "it was heard all the while": not done,
         "seconds alone": round(alone, 3),
         "seconds of a window": round(float(window), 3),
+        "seconds of the longest window": round(float(longest), 3),
+        "median seconds beside it": round(statistics.median(beside), 3),
         "worst seconds beside it": round(max(beside), 3),
-        "worst in windows beyond its own": round((max(beside) - alone) / float(window), 2),
     }
 
 

@@ -137,7 +137,7 @@ class Together:
         passage = Passage(
             self.speech, clip, profile, options or DecodingOptions(), on_progress, on_text
         )
-        passage.since = self._step
+        passage.since = self._step - 1  # before those that had their turn just now
         if passage.is_done:
             passage.result()  # raises what is wrong with it
         self._going.append(passage)

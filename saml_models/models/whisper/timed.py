@@ -259,7 +259,8 @@ class _Batch:
                     if kept is not None and is_wanted(window, found[row]):
                         kept[window] = step.alone(place, 1)
             going = [place for place, row in enumerate(rows) if row not in found]
-            if going and 2 * len(going) <= len(rows):
+            # Rows of one clip share its vector and its speaker, which cannot be divided.
+            if kept is not None and going and 2 * len(going) <= len(rows):
                 rows = [rows[place] for place in going]
                 step.keep(torch.tensor(going, device=step.text.device))
         return [found[row] for row in range(len(windows))]

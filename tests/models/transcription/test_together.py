@@ -15,7 +15,7 @@ from saml_kernels import SAMLConfig, SAMLError
 from saml_models.data.corpora import load_corpus
 from saml_models.models.interface import DecodingOptions, Piece
 from saml_models.models.registry import bind
-from saml_models.models.whisper import speech_model
+from saml_models.models.whisper import speech_model, timed
 from saml_models.models.whisper.recording import split_window
 from saml_models.models.whisper.timed import HeardWindow
 from saml_models.speakers.pretrained import load_adaptable
@@ -71,7 +71,6 @@ def test_a_short_one_does_not_wait_for_long_ones(together: Together) -> None:
     for _ in range(2):
         together.step()
     short = together.add(recording(1), None, ENGLISH)
-    together.step()
     together.step()
     assert short.is_done and short.result().text == "0" and not any(p.is_done for p in long)
     while len(together):
@@ -150,6 +149,18 @@ def test_times_of_many_speakers_in_one_batch(mixed: Any) -> None:
     ]
     assert found == alone and all(t.segments for t in found)
     assert [t.speaker_hash for t in found] == [voices[1].hash, None, voices[2].hash]
+
+
+def test_what_is_said_again_does_not_depend_on_the_batch(
+    mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, voices, clips = mixed
+    monkeypatch.setattr(timed, "LOG_PROB", 0.0)  # nothing is ever likely enough
+    monkeypatch.setattr(timed, "NO_SPEECH", 1.0)
+    said = [(clips[0], voices[1]), (clips[1], voices[2])]
+    found = transcribe(*model, [c for c, _ in said], [v for _, v in said], timestamps=True)
+    assert found == [transcribe(*model, clip, voice, timestamps=True) for clip, voice in said]
+    assert all(t.text for t in found)
 
 
 def test_windows_say_what_transformers_says(mixed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
