@@ -26,10 +26,13 @@ class Talker:
     Attributes:
         network: with experts, so that profiles can be checked and mixed; a small one by default.
         batches: how many pieces each batch had.
+        gate: while it is not set, nothing is heard.
     """
 
     def __init__(self, pause: float = 0.0, network: Any = None) -> None:
         self.network, self.pause = network or small_voices.make(), pause
+        self.gate = threading.Event()
+        self.gate.set()
         self.batches: list[int] = []
         self.context: BatchContext = self.network.saml.context
 
@@ -47,6 +50,7 @@ class Talker:
 
     def decode(self, clips: Sequence[Any], beam_size: int, language: str | None) -> list[str]:
         self.batches.append(len(clips))
+        self.gate.wait(60)
         time.sleep(self.pause)
         return [" ".join(said(len(clip))) for clip in clips]
 
@@ -65,6 +69,7 @@ class Talker:
 
     def hear(self, pieces: Sequence[Piece]) -> list[list[str]]:
         self.batches.append(len(pieces))
+        self.gate.wait(60)
         time.sleep(self.pause)
         return [piece.given for piece in pieces]
 

@@ -321,7 +321,7 @@ def test_other_sites_and_other_names_of_this_address(place: str, tmp_path: Path)
 
 
 def until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -346,12 +346,12 @@ def test_a_full_queue_a_client_that_leaves_and_metrics(tmp_path: Path) -> None:
             assert next(answer.iter_lines()).startswith("data: ")  # and leaves
         until(lambda: not engine.waiting)
         assert engine.counts.cancelled == 2
+        talker.gate.clear()
         job = engine.submit(noise(200), None, DecodingOptions("en"))
-        began = time.monotonic()
-        answer = httpx.post(**ask | {"files": {"file": wav(1)}})
+        answer = httpx.post(**ask | {"files": {"file": wav(1)}}, timeout=30)  # without the model
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
-        assert time.monotonic() - began < 0.5  # decoding and the client included
         engine.cancel(job)
+        talker.gate.set()
         text = httpx.get(f"{url}/metrics").text
         assert "saml_cancelled_total 3.0" in text and 'status="429"' in text
         assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
