@@ -31,6 +31,7 @@ from saml_models.speakers.profile import SpeakerProfile
 
 TOKENS = {"ann": "a" * 20, "bob": "b" * 20}
 MIB = 2**20
+http = httpx.Client(timeout=60)
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
@@ -121,7 +122,7 @@ def test_models_and_speakers(client: openai.OpenAI, voice: SpeakerProfile) -> No
     ],
 )
 def test_what_is_wrong_with_a_request(place: str, fields: Any, message: str) -> None:
-    answer = httpx.post(
+    answer = http.post(
         f"{place}/v1/audio/transcriptions", files={"file": wav()}, data={"model": "small", **fields}
     )
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
@@ -161,7 +162,7 @@ def nan_wav() -> bytes:
     ids=["empty", "text", "forged rate", "too long", "nan", "playlist", "concat"],
 )
 def test_files_that_are_none(place: str, file: bytes, message: str) -> None:
-    answer = httpx.post(
+    answer = http.post(
         f"{place}/v1/audio/transcriptions", files={"file": file}, data={"model": "small"}
     )
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
@@ -207,7 +208,7 @@ def test_more_bytes_than_the_limit(place: str, declared: bool) -> None:
         headers["Content-Length"] = str(size + len(head))
     with Peak() as peak:
         try:
-            answer = httpx.post(f"{place}/v1/audio/transcriptions", content=body(), headers=headers)
+            answer = http.post(f"{place}/v1/audio/transcriptions", content=body(), headers=headers)
         except (httpx.WriteError, httpx.ReadError):  # hung up on before everything was sent
             answer = None
     assert answer is None or (
@@ -282,21 +283,21 @@ def test_without_a_token_nothing_and_with_one_nobody_elses(
             create_app(engine, settings(tmp_path, tokens=tokens))
         ) as url,
     ):
-        schema = httpx.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {'a' * 20}"})
+        schema = http.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {'a' * 20}"})
         for path, methods in schema.json()["paths"].items():
             for method in methods:
                 for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic x"}):
-                    answer = httpx.request(
+                    answer = http.request(
                         method, url + path.replace("{name}", "eve"), headers=headers
                     )
                     expected = 200 if path in ("/healthz", "/") else 401
                     assert answer.status_code == expected, (method, path)
-        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert http.get(f"{url}/metrics").status_code == 401
         for owner, status in (("ann", 404), ("bob", 200)):
             headers = {"Authorization": f"Bearer {TOKENS[owner]}"}
-            found = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
+            found = http.get(f"{url}/v1/models", headers=headers).json()["data"]
             assert len(found) == (2 if status == 200 else 1)
-            answer = httpx.post(
+            answer = http.post(
                 f"{url}/v1/audio/transcriptions", headers=headers, files={"file": wav()},
                 data={"model": "small@eve"},
             )  # fmt: skip
@@ -305,9 +306,9 @@ def test_without_a_token_nothing_and_with_one_nobody_elses(
 
 def test_other_sites_and_other_names_of_this_address(place: str, tmp_path: Path) -> None:
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
-        assert httpx.get(f"{place}/v1/models", headers=headers).status_code == 403
+        assert http.get(f"{place}/v1/models", headers=headers).status_code == 403
     own = {"Origin": place}
-    answer = httpx.get(f"{place}/v1/models", headers=own)
+    answer = http.get(f"{place}/v1/models", headers=own)
     assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
     friend = "https://friend.example"
     with (
@@ -316,7 +317,7 @@ def test_other_sites_and_other_names_of_this_address(place: str, tmp_path: Path)
             create_app(engine, settings(tmp_path, origins=(friend,)))
         ) as url,
     ):
-        answer = httpx.get(f"{url}/v1/models", headers={"Origin": friend})
+        answer = http.get(f"{url}/v1/models", headers={"Origin": friend})
         assert answer.headers["access-control-allow-origin"] == friend
 
 
@@ -340,21 +341,21 @@ def test_a_full_queue_a_client_that_leaves_and_metrics(tmp_path: Path) -> None:
             "data": {"model": "small"},
         }  # fmt: skip
         with pytest.raises(httpx.ReadTimeout):  # leaves after a second
-            httpx.post(**ask, timeout=httpx.Timeout(5, read=1.0))
+            http.post(**ask, timeout=httpx.Timeout(5, read=1.0))
         until(lambda: not engine.waiting)
-        with httpx.stream("POST", **ask | {"data": {"model": "small", "stream": "true"}}) as answer:
+        with http.stream("POST", **ask | {"data": {"model": "small", "stream": "true"}}) as answer:
             assert next(answer.iter_lines()).startswith("data: ")  # and leaves
         until(lambda: not engine.waiting)
         assert engine.counts.cancelled == 2
         talker.gate.clear()
         job = engine.submit(noise(200), None, DecodingOptions("en"))
-        answer = httpx.post(**ask | {"files": {"file": wav(1)}}, timeout=30)  # without the model
+        answer = http.post(**ask | {"files": {"file": wav(1)}}, timeout=30)  # without the model
         assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
         engine.cancel(job)
         talker.gate.set()
-        text = httpx.get(f"{url}/metrics").text
+        text = http.get(f"{url}/metrics").text
         assert "saml_cancelled_total 3.0" in text and 'status="429"' in text
-        assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+        assert http.get(f"{url}/healthz").json() == {"status": "ok"}
 
 
 def test_tokens_files_and_addresses(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from saml_models.speakers.store import ProfileStore
 def place(tmp_path: Path) -> Iterator[httpx.Client]:
     """A client of a server that learns voices for tiny.en."""
     limits = Limits(clips=6, voices=3)
-    settings = Settings("tiny.en", limits, store=tmp_path, load="tiny.en", epochs=4)
+    settings = Settings("tiny.en", limits, store=tmp_path, load="tiny.en", epochs=8)
     with Engine(Talker()) as engine, served(create_app(engine, settings)) as url:  # type: ignore[arg-type]
         yield httpx.Client(base_url=f"{url}/v1", timeout=60)
 
