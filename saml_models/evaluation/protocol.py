@@ -287,6 +287,17 @@ def _compare(
         result.diverging = [result.speakers[i] for i in chosen]
 
 
+def heard_before_and_after(
+    profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
+) -> tuple[list[str], list[str]]:
+    """The texts of utterances without a profile, and with it."""
+    clips, speech = [u.load() for u in utterances], bind(model, processor)
+    before, after = (
+        decode_clips(speech, clips, speakers=[who] * len(clips)) for who in (None, profile)
+    )
+    return before, after
+
+
 def with_word_errors(
     profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
 ) -> SpeakerProfile:
@@ -304,17 +315,6 @@ def with_word_errors(
     )
     noted = {"wer_before": before, "wer_after": after, "test_utterances": len(utterances)}
     return replace(profile, about=profile.about | noted)
-
-
-def heard_before_and_after(
-    profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
-) -> tuple[list[str], list[str]]:
-    """The texts of utterances without a profile, and with it."""
-    clips, speech = [u.load() for u in utterances], bind(model, processor)
-    before, after = (
-        decode_clips(speech, clips, speakers=[who] * len(clips)) for who in (None, profile)
-    )
-    return before, after
 
 
 def _other(folds: Sequence[Fold], i: int) -> int:
