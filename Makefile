@@ -5,17 +5,25 @@ TORCH ?= 2.13.0
 TESTS ?= test
 # Kernels of Triton run by its interpreter; on a GPU they are compiled.
 INTERPRETED = tests/kernels/backends/triton
+# By name, so that the log shows whether there was a Chromium.
+PAGE = tests/models/server/test_page.py
 BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-oldest bench fuzz sanitize emulate wheel wheel-aarch64 lint format docs clean
+.PHONY: demo serve test test-oldest bench fuzz sanitize emulate wheel wheel-aarch64 lint format docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/saml demo $(if $(DATA),--data $(DATA))
 
+# A server with tiny.en and its page; OPTIONS are those of `saml serve`.
+OPTIONS ?=
+serve: $(VENV)/.serve
+	$(BIN)/saml serve $(OPTIONS)
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --durations=5 --ignore=$(INTERPRETED)
+	$(BIN)/python -m pytest --durations=5 --ignore=$(INTERPRETED) --ignore=$(PAGE)
+	$(BIN)/python -m pytest -v -rs $(PAGE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 $(INTERPRETED) tests/kernels/backends/test_speaker_index.py tests/kernels/backends/test_routed.py
 
 # The same on the oldest versions that pyproject.toml allows, in an environment of their own.
@@ -82,8 +90,16 @@ $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,demo]"
 	touch $@
 
+$(VENV)/.serve: $(VENV)/.base
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,serve]"
+	touch $@
+
+# Chromium comes from the system: without it, and without the right to install it, the tests of the
+# page are skipped.
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[tiny-en,base,demo]" --group $(TESTS)
+	command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
+	    { apt-get update -qq && apt-get install -y -qq chromium; } || true
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test

@@ -29,6 +29,7 @@ COMMANDS = {
     "training-step": "bench.models.training_step",
     "training-memory": "bench.models.training_memory",
     "busy-core": "bench.models.busy_core",
+    "serve": "bench.models.serving",
     "defaults": "bench.accuracy.defaults",
     "windows": "bench.accuracy.windows",
     "conformer": "bench.accuracy.conformer",

@@ -31,6 +31,7 @@ EXTRAS = {
     "bitsandbytes": ("bitsandbytes",),
     "ray": ("ray",),
     "demo": ("matplotlib", "pooch"),
+    "serve": ("fastapi", "uvicorn", "python_multipart", "av", "prometheus_client"),
 }  # fmt: skip
 
 

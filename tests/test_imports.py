@@ -32,6 +32,7 @@ ORDER = [
     ("saml_models.evaluation",),
     ("saml_models.recogniser",),
     ("saml_models",),  # what is public
+    ("saml_models.server",),
     ("saml_models.cli",),
     ("bench",),
 ]

@@ -12,6 +12,7 @@ from saml_models.cli.doctor import doctor
 from saml_models.cli.evaluate import demo, evaluate
 from saml_models.cli.grow import grow_conformer
 from saml_models.cli.quantize import quantize
+from saml_models.cli.serve import serve
 from saml_models.cli.speakers import speakers
 from saml_models.cli.train import pretrain
 from saml_models.cli.transcribe import transcribe
@@ -20,7 +21,7 @@ __all__ = ["app"]
 
 for command in (
     *(transcribe, adapt, evaluate, pretrain, quantize),
-    *(grow_conformer, bench, demo, doctor),
+    *(grow_conformer, serve, bench, demo, doctor),
 ):
     app.command(**(DOOR if command is bench else {}))(command)
 app.add_typer(speakers, name="speakers")

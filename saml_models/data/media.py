@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,7 @@ class Media:
 
     Attributes:
         claim: seconds that the container promises; None where it only estimates them.
+        rate: samples a second that the container says; 0 where it does not.
         tracks: of audio.
         lost: seconds of packets that could not be decoded, so far.
 
@@ -65,12 +66,22 @@ class Media:
         SAMLError: not a format with audio in it; the message is the reason alone.
     """
 
-    def __init__(self, file: io.RawIOBase, mix: Downmix) -> None:
+    def __init__(
+        self, file: io.RawIOBase | BinaryIO, mix: Downmix, largest: int | None = None
+    ) -> None:
+        """Open a file.
+
+        Args:
+            file: binary, at its beginning; can seek.
+            mix: takes the channels.
+            largest: bytes of a packet; one of more, which takes many times its size decoded, is
+                refused. None is any.
+        """
         av: Any = import_module("av")
-        self._av, self._mix = av, mix
+        self._av, self._mix, self._largest = av, mix, largest
         try:
             options = {"format_whitelist": _DEMUXERS}
-            self._container: Any = av.open(file, metadata_errors="ignore", options=options)
+            self._container: Any = av.open(file, "r", metadata_errors="ignore", options=options)
         except (av.FFmpegError, ValueError) as error:
             raise SAMLError(getattr(error, "strerror", None) or str(error)) from error
         self.tracks = len(self._container.streams.audio)
@@ -79,6 +90,7 @@ class Media:
             self._container.close()
             raise SAMLError("there is no audio in it")
         stream = self._container.streams.audio[0]
+        self.rate = int(stream.rate or 0)
         # A bare stream of frames says no length: FFmpeg guesses one from the bitrate.
         guessed = self._container.format.flags & av.format.Flags.generic_index.value
         self.claim: float | None = None
@@ -91,6 +103,10 @@ class Media:
         """Samples a second, and the average of the channels [samples]; a damaged packet is left."""
         with self._container:
             for packet in self._packets():
+                if self._largest is not None and packet.size > self._largest:
+                    raise SAMLError(
+                        f"a packet of {packet.size:,} bytes; expected at most {self._largest:,}"
+                    )
                 try:
                     frames = packet.decode()
                 except self._av.FFmpegError:

@@ -38,6 +38,7 @@ __all__ = [
     "Evaluation",
     "Fold",
     "evaluate",
+    "heard_before_and_after",
     "make_folds",
     "other_fold",
     "with_word_errors",
@@ -329,6 +330,17 @@ def _compare(
         result.diverging = [result.speakers[i] for i in chosen]
 
 
+def heard_before_and_after(
+    profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
+) -> tuple[list[str], list[str]]:
+    """The texts of utterances without a profile, and with it."""
+    clips, speech = [u.load() for u in utterances], bind(model, processor)
+    before, after = (
+        decode_clips(speech, clips, speakers=[who] * len(clips)) for who in (None, profile)
+    )
+    return before, after
+
+
 def with_word_errors(
     profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
 ) -> SpeakerProfile:
@@ -339,13 +351,12 @@ def with_word_errors(
         model, processor: with the experts that adaptation started from.
         utterances: with text, that it has not learnt from, each at most 30 s long.
     """
-    clips, references = [u.load() for u in utterances], [u.text for u in utterances]
-    speech = bind(model, processor)
-    hypotheses = [decode_clips(speech, clips, speakers=[p] * len(clips)) for p in (None, profile)]
+    references = [u.text for u in utterances]
     before, after = (
-        round(float(pooled(word_errors(references, texts)).wer), 2) for texts in hypotheses
+        round(float(pooled(word_errors(references, texts)).wer), 2)
+        for texts in heard_before_and_after(profile, model, processor, utterances)
     )
-    noted = {"wer_before": before, "wer_after": after, "test_utterances": len(clips)}
+    noted = {"wer_before": before, "wer_after": after, "test_utterances": len(utterances)}
     return replace(profile, about=profile.about | noted)
 
 

@@ -7,7 +7,7 @@ adaptation, evaluation and the command line are the same code for both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from saml_kernels.layers.context import BatchContext
 from saml_models.text.transcript import Segment
 
-__all__ = ["Outputs", "SpeechModel", "additive_mask", "causal_mask", "context_of", "margin_of"]
+__all__ = [
+    "DecodingOptions",
+    "Outputs",
+    "Piece",
+    "SpeechModel",
+    "additive_mask",
+    "causal_mask",
+    "context_of",
+    "margin_of",
+]
 
 Clip = npt.NDArray[np.float32]  # [samples] at 16 kHz
 
@@ -45,6 +54,56 @@ class Outputs:
     ctc: Tensor | None = None
     ctc_lengths: Tensor | None = None
     blank: int = 0
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a recording is decoded.
+
+    Attributes:
+        language: a code that `SpeechModel.language_code` gave; None has to be detected.
+        task: "transcribe" or "translate".
+        beam_size: 1 is greedy.
+        timestamps: whether a clip that fits one window is divided into segments; a longer one is.
+        words: whether words have times.
+        prompt: text that comes before the recording, for its spelling and style.
+        temperature: 0 takes the likeliest tokens.
+    """
+
+    language: str | None = None
+    task: str = "transcribe"
+    beam_size: int = 1
+    timestamps: bool = True
+    words: bool = False
+    prompt: str = ""
+    temperature: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether a clip that fits one window needs nothing but its text."""
+        timed = self.timestamps or self.words
+        return not (timed or self.prompt or self.temperature) and self.task == "transcribe"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a recording asks its model next.
+
+    Attributes:
+        kind: "language", "plain" (text without times), "window" (with times), or "alone".
+        clip: float32 [samples] at 16 kHz, up to 30 s but for "alone".
+        language: a code; pieces of one language alone are decoded together, if they are plain.
+        given: what the model needs besides.
+    """
+
+    kind: str
+    clip: Clip
+    language: str | None = None
+    given: Any = None
+
+
+Pieces = Generator[Piece, Any, tuple[str, list[Segment]]]
+"""Pieces in turn, each answered by what was heard in it; then the whole text and its segments."""
 
 
 class SpeechModel(ABC):
@@ -191,17 +250,39 @@ class SpeechModel(ABC):
         """The code of the language a clip is in."""
 
     @abstractmethod
-    def segments(
+    def pieces(
         self,
         clip: Clip,
         language: str,
-        *,
-        task: str,
-        beam_size: int,
-        words: bool,
+        options: DecodingOptions,
         on_progress: Callable[[float, float], None],
-    ) -> tuple[str, list[Segment]]:
-        """Text and segments of a recording of any length."""
+        on_text: Callable[[str], None],
+    ) -> Pieces:
+        """A recording of any length, with times: piece by piece.
+
+        Args:
+            clip: float32 [samples] at 16 kHz.
+            language: its code.
+            options: `options.language` is not asked.
+            on_progress: called with (seconds done, seconds in all).
+            on_text: called with all the text so far, as it grows.
+
+        Raises:
+            SAMLError: the model cannot do what the options ask.
+        """
+
+    def hear(self, pieces: Sequence[Piece]) -> list[Any]:
+        """Answer pieces of one kind, which are not "plain", decoded together.
+
+        The network's context has a speaker for each, or none.
+        """
+        if pieces[0].kind == "alone":
+            return [piece.given() for piece in pieces]
+        found = []
+        for i, piece in enumerate(pieces):
+            with self.context.narrowed(slice(i, i + 1)):
+                found.append(self.detect_language(piece.clip))
+        return found
 
     @classmethod
     @abstractmethod

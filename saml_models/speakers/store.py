@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from saml_kernels.errors import SAMLError
@@ -51,6 +52,14 @@ class ProfileStore:
             SAMLError: the name is not safe.
         """
         return self.folder / f"{check_name(name)}{SUFFIX}"
+
+    def recordings(self, name: str) -> Path:
+        """The folder of what a server has recorded of a speaker, there or not.
+
+        Raises:
+            SAMLError: the name is not safe.
+        """
+        return self.folder / "enrolment" / check_name(name)
 
     def names(self) -> list[str]:
         """Names of the enrolled speakers, sorted."""
@@ -102,7 +111,7 @@ class ProfileStore:
         return path
 
     def remove(self, name: str) -> None:
-        """Delete an enrolled speaker's profile.
+        """Delete an enrolled speaker's profile, and what a server has recorded of it.
 
         Raises:
             SAMLError: nobody of that name is enrolled, or the file cannot be deleted.
@@ -110,5 +119,6 @@ class ProfileStore:
         path = self.find(name)
         try:
             path.unlink()
+            shutil.rmtree(self.recordings(name), ignore_errors=True)
         except OSError as error:
             raise SAMLError(f"{path}: cannot be removed: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
@@ -13,22 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE, Audio, load_audio, samples_of
+from saml_models.data.audio import Audio, load_audio, samples_of
+from saml_models.models.interface import DecodingOptions
 from saml_models.models.registry import bind
 from saml_models.runtime.prefetch import ahead
 from saml_models.runtime.quiet import quiet_transformers
-from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.transcript import Segment, Transcript, Word
-from saml_models.transcription.clips import decode_clips
+from saml_models.transcription.together import Passage, Together
 
 __all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
 
 Speaker = SpeakerProfile | str | os.PathLike[str] | None
 
 GATHERED = 2  # batches that wait for each other, to be sorted by length
-
-
 TOGETHER = 32  # clips of a list in one batch at most
 
 
@@ -60,8 +59,7 @@ def transcribe(
         beam_size: 1 is greedy.
         word_timestamps: also find when each word was said, by the decoder's attention.
         timestamps: False leaves the times out where a clip fits one window of 30 s; experts are
-            trained so, and hear best so. None asks for times of a single recording, not of a list,
-            whose clips are decoded one by one where there are times to find.
+            trained so, and hear best so. None asks for times of a single recording, not of a list.
         on_progress: called with (seconds done, seconds in all), of a list with recordings.
 
     Returns:
@@ -117,12 +115,12 @@ def transcribe_many(
 ) -> Iterator[Transcript]:
     """Transcribe recordings, in their order.
 
-    Those of up to 30 s are decoded together where no times are asked for.
+    They are decoded together, clips and windows of long recordings, with times and without.
 
     Args:
         model, processor, speaker: as in `transcribe`, and so is all that is not named here.
-        recordings: files or samples, read as they are needed, one ahead.
-        batch_size: clips decoded together.
+        recordings: files or samples, read as they are needed.
+        batch_size: clips and windows decoded together.
         on_progress: called with (number of the recording, seconds done, seconds of it).
 
     Raises:
@@ -131,63 +129,35 @@ def transcribe_many(
     if beam_size < 1:
         raise SAMLError(f"beam_size: {beam_size}; expected 1 or more")
     speech = bind(model, processor)
-    known = speech.language_code(language, task)
-    plain = not timestamps and not word_timestamps and task == "transcribe"
-    waiting: list[tuple[int, npt.NDArray[np.float32], str, SpeakerProfile | None]] = []
+    options = DecodingOptions(
+        language=speech.language_code(language, task),
+        task=task,
+        beam_size=beam_size,
+        timestamps=timestamps,
+        words=word_timestamps,
+    )
+    together = Together(speech, batch_size)
 
     def show(number: int, done: float, seconds: float) -> None:
         if on_progress:
             on_progress(number, done, seconds)
 
-    def heard() -> Iterator[Transcript]:
-        """What waits, decoded together: one language at a time."""
-        code = waiting[0][2]
-        texts = decode_clips(
-            speech,
-            [clip for _, clip, _, _ in waiting],
-            beam_size=beam_size,
-            language=code,
-            batch_size=batch_size,
-            speakers=[profile for _, _, _, profile in waiting],
-        )
-        for (number, clip, _, profile), text in zip(waiting, texts, strict=True):
-            seconds = len(clip) / SAMPLE_RATE
-            show(number, seconds, seconds)
-            segments = [Segment(0, 0.0, seconds, text)] if text else []
-            yield Transcript(text, code, round(seconds, 3), segments, _hash(profile))
-        waiting.clear()
-
     with speech.evaluating(), quiet_transformers():
         pairs = ahead(
             lambda pair: (_samples(pair[0]), pair[1]), _with_speakers(recordings, speaker)
         )
+        waiting: deque[Passage] = deque()  # in their order, begun or finished
         for number, (clip, profile) in enumerate(pairs):
-            short = plain and len(clip) <= MAX_SAMPLES
-            code = known
-            if code is None:
-                with mixed_batch(model, [profile]):
-                    code = speech.detect_language(clip)
-            if waiting and (
-                not short or waiting[0][2] != code or len(waiting) >= GATHERED * batch_size
-            ):
-                yield from heard()
-            if short:
-                waiting.append((number, clip, code, profile))
-                continue
-            seconds = len(clip) / SAMPLE_RATE
-            with mixed_batch(model, [profile]):
-                text, segments = speech.segments(
-                    clip,
-                    code,
-                    task=task,
-                    beam_size=beam_size,
-                    words=word_timestamps,
-                    on_progress=partial(show, number),
-                )
-            show(number, seconds, seconds)
-            yield Transcript(text, code, round(seconds, 3), segments, _hash(profile))
-        if waiting:
-            yield from heard()
+            waiting.append(together.add(clip, profile, options, partial(show, number)))
+            while len(waiting) >= GATHERED * batch_size:
+                if not waiting[0].is_done:
+                    together.step()
+                else:
+                    yield waiting.popleft().result()
+        while waiting:
+            while not waiting[0].is_done:
+                together.step()
+            yield waiting.popleft().result()
 
 
 def _with_speakers(
@@ -211,10 +181,6 @@ def _with_speakers(
     if len(listed) != len(speaker):
         raise SAMLError(f"speaker: {len(speaker)} for {len(listed)} recordings; give one for each")
     yield from zip(listed, [profile(one) for one in speaker], strict=True)
-
-
-def _hash(profile: SpeakerProfile | None) -> str | None:
-    return None if profile is None else profile.hash
 
 
 def _samples(recording: Audio) -> npt.NDArray[np.float32]:

@@ -18,10 +18,18 @@ from transformers.models.canary.processing_canary import LANGUAGE_CODE_TO_NAME
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE
-from saml_models.data.silence import has_speech
 from saml_models.models.conformer.joint import best_of, ctc_greedy
 from saml_models.models.conformer.model import Conformer
-from saml_models.models.interface import Clip, Outputs, SpeechModel, additive_mask, causal_mask
+from saml_models.models.interface import (
+    Clip,
+    DecodingOptions,
+    Outputs,
+    Piece,
+    Pieces,
+    SpeechModel,
+    additive_mask,
+    causal_mask,
+)
 from saml_models.models.loops import is_loop, once, said_again
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits
@@ -187,27 +195,29 @@ class ConformerSpeechModel(SpeechModel):
         """Never asked: `language_code` always knows."""
         return "en"
 
-    def segments(
+    def pieces(
         self,
         clip: Clip,
         language: str,
-        *,
-        task: str,
-        beam_size: int,
-        words: bool,
+        options: DecodingOptions,
         on_progress: Callable[[float, float], None],
-    ) -> tuple[str, list[Segment]]:
+        on_text: Callable[[str], None],
+    ) -> Pieces:
         """One segment for each stretch of up to 30 s between quiet places."""
-        if words:
-            raise SAMLError("word times: a Conformer gives none; use a Whisper")
+        for name, asked in (
+            ("word times", options.words),
+            ("prompt", options.prompt),
+            ("temperature", options.temperature),
+        ):
+            if asked:
+                raise SAMLError(f"{name}: a Conformer has none; use a Whisper")
         parts: list[Segment] = []
         for start, end in _stretches(clip):
-            text, part = "", clip[start:end]
-            if has_speech(part, partial(self.no_speech, part)):
-                (text,) = self.decode([part], beam_size, language)
+            text = yield Piece("plain", clip[start:end], language)
             if text:
                 times = start / SAMPLE_RATE, end / SAMPLE_RATE
                 parts.append(Segment(len(parts), *times, text))
+                on_text(" ".join(s.text for s in parts))
             on_progress(end / SAMPLE_RATE, len(clip) / SAMPLE_RATE)
         return " ".join(s.text for s in parts), parts
 

@@ -12,23 +12,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from saml_models.models.interface import context_of
 from saml_models.models.loops import TEMPERATURES, Tried, best_of, draws, is_loop, once, repeated
-from saml_models.models.whisper.windows import audio_window
+from saml_models.models.whisper.decoder import Decoder, Window, encode
 from saml_models.runtime.threads import look
 
-__all__ = ["can_decode", "greedy"]
+__all__ = ["Step", "can_decode", "greedy"]
 
-Window = tuple[Tensor, Tensor]  # log-mel features [b, mel bins, frames], mask [b, frames / 2]
 REPLAYED = 8  # steps of a CUDA graph before their tokens are fetched: one transfer for all
-ALIGNED = 8  # caches have a multiple of so many positions, which masked attention likes
 
 
 def can_decode(model: Any) -> bool:
@@ -53,8 +50,8 @@ def greedy(
         Token ids of each clip, without the prompt and the end.
     """
     prompt, decoder = _listen(model, windows, language, max(limits))
-    step = _Step(model.generation_config, decoder, prompt)
-    loops: dict[int, _Step] = {}
+    step = Step(model.generation_config, decoder, prompt)
+    loops: dict[int, Step] = {}
     texts = _say(step, limits, loops)
     for clip, again in loops.items():
         limit, cut = limits[clip], once(texts[clip])
@@ -66,7 +63,7 @@ def greedy(
 
 
 def _say(
-    step: _Step, limits: Sequence[int], loops: dict[int, _Step] | None = None
+    step: Step, limits: Sequence[int], loops: dict[int, Step] | None = None
 ) -> list[list[int]]:
     """Token ids of each row up to its end, its limit or a loop.
 
@@ -115,7 +112,7 @@ def _goes_on(text: list[int], tokens: Sequence[int], ends: set[int], limit: int)
     return True
 
 
-class _Step:
+class Step:
     """One more token for every row, of static tensors alone: nothing here moves or waits.
 
     Rows whose clip has ended go on with the others; nobody reads what they say.
@@ -128,7 +125,7 @@ class _Step:
         can_replay: whether to try a CUDA graph.
     """
 
-    def __init__(self, generation: Any, decoder: _Decoder, prompt: Tensor) -> None:
+    def __init__(self, generation: Any, decoder: Decoder, prompt: Tensor) -> None:
         self.decoder, device = decoder, prompt.device
         self.never = _ids(generation.suppress_tokens, device)
         self.not_first = _ids(generation.begin_suppress_tokens, device)
@@ -155,11 +152,13 @@ class _Step:
             logits = self.decoder(tokens, self.place, end or len(self.places), known)
             self.place.add_(1)
         logits.index_fill_(1, self.never, -torch.inf)
+        self.text.index_copy_(1, self.place, self.choose(logits))
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token of each row, [B, 1], from logits [B, V]."""
         if self.sampling is None:
-            best = logits.argmax(-1, keepdim=True)
-        else:
-            best = self.sampling(logits, self.place)
-        self.text.index_copy_(1, self.place, best)
+            return logits.argmax(-1, keepdim=True)
+        return self.sampling(logits, self.place)
 
     def said(self, start: int, count: int) -> list[list[int]]:
         """The tokens of each row from `start` on: waits for them."""
@@ -175,7 +174,7 @@ class _Step:
         """Whether rows may be dropped: what was sampled is asked for in the end."""
         return self.sampling is None
 
-    def alone(self, row: int, times: int) -> _Step:
+    def alone(self, row: int, times: int) -> Self:
         """A step of its own for one row, so many times over, from the beginning."""
         one = copy(self)
         one.decoder = self.decoder.alone(row, times)
@@ -227,7 +226,7 @@ def _replays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _capture(step: _Step) -> Callable[[], None] | None:
+def _capture(step: Step) -> Callable[[], None] | None:
     """What replays the step as a CUDA graph; None where it cannot be captured."""
     step.can_replay = False
     graph = torch.cuda.CUDAGraph()
@@ -242,28 +241,12 @@ def _capture(step: _Step) -> Callable[[], None] | None:
 
 def _listen(
     model: Any, windows: Iterable[Window], language: str | None, limit: int
-) -> tuple[Tensor, _Decoder]:
+) -> tuple[Tensor, Decoder]:
     """Encode every window: the prompt [B, n], and a decoder that attends to what was encoded."""
-    context = context_of(model)
     prompts: list[Tensor] = []
-    cross: list[list[tuple[Tensor, Tensor]]] = []  # window by window, layer by layer
-    clips: list[Tensor] = []
-    done = 0
-    for features, mask in windows:
-        look()
-        rows = slice(done, done := done + len(features))
-        with audio_window(model, features.shape[-1]), context.narrowed(rows):
-            with context.batch(mask.to(model.device)):
-                encoder_output = model.model.encoder(features.to(model.device, model.dtype))
-                encoded = encoder_output.last_hidden_state
-                attentions = (layer.encoder_attn for layer in model.model.decoder.layers)
-                cross.append([(a.k_proj(encoded), a.v_proj(encoded)) for a in attentions])
-                prompts.append(_prompt(model, encoded, language))
-            if context.clip is not None:
-                clips.append(context.clip)
-    context.clip = torch.cat(clips) if clips else None
+    cross = encode(model, windows, lambda x: prompts.append(_prompt(model, x, language)))
     prompt = torch.cat(prompts)
-    return prompt, _Decoder(model, cross, prompt.shape[1] + limit)
+    return prompt, Decoder(model, cross, prompt.shape[1] + limit)
 
 
 def _prompt(model: Any, encoded: Tensor, language: str | None) -> Tensor:
@@ -287,139 +270,3 @@ def _prompt(model: Any, encoded: Tensor, language: str | None) -> Tensor:
 def _ids(values: int | list[int] | None, device: torch.device | str) -> Tensor:
     listed = [values] if isinstance(values, int) else values or []
     return torch.tensor(listed, dtype=torch.int64, device=device)
-
-
-class _Decoder:
-    """The decoder with its caches: each call reads the next tokens and gives the logits."""
-
-    def __init__(
-        self, model: Any, heard: list[list[tuple[Tensor, Tensor]]], positions: int
-    ) -> None:
-        """Caches for `positions` tokens; keys and values [b, T, d] of each window and layer."""
-        decoder = model.model.decoder
-        self.embed, self.places = decoder.embed_tokens, decoder.embed_positions.weight
-        self.norm, self.head = decoder.layer_norm, model.proj_out
-        self.context = context_of(model)
-        self.clip, self.speakers = self.context.clip, self.context.speakers
-        self.positions = -(-positions // ALIGNED) * ALIGNED
-        keys = [window[0][0] for window in heard]
-        lengths = torch.tensor([k.shape[1] for k in keys for _ in range(len(k))])
-        self.mask: Tensor | None = None
-        if len(set(lengths.tolist())) > 1:
-            beyond = torch.arange(int(lengths.max())) >= lengths[:, None, None, None]
-            wide = torch.zeros(beyond.shape, dtype=keys[0].dtype)
-            self.mask = wide.masked_fill_(beyond, -torch.inf).to(keys[0].device)
-        self.layers = []
-        for number, layer in enumerate(decoder.layers):
-            own = [window[number] for window in heard]
-            self.layers.append(_Layer(layer, own, self.positions))
-            for window in heard:  # held twice for no longer than this
-                window[number] = None  # type: ignore[call-overload]
-
-    def __call__(self, tokens: Tensor, at: Tensor, end: int, known: Tensor | None = None) -> Tensor:
-        """What comes after tokens [B, n] at the positions `at` [n]: logits [B, V].
-
-        Of the caches the first `end` positions are read: those where `known` [1, 1, 1, end] is
-        True; None is all, or for several tokens all that lie before.
-        """
-        x = self.embed(tokens) + self.places.index_select(0, at)
-        for layer in self.layers:
-            x = layer(x, at, end, known, self.mask)
-        return self.head(self.norm(x[:, -1]))
-
-    def alone(self, row: int, times: int) -> _Decoder:
-        """One for a single row, so many times over: see `take_turn`."""
-        one, own = copy(self), slice(row, row + 1)
-        one.layers = [layer.alone(own, times) for layer in self.layers]
-        one.mask = None if self.mask is None else self.mask[own].clone()
-        context = self.context
-        one.clip = None if context.clip is None else context.clip[own].clone()
-        one.speakers = None if context.speakers is None else context.speakers[own].clone()
-        return one
-
-    def take_turn(self) -> None:
-        """Routers hear from now on the clip and the speaker of the row that `alone` took."""
-        self.context.clip, self.context.speakers = self.clip, self.speakers
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone."""
-        for layer in self.layers:
-            layer.keep(rows)
-        if self.mask is not None:
-            self.mask = self.mask[rows]
-        self.context.keep(rows)
-
-
-class _Layer:
-    """One of transformers' decoder layers, with the keys and values of text and audio."""
-
-    def __init__(self, layer: Any, heard: Sequence[tuple[Tensor, Tensor]], positions: int) -> None:
-        self.layer = layer
-        own, cross = layer.self_attn, layer.encoder_attn
-        self.audio_keys = _together([keys for keys, _ in heard], cross)
-        self.audio_values = _together([values for _, values in heard], cross)
-        shape = (len(self.audio_keys), own.num_heads, positions, own.head_dim)
-        # Zeros, because a masked position still counts as 0 times what lies there.
-        self.keys = self.audio_keys.new_zeros(shape)
-        self.values = self.audio_keys.new_zeros(shape)
-
-    def __call__(
-        self, x: Tensor, at: Tensor, end: int, known: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """x [B, n, d] at positions `at`, mask [B, 1, 1, T] of the audio: [B, n, d]."""
-        layer = self.layer
-        own, cross = layer.self_attn, layer.encoder_attn
-        normed = layer.self_attn_layer_norm(x)
-        self.keys.index_copy_(2, at, _heads(own.k_proj(normed), own))
-        self.values.index_copy_(2, at, _heads(own.v_proj(normed), own))
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        x = x + _attend(own, normed, keys, values, known, causal=x.shape[1] > 1)
-        normed = layer.encoder_attn_layer_norm(x)
-        x = x + _attend(cross, normed, self.audio_keys, self.audio_values, mask)
-        return x + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
-
-    def alone(self, row: slice, times: int) -> _Layer:
-        one = copy(self)
-        one.audio_keys = self.audio_keys[row].repeat(times, 1, 1, 1)
-        one.audio_values = self.audio_values[row].repeat(times, 1, 1, 1)
-        one.keys = self.keys.new_zeros(times, *self.keys.shape[1:])
-        one.values = torch.zeros_like(one.keys)
-        return one
-
-    def keep(self, rows: Tensor) -> None:
-        for name in ("keys", "values", "audio_keys", "audio_values"):
-            setattr(self, name, getattr(self, name)[rows])
-
-
-def _heads(x: Tensor, attention: Any) -> Tensor:
-    """[B, n, d] -> [B, heads, n, d / heads]."""
-    return x.view(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
-
-
-def _together(parts: Sequence[Tensor], attention: Any) -> Tensor:
-    """Keys or values [b, T, d] of several windows -> [B, heads, longest T, d / heads], zero after.
-
-    Contiguous, because every later step reads all of it.
-    """
-    longest = max(part.shape[1] for part in parts)
-    shape = (sum(map(len, parts)), attention.num_heads, longest, attention.head_dim)
-    whole, row = parts[0].new_zeros(shape), 0
-    for part in parts:
-        whole[row : row + len(part), :, : part.shape[1]] = _heads(part, attention)
-        row += len(part)
-    return whole
-
-
-def _attend(
-    attention: Any,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
-    query = _heads(attention.q_proj(x), attention)
-    context = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=causal, scale=attention.scaling
-    )
-    return attention.out_proj(context.transpose(1, 2).flatten(2))

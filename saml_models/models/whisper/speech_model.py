@@ -18,8 +18,18 @@ from transformers import (
     WhisperProcessor,
 )
 
+from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE
-from saml_models.models.interface import Clip, Outputs, SpeechModel, causal_mask, context_of
+from saml_models.models.interface import (
+    Clip,
+    DecodingOptions,
+    Outputs,
+    Piece,
+    Pieces,
+    SpeechModel,
+    causal_mask,
+    context_of,
+)
 from saml_models.models.loops import is_loop, said_again
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits, token_limit
@@ -32,6 +42,8 @@ from saml_models.models.whisper.languages import (
     no_speech_probability,
 )
 from saml_models.models.whisper.longform import generate_segments, read_segments
+from saml_models.models.whisper.recording import windows_of
+from saml_models.models.whisper.timed import can_time, hear_windows
 from saml_models.models.whisper.windows import (
     FRAMES_PER_SECOND,
     FULL_WINDOW,
@@ -43,7 +55,6 @@ from saml_models.models.whisper.windows import (
     window_frames,
 )
 from saml_models.runtime.prefetch import ahead
-from saml_models.text.transcript import Segment
 
 __all__ = ["ConformerWhisperSpeechModel", "WhisperSpeechModel"]
 
@@ -135,21 +146,45 @@ class WhisperSpeechModel(SpeechModel):
         """The likeliest language token after the start."""
         return detect_language(self.network, self.processor, clip)
 
-    def segments(
+    def pieces(
         self,
         clip: Clip,
         language: str,
-        *,
-        task: str,
-        beam_size: int,
-        words: bool,
+        options: DecodingOptions,
         on_progress: Callable[[float, float], None],
-    ) -> tuple[str, list[Segment]]:
-        """With timestamps, and openai-whisper's fallbacks."""
-        generated = generate_segments(
-            self.network, self.processor, clip, language, task, beam_size, words, on_progress
-        )
-        return read_segments(generated, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
+        on_text: Callable[[str], None],
+    ) -> Pieces:
+        """Windows with openai-whisper's fallbacks; with beams the whole recording at once."""
+        if options.beam_size == 1 and can_time(self.network):
+            return windows_of(
+                self.network, self.processor, clip, language, options, on_progress, on_text
+            )
+        return self._alone(clip, language, options, on_progress)
+
+    def hear(self, pieces: Sequence[Piece]) -> list[Any]:
+        """Windows are decoded together."""
+        if pieces[0].kind == "window":
+            return hear_windows(self.network, self.processor, [piece.given for piece in pieces])
+        return super().hear(pieces)
+
+    def _alone(
+        self,
+        clip: Clip,
+        language: str,
+        options: DecodingOptions,
+        on_progress: Callable[[float, float], None],
+    ) -> Pieces:
+        if options.prompt or options.temperature:
+            raise SAMLError("prompt, temperature: need greedy decoding; leave beam_size at 1")
+        task, beams, words = options.task, options.beam_size, options.words
+
+        def generate() -> list[dict[str, Any]]:
+            return generate_segments(
+                self.network, self.processor, clip, language, task, beams, words, on_progress
+            )
+
+        parts = yield Piece("alone", clip, language, generate)
+        return read_segments(parts, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
 
     @classmethod
     def computed(cls, name: str) -> Callable[[torch.Size], Tensor] | None:

@@ -14,7 +14,7 @@ from saml_models.models.loops import Tried, best_of, draws, is_loop, once, repea
 from saml_models.models.registry import bind
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper import speech_model as whisper_speech
-from saml_models.models.whisper.greedy import _listen, _say, _Step, greedy
+from saml_models.models.whisper.greedy import Step, _listen, _say, greedy
 from saml_models.models.whisper.windows import audio_window
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.transcription.clips import decode_clips
@@ -133,7 +133,7 @@ def test_the_log_probability_of_a_text(looping):
     """Of a given text and of drawn ones: as a pass over the whole text says."""
     model, windows = looping
     prompt, decoder = _listen(model, windows[:1], None, 20)
-    step = _Step(model.generation_config, decoder, prompt).alone(0, 6)
+    step = Step(model.generation_config, decoder, prompt).alone(0, 6)
     sampling = step.sample(draws([1], 5, 20), PLAIN)
     texts = _say(step, [20] * 6)
     assert texts[0] == PLAIN and len({tuple(t) for t in texts}) > 3

@@ -271,7 +271,7 @@ def test_what_cannot_be_captured_is_decoded_all_the_same(monkeypatch, no_loops):
             raise refused
 
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(greedy_module._Step, "__call__", _only_with_end(greedy_module._Step))
+    monkeypatch.setattr(greedy_module.Step, "__call__", _only_with_end(greedy_module.Step))
     with pytest.warns(UserWarning, match="without a CUDA graph: operation not permitted"):
         assert greedy(model, windows, [20, 11]) == found
 

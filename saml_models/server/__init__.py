@@ -1,0 +1,1 @@
+"""One model, many voices, at one address."""

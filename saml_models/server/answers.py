@@ -1,0 +1,79 @@
+"""Transcripts as OpenAI's audio interface gives them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+from saml_models.text.transcript import Transcript
+from saml_models.text.writers import render
+
+__all__ = ["FORMATS", "MEDIA_TYPES", "answer", "delta", "done", "failed"]
+
+FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
+
+
+def answer(
+    transcript: Transcript, format: str, words: bool, segments: bool
+) -> str | dict[str, Any]:
+    """A body: text for "text", "srt" and "vtt", else what becomes JSON.
+
+    Args:
+        transcript: with times, for "srt", "vtt" and "verbose_json".
+        format: one of `FORMATS`.
+        words, segments: what "verbose_json" has times of.
+    """
+    if format == "text":
+        return transcript.text + "\n"
+    if format in ("srt", "vtt"):
+        return render(transcript, format)
+    found: dict[str, Any] = {"text": transcript.text, "usage": _usage(transcript)}
+    if transcript.speaker_hash is not None:
+        found["speaker_hash"] = transcript.speaker_hash
+    if format == "json":
+        return found
+    found |= {
+        "task": "transcribe",
+        "language": LANGUAGES.get(transcript.language, transcript.language),
+        "duration": transcript.duration,
+    }
+    if segments:
+        found["segments"] = [
+            {"id": s.id, "start": s.start, "end": s.end, "text": s.text}
+            for s in transcript.segments
+        ]
+    if words:
+        found["words"] = [
+            {"word": w.word.strip(), "start": w.start, "end": w.end}
+            for s in transcript.segments
+            for w in s.words or []
+        ]
+    return found
+
+
+def delta(text: str) -> str:
+    """A server-sent event with what was heard since the last."""
+    return _event({"type": "transcript.text.delta", "delta": text})
+
+
+def done(transcript: Transcript) -> str:
+    """The last server-sent event."""
+    body = {"type": "transcript.text.done", "text": transcript.text}
+    return _event(body | {"usage": _usage(transcript)}) + "data: [DONE]\n\n"
+
+
+def failed(message: str) -> str:
+    """The last server-sent event where there is no text."""
+    return _event({"type": "error", "error": {"message": message, "type": "invalid_request_error"}})
+
+
+def _usage(transcript: Transcript) -> dict[str, Any]:
+    return {"type": "duration", "seconds": math.ceil(transcript.duration)}
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

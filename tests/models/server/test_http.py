@@ -1,0 +1,373 @@
+"""OpenAI's own client against the server, and those who mean it harm."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import small_voices
+import soundfile
+from serving import Talker, noise, said, served, wav
+
+from saml_kernels import SAMLError
+from saml_models.models.interface import DecodingOptions
+from saml_models.server.app import create_app
+from saml_models.server.engine import Engine
+from saml_models.server.settings import Limits, Settings, is_loopback, read_tokens
+from saml_models.server.uploads import decode_upload
+from saml_models.speakers.profile import SpeakerProfile
+
+TOKENS = {"ann": "a" * 20, "bob": "b" * 20}
+MIB = 2**20
+http = httpx.Client(timeout=60)
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    return Settings(model="small", store=folder, **changes)
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def voice() -> SpeakerProfile:
+    return SpeakerProfile.of(small_voices.make(voice=1), speaker="eve")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, voice: SpeakerProfile) -> Iterator[Any]:
+    """A server without tokens, one enrolled voice, and its address."""
+    folder = tmp_path_factory.mktemp("store")
+    voice.save(folder / "eve.safetensors")
+    limits = Limits(bytes=2 * MIB, seconds=60)
+    with (
+        Engine(Talker()) as engine,
+        served(  # type: ignore[arg-type]
+            create_app(engine, settings(folder, limits=limits))
+        ) as url,
+    ):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(place: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{place}/v1", api_key="none", max_retries=0)
+
+
+def test_five_formats(client: openai.OpenAI) -> None:
+    create: Any = client.audio.transcriptions.create
+    text = " ".join(said(12 * 16000))
+    file = ("a.wav", wav(12))
+    assert create(file=file, model="small").text == text
+    assert create(file=file, model="whisper-1", response_format="text") == text + "\n"
+    srt = create(file=file, model="small", response_format="srt")
+    assert srt.startswith("1\n00:00:00,000 --> 00:00:05,000\nword0") and "\n3\n" in srt
+    assert create(file=file, model="small", response_format="vtt").startswith("WEBVTT\n\n00:00.000")
+    found = create(
+        file=file, model="small", response_format="verbose_json",
+        timestamp_granularities=["word", "segment"], language="en",
+    )  # fmt: skip
+    assert (found.text, found.language, found.duration) == (text, "english", 12.0)
+    assert [(s.start, s.end) for s in found.segments] == [(0, 5), (5, 10), (10, 12)]
+    assert [w.word for w in found.words] == text.split() and found.words[3].start == 3
+
+
+def test_a_stream_says_the_whole_text(client: openai.OpenAI) -> None:
+    create: Any = client.audio.transcriptions.create
+    events = list(create(file=("a.wav", wav(40)), model="small", stream=True))
+    deltas = [e.delta for e in events if e.type == "transcript.text.delta"]
+    assert len(deltas) > 4 and events[-1].type == "transcript.text.done"
+    assert "".join(deltas) == events[-1].text == " ".join(said(40 * 16000))
+
+
+def test_models_and_speakers(client: openai.OpenAI, voice: SpeakerProfile) -> None:
+    assert [m.id for m in client.models.list()] == ["small", "small@eve"]
+    assert client.models.retrieve("small@eve").id == "small@eve"
+    create: Any = client.audio.transcriptions.create
+    file = ("a.wav", wav())
+    assert create(file=file, model="small@eve").speaker_hash == voice.hash
+    assert create(file=file, model="small", extra_body={"speaker": "eve"}).speaker_hash
+    for name in ("small@nobody", "/etc/passwd", "../small", "tiny.en"):
+        with pytest.raises(openai.NotFoundError):
+            create(file=file, model=name)
+    for name in ("../eve", "eve\x00", "auto ", "eve.safetensors", "/etc/passwd", "x" * 500):
+        with pytest.raises(openai.NotFoundError, match="no such voice"):
+            create(file=file, model="small", extra_body={"speaker": name})
+    with pytest.raises(openai.BadRequestError, match="agreed"):
+        create(file=file, model="small", extra_body={"speaker": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"response_format": "xml"}, "verbose_json"),
+        ({"language": "xx"}, "xx"),
+        ({"temperature": 3}, "temperature"),
+        ({"timestamp_granularities[]": "word"}, "verbose_json"),
+        ({"prompt": "x" * 3000}, "3000"),
+        ({"stream": "perhaps"}, "stream"),
+    ],
+)
+def test_what_is_wrong_with_a_request(place: str, fields: Any, message: str) -> None:
+    answer = http.post(
+        f"{place}/v1/audio/transcriptions", files={"file": wav()}, data={"model": "small", **fields}
+    )
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def forged_flac() -> bytes:
+    """One second at 16 kHz that says it has 655,350 samples a second, the most FLAC knows."""
+    file = io.BytesIO()
+    soundfile.write(file, noise(1), 655_350, format="FLAC")
+    return file.getvalue()
+
+
+def slow_wav() -> bytes:
+    """1.9 MB at 1,000 samples a second and 8 bits: half an hour."""
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 1_900_036, b"WAVE", b"fmt ", 16, 1, 1, 1000,
+                       1000, 1, 8, b"data", 1_900_000)  # fmt: skip
+    return head + bytes(1_900_000)
+
+
+def nan_wav() -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.full(16000, np.nan, np.float32), 16000, "FLOAT", format="WAV")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "file"),
+        (b"no audio at all" * 99, "file"),
+        (forged_flac(), "655,350"),
+        (slow_wav(), "60 seconds"),
+        (nan_wav(), "NaN"),
+        (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "file"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "file"),
+    ],
+    ids=["empty", "text", "forged rate", "too long", "nan", "playlist", "concat"],
+)
+def test_files_that_are_none(place: str, file: bytes, message: str) -> None:
+    answer = http.post(
+        f"{place}/v1/audio/transcriptions", files={"file": file}, data={"model": "small"}
+    )
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+class Peak:
+    """The most that this process grows by within the block, in bytes."""
+
+    def __enter__(self) -> Peak:
+        self.grown, self._before, self._over = 0, resident(), False
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over:
+            self.grown = max(self.grown, resident() - self._before)
+            time.sleep(0.002)
+
+    def __exit__(self, *error: object) -> None:
+        self._over = True
+        self._thread.join()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_more_bytes_than_the_limit(place: str, declared: bool) -> None:
+    size = 26 * MIB
+
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+
+    def body() -> Iterator[bytes]:
+        yield head
+        for _ in range(size // MIB):
+            yield bytes(MIB)
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    if declared:
+        headers["Content-Length"] = str(size + len(head))
+    with Peak() as peak:
+        try:
+            answer = http.post(f"{place}/v1/audio/transcriptions", content=body(), headers=headers)
+        except (httpx.WriteError, httpx.ReadError):  # hung up on before everything was sent
+            answer = None
+    assert answer is None or (
+        answer.status_code == 413 and "2,097,152" in answer.json()["error"]["message"]
+    )
+    assert peak.grown < 50e6
+    raw = socket.create_connection(place.removeprefix("http://").rsplit(":", 1))  # type: ignore[arg-type]
+    raw.sendall(
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 27262976\r\n\r\n"
+    )
+    assert raw.recv(100).startswith(b"HTTP/1.1 413")
+    raw.close()
+
+
+def test_hours_in_a_few_bytes_take_little_memory() -> None:
+    """Joined Opus streams of near silence: half an hour in half a megabyte."""
+    part = io.BytesIO()
+    soundfile.write(part, noise(60) * 1e-4, 16000, "OPUS", format="OGG")
+    joined = io.BytesIO(part.getvalue() * 30)
+    taken: list[int] = []
+    with Peak() as peak, pytest.raises(SAMLError, match=r"limit is 200 seconds"):
+        decode_upload(joined, 200, taken.append)
+    assert peak.grown < 60e6 and sum(taken) <= 4 * 16000 * 201
+
+
+def test_one_clip_in_seven_containers() -> None:
+    """PyAV's own encoders: the same length and level whatever it comes in."""
+    av: Any = pytest.importorskip("av")
+    seconds = np.arange(3 * 16000) / 16000  # a vowel that swells: what encoders are made for
+    clip = sum(np.sin(2 * np.pi * 150 * n * seconds) / n for n in range(1, 12)) * 0.1
+    clip = (clip * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * seconds))).astype(np.float32)
+    levels = {}
+    for name, codec, rate in (
+        ("flac", "flac", 16000), ("mp3", "mp3", 16000), ("mp4", "aac", 48000),
+        ("m4a", "aac", 44100), ("ogg", "libopus", 48000), ("wav", "pcm_s16le", 16000),
+        ("webm", "libopus", 48000),
+    ):  # fmt: skip
+        file = io.BytesIO()
+        kind = "mp4" if name == "m4a" else name
+        with av.open(file, "w", format=kind) as container:
+            stream = container.add_stream(codec, rate=rate, layout="mono")
+            stream.bit_rate = 128_000
+            frame = av.AudioFrame.from_ndarray(
+                (clip * 32767).astype(np.int16)[None], format="s16", layout="mono"
+            )
+            frame.sample_rate = 16000
+            resampler = av.AudioResampler(stream.format.name, "mono", rate, stream.frame_size)
+            for part in [*resampler.resample(frame), *resampler.resample(None)]:
+                for packet in stream.encode(part):
+                    container.mux(packet)
+            for packet in stream.encode(None):
+                container.mux(packet)
+        file.seek(0)
+        found = decode_upload(file, 60, lambda size: None)
+        assert len(found) / 16000 == pytest.approx(3, abs=0.12), name
+        levels[name] = float(np.sqrt(np.square(found[8000:40000]).mean()))  # away from its edges
+    assert len(levels) == 7
+    whole = float(np.sqrt(np.square(clip[8000:40000]).mean()))
+    levels["mp3"] /= 0.95  # LAME turns down what it encodes
+    assert levels == pytest.approx(dict.fromkeys(levels, whole), rel=0.02)
+
+
+def test_without_a_token_nothing_and_with_one_nobody_elses(
+    tmp_path: Path, voice: SpeakerProfile
+) -> None:
+    tokens = {digest(token): owner for owner, token in TOKENS.items()}
+    voice.save(tmp_path / "owners" / "bob" / "eve.safetensors")
+    with (
+        Engine(Talker()) as engine,
+        served(  # type: ignore[arg-type]
+            create_app(engine, settings(tmp_path, tokens=tokens))
+        ) as url,
+    ):
+        schema = http.get(f"{url}/openapi.json", headers={"Authorization": f"Bearer {'a' * 20}"})
+        for path, methods in schema.json()["paths"].items():
+            for method in methods:
+                for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic x"}):
+                    answer = http.request(
+                        method, url + path.replace("{name}", "eve"), headers=headers
+                    )
+                    expected = 200 if path in ("/healthz", "/") else 401
+                    assert answer.status_code == expected, (method, path)
+        assert http.get(f"{url}/metrics").status_code == 401
+        for owner, status in (("ann", 404), ("bob", 200)):
+            headers = {"Authorization": f"Bearer {TOKENS[owner]}"}
+            found = http.get(f"{url}/v1/models", headers=headers).json()["data"]
+            assert len(found) == (2 if status == 200 else 1)
+            answer = http.post(
+                f"{url}/v1/audio/transcriptions", headers=headers, files={"file": wav()},
+                data={"model": "small@eve"},
+            )  # fmt: skip
+            assert answer.status_code == status
+
+
+def test_other_sites_and_other_names_of_this_address(place: str, tmp_path: Path) -> None:
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        assert http.get(f"{place}/v1/models", headers=headers).status_code == 403
+    own = {"Origin": place}
+    answer = http.get(f"{place}/v1/models", headers=own)
+    assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
+    friend = "https://friend.example"
+    with (
+        Engine(Talker()) as engine,
+        served(  # type: ignore[arg-type]
+            create_app(engine, settings(tmp_path, origins=(friend,)))
+        ) as url,
+    ):
+        answer = http.get(f"{url}/v1/models", headers={"Origin": friend})
+        assert answer.headers["access-control-allow-origin"] == friend
+
+
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_full_queue_a_client_that_leaves_and_metrics(tmp_path: Path) -> None:
+    talker = Talker(pause=0.05)
+    with (
+        Engine(talker, max_queue=1) as engine,
+        served(  # type: ignore[arg-type]
+            create_app(engine, settings(tmp_path))
+        ) as url,
+    ):
+        ask: dict[str, Any] = {
+            "url": f"{url}/v1/audio/transcriptions", "files": {"file": wav(300)},
+            "data": {"model": "small"},
+        }  # fmt: skip
+        with pytest.raises(httpx.ReadTimeout):  # leaves after a second
+            http.post(**ask, timeout=httpx.Timeout(5, read=1.0))
+        until(lambda: not engine.waiting)
+        with http.stream("POST", **ask | {"data": {"model": "small", "stream": "true"}}) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")  # and leaves
+        until(lambda: not engine.waiting)
+        assert engine.counts.cancelled == 2
+        talker.gate.clear()
+        job = engine.submit(noise(200), None, DecodingOptions("en"))
+        answer = http.post(**ask | {"files": {"file": wav(1)}}, timeout=30)  # without the model
+        assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
+        engine.cancel(job)
+        talker.gate.set()
+        text = http.get(f"{url}/metrics").text
+        assert "saml_cancelled_total 3.0" in text and 'status="429"' in text
+        assert http.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_tokens_files_and_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"# who\n\nann {TOKENS['ann']}\nbob {TOKENS['bob']}\n")
+    assert sorted(read_tokens(path).values()) == ["ann", "bob"]
+    for text, message in (
+        ("", "no tokens"), ("ann short", "line 1"), (f"../x {'c' * 20}", "../x"),
+        (f"ann {'c' * 20}\nbob {'c' * 20}", "already"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(SAMLError, match=message):
+            read_tokens(path)
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.9.9.9")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
