@@ -219,7 +219,7 @@ class _Layers:
     def _together(
         self, m: int, weight: QuantizedTensor, experts: tuple[Any, Any, Tensor], gating: Gating
     ) -> None:
-        """An attention's q, k and v, which read the same few tokens."""
+        """An attention's q, k and v, which read the same few tokens; k and v of what is heard."""
         backend: Any = import_module("saml_kernels.backends.triton.backend")
         single: Any = import_module("saml_kernels.backends.triton.single")
         weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
@@ -230,7 +230,8 @@ class _Layers:
         if facts.config("forward").route == "single":
             codes, scales, table = weight_parts(weight)
             member = (codes, scales, a, router, b, bias)
-            single.together_plan(facts, 3).together(x, table, [member] * 3, 1.0)
+            for count in (2, 3):
+                single.together_plan(facts, count).together(x, table, [member] * count, 1.0)
 
     def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
         """(A, B, gates or router), gating and speakers; then a base without experts.

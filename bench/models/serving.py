@@ -1,4 +1,4 @@
-"""The server's engine: many speakers at once, short clips beside a long one, memory over requests.
+"""The server: many speakers at once, short clips beside a long one, memory.
 
     python -m bench serve --data LibriSpeech/test-other --json bench/results/serve.json
 

@@ -188,7 +188,7 @@ def test_the_whole_script_on_a_cpu(tmp_path):
     _, summary = done.stdout.split("Summary:\n")
     told = {line.split()[0]: line.partition(" s: ")[2] for line in summary.splitlines()[:-1]}
     assert told == {
-        "shapes": "passed: 6 of 6 calls", "suite": "passed",
+        "shapes": "passed: 7 of 7 calls", "suite": "passed",
         "models": "no --model-folder; `saml quantize` makes one",
     }  # fmt: skip
     assert {p.name for p in (tmp_path / "found").iterdir()} == {"shapes.json", "suite.json"}

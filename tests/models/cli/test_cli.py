@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 from saml_kernels import SAMLConfig
 from saml_models import recogniser
 from saml_models.cli.main import app
-from saml_models.compress import apply as surgery
 from saml_models.compress import loading as compress_loading
-from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import save_saml
+from saml_models.compress.shipped_rounding import compress
 from saml_models.data.corpora import load_corpus
 from saml_models.speakers import pretrained
 from saml_models.speakers.profile import SpeakerProfile
@@ -70,7 +69,7 @@ def manifest(clips, tmp_path_factory):
 def model(tiny_en, tmp_path_factory):
     """A saved SAML model, small enough to train in a second."""
     network = deepcopy(tiny_en[0])
-    apply_saml(network, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
+    compress(network, SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
     folder = tmp_path_factory.mktemp("model")
     save_saml(network, tiny_en[1], folder)
     return folder
@@ -318,13 +317,8 @@ def test_calibration_is_refused_before_any_work(tmp_path, clips):
     assert not out.exists()
 
 
-def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest, monkeypatch):
-    small = SAMLConfig(num_experts=2, rank=2, expert_init="lora")
-
-    def quick(network, config):
-        return apply_saml(network, replace(config, expert_init="lora"))
-
-    monkeypatch.setattr(surgery, "apply_saml", quick)
+def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest):
+    small = SAMLConfig(num_experts=2, rank=2)
     experts, out = tmp_path / "experts.safetensors", tmp_path / "ann.safetensors"
     size = ("--num-experts", 2, "--rank", 2)
     result = saml("pretrain", "--data", manifest, "--out", experts, "--epochs", 1, *size)

@@ -13,7 +13,7 @@ from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation.figures import plot_speakers
-from saml_models.evaluation.protocol import SYSTEMS, _other, evaluate, make_folds
+from saml_models.evaluation.protocol import SYSTEMS, evaluate, make_folds, other_fold
 from saml_models.models.registry import bind
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.training.options import TrainingOptions
@@ -52,7 +52,7 @@ def test_splits_that_cannot_be_are_refused(tmp_path, k, folds):
 def test_the_other_speaker_is_another_speaker(tmp_path):
     folds = make_folds(people(tmp_path, {"a": 4, "b": 4}), None, 2)
     for i, fold in enumerate(folds):
-        assert folds[_other(folds, i)].speaker != fold.speaker
+        assert folds[other_fold(folds, i)].speaker != fold.speaker
 
 
 def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):

@@ -9,14 +9,15 @@ from synthetic import small_conformer, small_whisper
 
 from saml_kernels import SAMLConfig
 from saml_models.compress.apply import apply_saml
+from saml_models.compress.loading import load_model
 from saml_models.data.corpora import load_corpus
+from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.loops import Tried, best_of, draws, is_loop, once, repeated
 from saml_models.models.registry import bind
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper import speech_model as whisper_speech
 from saml_models.models.whisper.greedy import Step, _listen, _say, greedy
 from saml_models.models.whisper.windows import audio_window
-from saml_models.speakers.pretrained import load_adaptable
 from saml_models.transcription.clips import decode_clips
 from saml_models.transcription.recordings import transcribe
 
@@ -202,7 +203,7 @@ def test_a_conformer(ctc):
     assert not any(map(repeated, ids))
 
 
-LOOPS = ["000540163", "000940049", "022820291"]  # of quantised tiny.en without experts
+LOOPS = ["000540163", "000940049", "022820291"]  # of plainly rounded tiny.en without experts
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,10 @@ def real(speech_root):
     if not manifest.is_file():
         pytest.skip(f"no {manifest}")
     own = {u.id: u for u in load_corpus(manifest) if u.id in LOOPS}
-    return load_adaptable("tiny.en", SAMLConfig(num_experts=0)), [own[i].load() for i in LOOPS]
+    model, processor = load_model("tiny.en")
+    apply_saml(model, SAMLConfig(num_experts=0))
+    model.saml.margin = QUANTISED_MARGIN
+    return (model, processor), [own[i].load() for i in LOOPS]
 
 
 def test_real_clips(real):

@@ -124,7 +124,7 @@ def mixed(speech_root: Any) -> Any:
         with model.saml.snapshot(), torch.no_grad():
             torch.manual_seed(seed)
             for parameter in model.saml.experts().values():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
+                parameter.add_(torch.randn_like(parameter) * 0.005)
             voices.append(SpeakerProfile.of(model, speaker=str(seed)))
     found = load_corpus(speech_root / "LibriSpeech" / "test-other", ["1688"])
     clips = sorted((u.load() for u in found), key=len)
