@@ -1,4 +1,4 @@
-"""The server: many speakers at once, short clips beside a long one, memory.
+"""The server: many speakers at once, clips beside a long file, memory.
 
     python -m bench serve --data LibriSpeech/test-other --json bench/results/serve.json
 
