@@ -1,4 +1,4 @@
-"""Recipes of both stages on many voices: which default is better, and is that more than chance.
+"""Recipes of both stages on many voices, compared over speakers.
 
     python -m bench defaults --data DATA --json bench/results/choices-tiny.en.json --work DIR
     python -m bench defaults ... --only default,"one LoRA" --sets choosing --seeds 0,1,2
