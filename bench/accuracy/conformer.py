@@ -1,4 +1,4 @@
-"""What a grown Conformer owes to its new branches: WER beside the same without them.
+"""A grown Conformer beside the same without its new branches: WER.
 
     saml grow-conformer --data voices.jsonl --out grown
     saml grow-conformer --data voices.jsonl --out control --control
