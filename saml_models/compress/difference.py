@@ -31,7 +31,7 @@ from saml_models.models.whisper.conformer import (
     new_branches,
 )
 from saml_models.models.whisper.loading import OPENAI_NAMES, load_whisper
-from saml_models.runtime.tensors import read_tensors, write_tensors
+from saml_models.runtime.tensors import read_description, read_tensors, write_tensors
 
 __all__ = ["find_difference", "read_difference", "write_difference"]
 
@@ -115,7 +115,7 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
             found or is another one.
     """
     tensors, metadata = read_tensors(path)
-    about = _description(path, metadata)
+    about = read_description(path, metadata, KIND, VERSION, "difference to a Whisper")
     sizes, name = about.get("sizes"), about.get("base")
     if name not in OPENAI_NAMES or not isinstance(sizes, dict) or set(sizes) != set(SIZES):
         raise SAMLError(f"{path}: damaged description; copy the file again")
@@ -138,20 +138,6 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
     if model_hash(model) != about.get("result_sha256"):
         raise SAMLError(f"{path}: does not match its description; copy the file again")
     return model.eval(), processor
-
-
-def _description(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        about = json.loads(metadata.get("saml", "null"))
-    except ValueError:
-        about = None
-    if not isinstance(about, dict) or about.get("kind") != KIND:
-        raise SAMLError(f"{path}: holds no difference to a Whisper")
-    if about.get("version") != VERSION:
-        raise SAMLError(
-            f"{path}: version {about.get('version')!r}; this saml-kernels reads {VERSION}: upgrade"
-        )
-    return about
 
 
 def _filled(

@@ -30,7 +30,7 @@ from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import pack_codes
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import hash_of_weights
-from saml_models.runtime.tensors import read_tensors, write_tensors
+from saml_models.runtime.tensors import read_description, read_tensors, write_tensors
 
 __all__ = ["model_hash", "read_rounding", "write_rounding"]
 
@@ -103,7 +103,7 @@ def read_rounding(
         SAMLError: the file is missing, damaged or of a newer version.
     """
     tensors, metadata = read_tensors(path)
-    about = _description(path, metadata)
+    about = read_description(path, metadata, KIND, VERSION, "rounding")
     asked: dict[str, Any] = {
         "format": config.format,
         "block_size": config.block_size,
@@ -131,20 +131,6 @@ def read_rounding(
         {name: value.float() for name, value in tensors.items()},
         origin if isinstance(origin, dict) else {},
     )
-
-
-def _description(path: str | os.PathLike[str], metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        about = json.loads(metadata.get("saml", "null"))
-    except ValueError:
-        about = None
-    if not isinstance(about, dict) or about.get("kind") != KIND:
-        raise SAMLError(f"{path}: holds no rounding")
-    if about.get("version") != VERSION:
-        raise SAMLError(
-            f"{path}: version {about.get('version')!r}; this saml-kernels reads {VERSION}: upgrade"
-        )
-    return about
 
 
 def _weight(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +15,7 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
-__all__ = ["TensorHeader", "read_headers", "read_tensors"]
+__all__ = ["TensorHeader", "read_description", "read_headers", "read_tensors"]
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -52,6 +53,33 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             return tensors, dict(handle.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def read_description(
+    path: str | os.PathLike[str], metadata: dict[str, str], kind: str, version: int, what: str
+) -> dict[str, Any]:
+    """The JSON that a file of ours has in its metadata under "saml".
+
+    Args:
+        path: of the file.
+        metadata: from `read_tensors`.
+        kind, version: that it must name.
+        what: such a file holds.
+
+    Raises:
+        SAMLError: it is no JSON object, or names another kind or version.
+    """
+    try:
+        about = json.loads(metadata.get("saml", "null"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.get("kind") != kind:
+        raise SAMLError(f"{path}: holds no {what}")
+    if about.get("version") != version:
+        raise SAMLError(
+            f"{path}: version {about.get('version')!r}; this saml-kernels reads {version}: upgrade"
+        )
+    return about
 
 
 def read_headers(path: str | os.PathLike[str]) -> dict[str, TensorHeader]:

@@ -2,8 +2,9 @@
 
 Each replica is an `Engine` with its own model. The speaker is an argument of the request, not a
 model's name: Ray's multiplexing would send each speaker to a replica of its own and split the
-batches. The web server stays in this process; Ray opens no HTTP port, and its own are on this
-machine alone unless it joins a cluster.
+batches. The web server stays in this process and Ray opens no HTTP port. Ray is told to stay on the
+loopback unless it joins a cluster, but its agents were seen to listen on all addresses: keep a
+firewall before them.
 """
 
 from __future__ import annotations
