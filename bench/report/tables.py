@@ -255,10 +255,20 @@ def _wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     lines.append(
         f"Whisper {about['model']}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
         f"{size['quantised_bytes'] / 1e6:.1f} MB quantised, {size['saml_bytes'] / 1e6:.1f} MB with "
-        f"experts ({size['ratio']:.2f}x smaller). Measured on: {about['device']}; "
-        f"torch {about['versions']['torch']}; {about['date']}."
+        f"experts ({size['ratio']:.2f}x smaller). {_measured(found)}"
     )
     return "\n".join(lines)
+
+
+def _measured(found: dict[str, dict[str, Any]]) -> str:
+    """On what; by set of speech where the sets were measured apart."""
+    on: dict[str, list[str]] = {}
+    for name, data in found.items():
+        told = f"{data['device']}; torch {data['versions']['torch']}; {data['date']}"
+        on.setdefault(told, []).append(name)
+    if len(on) == 1:
+        return f"Measured on: {next(iter(on))}."
+    return " ".join(f"{', '.join(names)}: measured on {told}." for told, names in on.items())
 
 
 def _interval(ratio: float, data: dict[str, Any]) -> str:
