@@ -18,8 +18,9 @@ from transformers import (
 
 from saml_models.models.conformer.model import Conformer
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
+from saml_models.models.whisper.windows import audio_window, log_mel, window_frames
 
-__all__ = ["END", "small_conformer", "small_conformer_whisper", "small_whisper"]
+__all__ = ["END", "divergence", "small_conformer", "small_conformer_whisper", "small_whisper"]
 
 PAD, BEGIN, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 VOCABULARY = 40
@@ -145,3 +146,22 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         unk_token=UNKNOWN,
     )
+
+
+@torch.no_grad()
+def divergence(model: Any, other: Any, processor: Any, clips: Any) -> float:
+    """Mean KL(model || other) over the text's tokens."""
+    total: list[torch.Tensor] = []
+    for clip in clips:
+        frames = window_frames(len(clip.samples), 10.0)
+        found = []
+        for network in (model, other):
+            with audio_window(network, frames):
+                logits = network(
+                    input_features=log_mel(processor, [clip.samples], frames),
+                    decoder_input_ids=torch.tensor([clip.tokens[:-1]]),
+                    use_cache=False,
+                ).logits[0, clip.prompt - 1 :]
+            found.append(logits.log_softmax(dim=-1))
+        total.append((found[0].exp() * (found[0] - found[1])).sum(dim=-1))
+    return float(torch.cat(total).mean())

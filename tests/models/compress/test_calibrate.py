@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import small_whisper
+from synthetic import divergence, small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_kernels.quantization import rounding
@@ -58,25 +58,6 @@ def clips() -> list[CalibrationClip]:
 @pytest.fixture(scope="module")
 def calibration(model: Any, tiny_en: Any, clips: list[CalibrationClip]) -> Any:
     return calibrate(bind(model, tiny_en[1]), clips, CONFIG)
-
-
-@torch.no_grad()
-def divergence(model: Any, other: Any, processor: Any, clips: list[CalibrationClip]) -> float:
-    """Mean KL(model || other) over the text's tokens."""
-    total: list[torch.Tensor] = []
-    for clip in clips:
-        frames = window_frames(len(clip.samples), 10.0)
-        found = []
-        for network in (model, other):
-            with audio_window(network, frames):
-                logits = network(
-                    input_features=log_mel(processor, [clip.samples], frames),
-                    decoder_input_ids=torch.tensor([clip.tokens[:-1]]),
-                    use_cache=False,
-                ).logits[0, clip.prompt - 1 :]
-            found.append(logits.log_softmax(dim=-1))
-        total.append((found[0].exp() * (found[0] - found[1])).sum(dim=-1))
-    return float(torch.cat(total).mean())
 
 
 def compressed(model: Any, calibration: Any = None) -> Any:

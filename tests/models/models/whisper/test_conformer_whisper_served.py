@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import small_conformer_whisper
+from synthetic import divergence, small_conformer_whisper
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLLinear
@@ -22,7 +22,6 @@ from saml_models.data.corpora import utterances_of
 from saml_models.evaluation.protocol import SYSTEMS
 from saml_models.models.registry import bind
 from saml_models.models.whisper.conformer import ConformerWhisper
-from saml_models.models.whisper.windows import audio_window, log_mel, window_frames
 from saml_models.recogniser import Recogniser
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.options import TrainingOptions
@@ -91,25 +90,6 @@ def test_low_bits_everywhere_but_the_depthwise_convolutions(
     for name, value in network.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
         assert torch.equal(value, theirs.state_dict()[name]), name
-
-
-@torch.no_grad()
-def divergence(model: Any, other: Any, processor: Any, clips: list[CalibrationClip]) -> float:
-    """Mean KL(model || other) over the text's tokens."""
-    total = []
-    for clip in clips:
-        frames = window_frames(len(clip.samples), 10.0)
-        found = []
-        for network in (model, other):
-            with audio_window(network, frames):
-                logits = network(
-                    input_features=log_mel(processor, [clip.samples], frames),
-                    decoder_input_ids=torch.tensor([clip.tokens[:-1]]),
-                    use_cache=False,
-                ).logits[0, clip.prompt - 1 :]
-            found.append(logits.log_softmax(dim=-1))
-        total.append((found[0].exp() * (found[0] - found[1])).sum(dim=-1))
-    return float(torch.cat(total).mean())
 
 
 def test_calibration_walks_through_the_new_branches(
