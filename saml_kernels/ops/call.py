@@ -1,7 +1,8 @@
 """How a call runs: as it is, prepared for its layer, with gradients, or as an operator of torch's.
 
-Compilers, exporters and transforms must see one of PyTorch's operators (library.py). Eager calls
-need none, and PyTorch's dispatcher takes longer over so many arguments than most products take.
+Compilers, exporters and transforms must see one of PyTorch's operators (registration.py). Eager
+calls need none, and PyTorch's dispatcher takes longer over so many arguments than most products
+take.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from saml_kernels.backends.cpu import backend as cpu
 from saml_kernels.backends.reference import Gating, Gradients
 from saml_kernels.backends.registry import BACKENDS, choose_backend
 from saml_kernels.errors import SAMLError
-from saml_kernels.ops import library
+from saml_kernels.ops import registration
 from saml_kernels.ops.arguments import autocast_dtype, check
 from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.ops.prepared import Prepared
@@ -186,7 +187,7 @@ def _as_operator(
         x, lora_a, lora_b, gates = (t.to(dtype) for t in (x, lora_a, lora_b, gates))
         bias = None if bias is None else bias.to(dtype)
     rows, gates, speakers = _rows(x, gates, gating, speakers)
-    y = library.linear(
+    y = registration.linear(
         name, rows, weight, lora_a, lora_b, gates, bias, float(scaling), speakers, gating
     )
     return y.view(*lead, y.shape[-1])
@@ -236,7 +237,7 @@ class _Plain:
         rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
         bias = None if bias is None else bias.to(self.dtype)
         experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))
-        y = library.forward(
+        y = registration.forward(
             self.name, rows, self.weight, *experts, spread, bias, self.scaling, speakers,
             self.gating,
         )  # fmt: skip
@@ -256,7 +257,7 @@ class _Plain:
         rows, spread, speakers = _rows(x, gates.to(self.dtype), self.gating, self.speakers)
         experts = (lora_a.to(self.dtype), lora_b.to(self.dtype))
         dy = dy.reshape(-1, self.weight.shape[0])
-        dx, da, db, dg = library.backward(
+        dx, da, db, dg = registration.backward(
             self.name, dy.contiguous(), rows, self.weight, *experts, spread, self.scaling,
             needs, speakers, self.gating,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import library
 from saml_kernels import SAMLError, quantize, saml_linear
 from saml_kernels.backends.reference import saml_linear_reference
 from saml_kernels.backends.registry import available_backends
-from saml_kernels.ops.library import parts_of
+from saml_kernels.ops.registration import parts_of
 
 BACKENDS = [b for b in ("reference", "cpu", "triton") if b in available_backends()]
 if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):

@@ -14,7 +14,7 @@ from saml_kernels import SAMLError, available_backends, quantize, saml_linear
 from saml_kernels.backends import registry
 from saml_kernels.backends.reference import saml_linear_reference
 from saml_kernels.ops import call
-from saml_kernels.ops.library import parts_of
+from saml_kernels.ops.registration import parts_of
 from saml_kernels.quantization.tensor import FORMATS, QuantizedTensor
 
 N, K, E, R = 24, 128, 3, 2

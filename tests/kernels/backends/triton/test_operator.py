@@ -6,7 +6,7 @@ from cases import TOLERANCE, assert_close, make_case, truth
 from torch import library
 
 from saml_kernels import available_backends, quantize, saml_linear
-from saml_kernels.ops.library import parts_of
+from saml_kernels.ops.registration import parts_of
 
 
 def leaves(case):

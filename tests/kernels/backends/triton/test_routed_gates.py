@@ -12,7 +12,7 @@ from ways import WAYS, fitting
 from saml_kernels import saml_linear_routed
 from saml_kernels.backends.triton import backend as backend
 from saml_kernels.backends.triton.configs import ROUTES
-from saml_kernels.ops.library import parts_of
+from saml_kernels.ops.registration import parts_of
 
 
 def check(case, seed, top_k, temperature, route, layout="whole"):
