@@ -7,6 +7,8 @@ TESTS ?= test
 INTERPRETED = tests/kernels/backends/triton
 # By name, so that the log shows whether there was a Chromium.
 PAGE = tests/models/server/test_page.py
+# One test file after the other in each of two processes, each with a thread of its own.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=5
 BIN = $(VENV)/bin
 DATA ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -22,9 +24,9 @@ serve: $(VENV)/.serve
 	$(BIN)/saml serve $(OPTIONS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --durations=5 --ignore=$(INTERPRETED) --ignore=$(PAGE)
+	$(PYTEST) --ignore=$(INTERPRETED) --ignore=$(PAGE)
 	$(BIN)/python -m pytest -v -rs $(PAGE)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=5 $(INTERPRETED) tests/kernels/backends/test_speaker_index.py tests/kernels/backends/test_routed.py
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED) tests/kernels/backends/test_speaker_index.py tests/kernels/backends/test_routed.py
 
 # The same on the oldest versions that pyproject.toml allows, in an environment of their own.
 PYTHON312 ?= python3.12
