@@ -37,6 +37,15 @@ def pretrain(
     per_speaker: Annotated[
         int | None, typer.Option(min=1, help="Utterances of one speaker at most; default 200.")
     ] = None,
+    teacher: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the full-precision model's own answers in what is learnt, where they "
+            "are right.",
+        ),
+    ] = None,
     epochs: Epochs = None,
     learning_rate: LearningRate = None,
     seed: Seed = None,
@@ -60,10 +69,12 @@ def pretrain(
     everybody = [utterance for path in data for utterance in load_corpus(path)]
     utterances = [utterance for utterance in everybody if utterance.speaker not in kept_out]
     options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
+    if teacher is not None:
+        options = replace(options, teacher=teacher)
     network, processor = load_model(model, device_named(device))
     typer.echo(compress(network, SAMLConfig(num_experts=num_experts, rank=rank)))
     original = None
-    if starts_from_error(network):
+    if options.teacher or starts_from_error(network):
         original, _ = load_model(model, device_named(device))
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("pretraining") as show:
@@ -76,6 +87,7 @@ def pretrain(
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),
+            on_taught=lambda done, clips: show(done, clips, "asking the full-precision model"),
             original=original,
         )
         profile.save(out)

@@ -18,22 +18,37 @@ from saml_models.models.interface import SpeechModel
 if TYPE_CHECKING:
     from saml_models.training.options import TrainingOptions
 
-__all__ = ["IGNORED", "Batch", "BatchMaker", "Sample", "Shapes", "plan_batches"]
+__all__ = ["IGNORED", "Batch", "BatchMaker", "Sample", "Shapes", "SoftTargets", "plan_batches"]
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's part in what a clip's n tokens are to be, the text's after the prompt.
+
+    Attributes:
+        ids: int [n, k], tokens that it finds likely.
+        shares: float32 [n, k], of each in the target; what is left of 1 is the text's own token's.
+    """
+
+    ids: np.ndarray
+    shares: np.ndarray
 
 
 @dataclass(frozen=True)
 class Sample:
     """One training clip: a function that loads it (float32, 16 kHz), its length and its text.
 
-    `language` is that of the prompt: see `SpeechModel.prompt_language`.
+    `language` is that of the prompt: see `SpeechModel.prompt_language`. Of several clips trained on
+    together all have a teacher, or none.
     """
 
     load: Callable[[], np.ndarray]
     seconds: float
     text: str
     language: str | None = None
+    teacher: SoftTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class Batch:
         inputs: token ids int64 [B, L].
         targets: token ids int64 [B, L], `IGNORED` where there is none.
         kept: int64 [n], the positions in [B * L] whose logits are wanted.
+        soft_ids, soft_shares: a teacher's tokens int64 and their shares float32 in the targets, [B,
+            L, k]; k is 0 without one.
         words: where each clip's targets begin and end in its row, the end of the text left out.
     """
 
@@ -66,16 +83,18 @@ class Batch:
     inputs: Tensor
     targets: Tensor
     kept: Tensor
+    soft_ids: Tensor
+    soft_shares: Tensor
     words: tuple[tuple[int, int], ...]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the batch, in the order in which `holding` takes them."""
-        return self.features, self.mask, self.inputs, self.targets, self.kept
+        soft = self.soft_ids, self.soft_shares
+        return self.features, self.mask, self.inputs, self.targets, self.kept, *soft
 
     def holding(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch in other tensors, given in the same order."""
-        features, mask, inputs, targets, kept = tensors
-        return Batch(features, mask, inputs, targets, kept, self.words)
+        return Batch(*tensors, words=self.words)
 
     def pinned(self) -> Batch:
         """In memory that a CUDA device copies from while the processor goes on."""
@@ -146,7 +165,22 @@ class BatchMaker:
         flat = targets.flatten()
         kept = torch.arange(len(flat)) if shapes.dense else (flat != IGNORED).nonzero().flatten()
         words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
-        return Batch(features, mask, inputs, targets, kept, words)
+        soft = self._soft(index, words, longest)
+        return Batch(features, mask, inputs, targets, kept, *soft, words)
+
+    def _soft(
+        self, index: list[int], words: tuple[tuple[int, int], ...], longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's part in the targets of these clips."""
+        teachers = [self.samples[i].teacher for i in index]
+        width = max(0 if one is None else one.ids.shape[1] for one in teachers)
+        ids = torch.zeros((len(index), longest, width), dtype=torch.int64)
+        shares = torch.zeros((len(index), longest, width))
+        for row, (one, (begin, end)) in enumerate(zip(teachers, words, strict=True)):
+            if one is not None:  # the end of the text has a target too
+                ids[row, begin : end + 1] = torch.from_numpy(one.ids).long()
+                shares[row, begin : end + 1] = torch.from_numpy(one.shares)
+        return ids, shares
 
     def _prepared(self, i: int, rng: random.Random, step: int) -> Tensor:
         samples = at_speed(self.samples[i].load(), rng.choice(self.options.speeds))

@@ -46,6 +46,8 @@ def fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOp
         del settings["cuda_graphs"]  # as it was before there were any
     if not settings["noise"]:
         del settings["noise"], settings["noise_decibels"]
+    if not settings["teacher"]:
+        del settings["teacher"]
     saml, config = getattr(model, "saml", None), getattr(model, "config", None)
     made_for = [weight_hash(model), saml.config.to_dict() if saml else config.to_dict()]  # type: ignore
     return json.dumps([settings, clips, made_for], sort_keys=True, default=str)

@@ -34,6 +34,9 @@ class Objective(nn.Module):
             outputs = speech.outputs(batch.features, batch.mask, batch.inputs, batch.kept)
         targets = batch.targets.flatten()[batch.kept]
         loss = F.cross_entropy(outputs.logits, targets, ignore_index=IGNORED)
+        if batch.soft_ids.shape[-1]:
+            ids, shares = (t.flatten(0, 1)[batch.kept] for t in (batch.soft_ids, batch.soft_shares))
+            loss = loss - _soft_gain(outputs.logits, targets, ids, shares)
         if outputs.ctc is not None and o.ctc > 0:
             rows = zip(batch.targets, batch.words, strict=True)
             words = [row[begin:end] for row, (begin, end) in rows]
@@ -42,6 +45,18 @@ class Objective(nn.Module):
         if balance is not None:
             loss = loss + compression_of(self.network).config.balance * balance
         return loss
+
+
+def _soft_gain(logits: Tensor, targets: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+    """By how much cross entropy with a teacher's part in the targets is lower, per token.
+
+    Args:
+        logits: float [n, V].
+        targets: int64 [n], `IGNORED` where there is none.
+        ids, shares: the teacher's tokens int64 and their shares [n, k], 0 where there is no target.
+    """
+    apart = logits.gather(1, ids) - logits.gather(1, targets.clamp(min=0)[:, None])
+    return (shares * apart).sum() / (targets != IGNORED).sum().clamp(min=1)
 
 
 def _ctc_loss(outputs: Outputs, words: list[Tensor]) -> Tensor:

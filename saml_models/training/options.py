@@ -27,6 +27,8 @@ class TrainingOptions:
         noise: share of the clips that are mixed with noise: white, pink, a mains hum, or other
             clips' voices.
         noise_decibels: range of the ratio of speech to noise.
+        teacher: share of the target that is the full-precision model's own distribution at the
+            tokens that it finds likeliest itself, where the samples have it (`taught`).
         average: the weights are averaged over this last share of the steps.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
@@ -51,6 +53,7 @@ class TrainingOptions:
     time_share: float = 0.1
     noise: float = 0.0
     noise_decibels: tuple[float, float] = (5.0, 20.0)
+    teacher: float = 0.0
     average: float = 0.0
     ctc: float = 0.3
     seed: int = 0

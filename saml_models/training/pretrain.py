@@ -18,6 +18,7 @@ from saml_models.training.calibration import input_moments, start_experts, start
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
+from saml_models.training.teacher import taught
 
 __all__ = ["PER_SPEAKER", "PRETRAINING", "pretrain"]
 
@@ -36,6 +37,7 @@ def pretrain(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int, int], None] | None = None,
+    on_taught: Callable[[int, int], None] | None = None,
     original: Any | None = None,
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
@@ -53,14 +55,15 @@ def pretrain(
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
         on_heard: called before that with (clips whose style was found, clips in all).
-        original: the same model at full precision, for the start; None starts from the experts
-            that `model` has.
+        on_taught: called then with (clips that the teacher heard, clips in all).
+        original: the same model at full precision, for the start and as the teacher; None starts
+            from the experts that `model` has, without one.
 
     Returns:
         The experts as a profile, to start adaptations from.
 
     Raises:
-        SAMLError: nothing to learn from, or bad audio.
+        SAMLError: nothing to learn from, bad audio, or a teacher wanted and not given.
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
@@ -68,17 +71,27 @@ def pretrain(
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN
     options = options or PRETRAINING
+    if options.teacher and original is None:
+        raise SAMLError("pretrain: a teacher is asked for; give original, the full-precision model")
+
+    def beside(kept: str) -> Path | None:
+        return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{kept}")
+
     samples = training_samples(
         speech,
         _balanced(utterances, per_speaker, options.seed),
         keep_audio=False,
         skip_long=True,
-        heard=None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.heard.json"),
+        heard=beside("heard.json"),
         on_done=on_heard,
     )
+    teacher = None if original is None else bind(original, processor)
+    if teacher is not None and options.teacher:
+        kept = beside("teacher.safetensors")
+        samples = taught(teacher, samples, options.teacher, kept, on_taught)
     saml.short_windows = True
-    if original is not None and starts_from_error(model):
-        start_experts(model, original, input_moments(bind(original, processor), samples, options))
+    if teacher is not None and starts_from_error(model):
+        start_experts(model, teacher.network, input_moments(teacher, samples, options))
     report = fit(speech, samples, options, checkpoint, on_step)
     return SpeakerProfile.of(
         model,
