@@ -94,7 +94,8 @@ class Batch:
 
     def holding(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch in other tensors, given in the same order."""
-        return Batch(*tensors, words=self.words)
+        features, mask, inputs, targets, kept, soft_ids, soft_shares = tensors
+        return Batch(features, mask, inputs, targets, kept, soft_ids, soft_shares, self.words)
 
     def pinned(self) -> Batch:
         """In memory that a CUDA device copies from while the processor goes on."""
