@@ -24,6 +24,7 @@ __all__ = [
     "Compression",
     "compression_of",
     "hash_of_weights",
+    "model_hash",
     "quantised_tensors",
     "weight_hash",
 ]
@@ -196,6 +197,14 @@ def weight_hash(model: nn.Module) -> str:
     """`Compression.weight_hash`; of a model in full precision, the hash of nothing."""
     saml = getattr(model, "saml", None)
     return saml.weight_hash() if isinstance(saml, Compression) else hash_of_weights({})
+
+
+def model_hash(model: nn.Module) -> str:
+    """`Compression.weight_hash`; of a model in full precision, the hash of its parameters."""
+    saml = getattr(model, "saml", None)
+    if isinstance(saml, Compression):
+        return saml.weight_hash()
+    return tensors_hash({name: p.detach() for name, p in model.named_parameters()})
 
 
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:

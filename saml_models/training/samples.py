@@ -9,7 +9,7 @@ import numpy as np
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import read_json, write_json
-from saml_models.compress.layers import weight_hash
+from saml_models.compress.layers import model_hash
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance
 from saml_models.models.interface import SpeechModel
@@ -85,7 +85,7 @@ class _Heard:
 
     def __init__(self, path: Path | None, speech: SpeechModel) -> None:
         self.path, self.speech = path, speech
-        self.model = weight_hash(speech.network)
+        self.model = model_hash(speech.network)
         self.known: dict[str, str] = {}
         if path is not None and path.is_file():
             found = read_json(path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import weight_hash
+from saml_models.compress.layers import model_hash
 from saml_models.models.interface import QUANTISED_MARGIN, SpeechModel
 from saml_models.runtime.tensors import read_tensors, write_tensors
 from saml_models.training.batches import Sample, SoftTargets
@@ -91,7 +91,7 @@ def _ask(teacher: SpeechModel, sample: Sample, known: _Answers) -> None:
 def _fingerprint(teacher: SpeechModel, samples: Sequence[Sample]) -> str:
     """What must be equal for a file of answers to be of use."""
     clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
-    asked = json.dumps([weight_hash(teacher.network), LIKELIEST, QUANTISED_MARGIN, clips])
+    asked = json.dumps([model_hash(teacher.network), LIKELIEST, QUANTISED_MARGIN, clips])
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
