@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saml_kernels.layers.context import BatchContext
+from saml_models.data.audio import MAX_SECONDS
 from saml_models.text.transcript import Segment
 
 __all__ = [
@@ -331,9 +332,14 @@ def causal_mask(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 def margin_of(network: nn.Module) -> float | None:
     """Seconds of silence after a clip that a network is given by itself; None: its whole window.
 
-    Short where its experts learnt that, else what `Compression.margin` says.
+    Short where its experts learnt that, else what `Compression.margin` says, else what the
+    network's configuration does as `window_margin`.
     """
+    said: Any = getattr(getattr(network, "config", None), "window_margin", None)
+    own = said if isinstance(said, (int, float)) and 0 <= said <= MAX_SECONDS else None
     saml: Any = getattr(network, "saml", None)
     if saml is None:
-        return None
-    return SHORT_WINDOW_MARGIN if saml.short_windows else saml.margin
+        return own
+    if saml.short_windows:
+        return SHORT_WINDOW_MARGIN
+    return own if saml.margin is None else saml.margin

@@ -16,6 +16,7 @@ import torch
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
+from saml_models.models.interface import SHORT_WINDOW_MARGIN
 from saml_models.models.registry import bind
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
@@ -25,8 +26,8 @@ from saml_models.training.samples import training_samples
 
 __all__ = ["Growth", "grow_conformer"]
 
-# A plain model hears a clip in 30 s, a quantised one with 10 s after it or 1: it learns from all.
-WINDOWS = (1.0, 10.0, 30.0)
+# It will hear clips with a second after them; now and then it hears more, as within a recording.
+WINDOWS = (0.5, 1.0, 1.0, 1.0, 2.0, 2.0, 10.0, 30.0)
 
 BRANCHES = TrainingOptions(learning_rate=1e-3, epochs=2, noise=0.5, margins=WINDOWS)
 # Another seed: the same clips come in other batches, other noise and other windows.
@@ -112,6 +113,7 @@ def grow_conformer(
         _learn_only(grown, names)
         file = checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}")
         reports.append(fit(bind(grown, processor), samples, options, file, on_step))
+    grown.config.window_margin = max(SHORT_WINDOW_MARGIN, min(growth.encoder.margins))
     return grown.requires_grad_(False).eval(), reports
 
 

@@ -38,6 +38,7 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from saml_kernels.errors import SAMLError
+from saml_models.data.audio import MAX_SECONDS
 
 __all__ = [
     "ConformerWhisper",
@@ -60,12 +61,15 @@ class ConformerWhisperConfig(WhisperConfig):
     Attributes:
         conv_kernel_size: frames that the depthwise convolution sees, an odd number.
         half_step_ffn_dim: width within the half-step feed-forward; None is `encoder_ffn_dim`.
+        window_margin: seconds of silence after a clip in which the model has learnt to hear it;
+            None is Whisper's whole window.
     """
 
     model_type = "conformer_whisper"
 
     conv_kernel_size: int = KERNEL
     half_step_ffn_dim: int | None = None
+    window_margin: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:  # noqa: D105
         super().__post_init__(**kwargs)
@@ -76,6 +80,9 @@ class ConformerWhisperConfig(WhisperConfig):
             )
         if width is not None and not 1 <= width <= LARGEST_WIDTH:
             raise SAMLError(f"half_step_ffn_dim: {width}; expected 1 to {LARGEST_WIDTH}, or None")
+        margin = self.window_margin
+        if margin is not None and not 0 <= margin <= MAX_SECONDS:
+            raise SAMLError(f"window_margin: {margin} s; expected 0 to {MAX_SECONDS}, or None")
 
 
 def _zero_at_first(layer: nn.Linear) -> nn.Linear:

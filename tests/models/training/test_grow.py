@@ -19,6 +19,7 @@ from saml_kernels import SAMLError
 from saml_models.cli.main import app
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, utterances_of
+from saml_models.models.interface import margin_of
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 from saml_models.training.checkpoint import checkpoints
 from saml_models.training.grow import BRANCHES, ENCODER, Growth, grow_conformer
@@ -74,6 +75,7 @@ def test_branches_first_then_the_encoder(pair: Any, spoken: list[Utterance], gro
     assert "model.encoder.embed_positions.weight" not in moved
     assert branches.keys() <= changed(first, grown)
     assert isinstance(grown, ConformerWhisper) and not grown.training
+    assert margin_of(grown) == 1.0 and margin_of(pair[0]) is None
 
 
 def test_a_killed_growth_goes_on(
@@ -98,6 +100,7 @@ def test_a_killed_growth_goes_on(
 def test_the_control_is_a_whisper_whose_encoder_learnt(pair: Any, spoken: list[Utterance]) -> None:
     control, (report,) = grow_conformer(*pair, spoken, GROWTH, control=True)
     assert report.steps == 6 and type(control) is type(pair[0])
+    assert margin_of(control) == 1.0
     moved = changed(pair[0], control)
     assert moved and all(name.startswith("model.encoder.") for name in moved)
 
@@ -132,6 +135,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     assert "1 steps: loss" in result.stdout and f"written: {out}" in result.stdout
     model, _ = load_model(out)
     assert isinstance(model, ConformerWhisper) and model.config.conv_kernel_size == 5
+    assert margin_of(model) == 1.0
     assert not checkpoints(tmp_path / "grown.checkpoint")
     again = run()
     assert again.exit_code == 2 and "is there already" in again.stderr

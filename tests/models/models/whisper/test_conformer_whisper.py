@@ -162,6 +162,8 @@ def test_saved_and_loaded_by_transformers(tmp_path: Path, features: torch.Tensor
 def test_what_it_cannot_grow_from(whisper: Any, grown: Any) -> None:
     with pytest.raises(SAMLError, match="odd number"):
         ConformerWhisper.grown_from(whisper, conv_kernel_size=8)
+    with pytest.raises(SAMLError, match="window_margin: 31 s; expected 0 to 30, or None"):
+        ConformerWhisper.grown_from(whisper, window_margin=31)
     with pytest.raises(SAMLError, match="half_step_ffn_dim"):
         ConformerWhisper.grown_from(whisper, half_step_ffn_dim=0)
     with pytest.raises(SAMLError, match="full precision"):
