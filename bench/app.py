@@ -31,6 +31,7 @@ COMMANDS = {
     "busy-core": "bench.models.busy_core",
     "serve": "bench.models.serving",
     "defaults": "bench.accuracy.defaults",
+    "experts": "bench.accuracy.experts",
     "windows": "bench.accuracy.windows",
     "conformer": "bench.accuracy.conformer",
     "rounding": "bench.accuracy.rounding",

@@ -1,0 +1,58 @@
+"""`python -m bench experts`: figures by plain arithmetic; what was heard is not heard again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.accuracy import experts
+from saml_kernels import SAMLError
+from saml_models.data.corpora import Utterance
+
+SAID = "here they all went"
+MISSING = {experts.FULL: 1, experts.QUANTISED: 2, experts.SHIPPED: 1, "mine": 3}  # words of four
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Which systems were asked; ann's shipped experts lose three words more than bob's."""
+    asked: list[Any] = []
+    clip = np.zeros(1600, np.float32)
+    said = [Utterance(s, s, SAID, Path(f"{s}.wav"), samples=clip) for s in ("ann", "bob")]
+    monkeypatch.setattr(experts, "load_corpus", lambda path, speakers: said)
+    monkeypatch.setattr(experts.Bench, "made", lambda self, system: system)
+
+    def decode(system: str, clips: list[Any], language: str, on_done: Any) -> list[str]:
+        asked.append(system)
+        on_done(len(clips))
+        lost = [MISSING[system], MISSING[system]]
+        if system == experts.SHIPPED:
+            lost[0] += 3
+        return [" ".join(SAID.split()[n:]) for n in lost]
+
+    monkeypatch.setattr(experts, "decode_clips", decode)
+    return asked
+
+
+def test_systems_beside_those_without_experts(heard: list[Any], tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine.safetensors", tmp_path / "out.json"
+    mine.touch()
+    experts.main(tmp_path, out, experts=[f"mine={mine}"], sets="choosing,noisy")
+    experts.main(tmp_path, out, experts=[f"mine={mine}"], sets="choosing,noisy")
+    assert heard == [system for system in MISSING for _ in range(2)]
+    full, quantised, shipped, own = experts.rows(json.loads(out.read_text()))[:4]
+    assert full == ["choosing", "full precision", "25.00", "", "", ""]
+    assert quantised[2] == "50.00" and quantised[3].startswith("2.000 (2.000 to 2.000")
+    assert shipped[2] == "62.50" and shipped[4].startswith("1.250 (0.5") and shipped[5] == "1 of 2"
+    assert own[2:4] == ["75.00", "3.000 (3.000 to 3.000)"] and own[5] == "2 of 2"
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(SAMLError, match=r"--sets birds: expected some of choosing"):
+        experts.main(tmp_path, tmp_path / "out.json", sets="birds")
+    with pytest.raises(SAMLError, match=r"--experts mine=none: expected NAME=FILE"):
+        experts.main(tmp_path, tmp_path / "out.json", experts=["mine=none"])
