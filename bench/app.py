@@ -35,6 +35,7 @@ COMMANDS = {
     "windows": "bench.accuracy.windows",
     "conformer": "bench.accuracy.conformer",
     "rounding": "bench.accuracy.rounding",
+    "rounding-layers": "bench.accuracy.rounding_layers",
     "identification": "bench.accuracy.identification",
     "profiles": "bench.accuracy.profiles",
     "report": "bench.report.write",

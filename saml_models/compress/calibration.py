@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
+from saml_kernels.layers.embedding import FinerRows
+from saml_models.compress.layers import hash_of_weights
 
 __all__ = ["Calibration", "check_calibration"]
 
@@ -21,6 +23,7 @@ class Calibration:
 
     Attributes:
         weights: by the name of the layer.
+        finer: of some rows of a table, by the name of its layer.
         parameters: of what stays at full precision and was moved, by name: biases, positions.
         about: recipe, clips and their hash, for the model's description.
     """
@@ -28,6 +31,13 @@ class Calibration:
     weights: dict[str, QuantizedTensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    finer: dict[str, FinerRows] = field(default_factory=dict)
+
+    def hash(self) -> str:
+        """SHA-256 (hex) of weights and finer rows."""
+        parts = {f"{name}.finer": one.weight for name, one in self.finer.items()}
+        rows = {name: one.rows for name, one in self.finer.items()}
+        return hash_of_weights(self.weights | parts, rows)
 
 
 def check_calibration(
@@ -53,6 +63,10 @@ def check_calibration(
             raise SAMLError(
                 f"{name}: calibrated as {_said(own)}; expected {_said(asked)}: calibrate anew"
             )
+    for name, finer in calibration.finer.items():
+        if name not in calibration.weights:
+            raise SAMLError(f"{name}: finer rows of no table; calibrate this model anew")
+        finer.check(calibration.weights[name], name)
     known = dict(model.named_parameters())
     for name, value in calibration.parameters.items():
         if name not in known or value.shape != known[name].shape:

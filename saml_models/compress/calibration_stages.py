@@ -11,11 +11,13 @@ from torch import Tensor
 
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
+from saml_kernels.layers.embedding import FinerRows
+from saml_models.compress.calibration_walk import Found
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["fingerprint", "read_stage", "write_stage"]
 
-_CODES = ".weight.codes"
+_CODES, _FINER = ".weight.codes", ".finer."
 
 
 def fingerprint(model: Any, about: dict[str, Any]) -> str:
@@ -28,18 +30,22 @@ def fingerprint(model: Any, about: dict[str, Any]) -> str:
 
 
 def write_stage(
-    path: Path, mark: str, weights: dict[str, QuantizedTensor], parameters: dict[str, Tensor]
+    path: Path,
+    mark: str,
+    weights: dict[str, QuantizedTensor],
+    parameters: dict[str, Tensor],
+    finer: dict[str, FinerRows],
 ) -> None:
     """Leave a finished stage at `path`, whole or not at all."""
     tensors = dict(parameters)
+    for name, rows in finer.items():
+        tensors |= {f"{name}{_FINER}{part}": value for part, value in rows.named_buffers()}
     for name, weight in weights.items():
         tensors |= {f"{name}.weight.{part}": value for part, value in weight.named_buffers()}
     write_tensors(path, tensors, {"fingerprint": mark})
 
 
-def read_stage(
-    path: Path, mark: str, model: Any, config: SAMLConfig
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]] | None:
+def read_stage(path: Path, mark: str, model: Any, config: SAMLConfig) -> Found | None:
     """A stage that was finished before, by the same call; None where there is none."""
     try:
         tensors, about = read_tensors(path)
@@ -48,6 +54,7 @@ def read_stage(
     if about.get("fingerprint") != mark:
         return None
     weights, layers = {}, dict(model.named_modules())
+    apart = {key: tensors.pop(key) for key in [*tensors] if _FINER in key}
     names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
     for name in names:
         if name not in layers:
@@ -66,4 +73,12 @@ def read_stage(
     known = {name: value.shape for name, value in model.named_parameters()}
     if any(known.get(name) != value.shape for name, value in tensors.items()):
         return None
-    return weights, tensors
+    finer = {}
+    for name in {key.partition(_FINER)[0] for key in apart}:
+        prefix = f"{name}{_FINER}"
+        own = {k.removeprefix(prefix): v for k, v in apart.items() if k.startswith(prefix)}
+        if name not in weights or "rows" not in own:
+            return None
+        finer[name] = FinerRows.empty(len(own["rows"]), weights[name])
+        finer[name].load_state_dict(own)
+    return weights, tensors, finer

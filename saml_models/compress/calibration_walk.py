@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saml_kernels import QuantizedTensor
+from saml_kernels import QuantizedTensor, quantize
+from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress.calibration_rows import (
     TOGETHER,
     Pairs,
@@ -26,13 +27,13 @@ from saml_models.models.interface import QUANTISED_MARGIN, SHORT_WINDOW_MARGIN
 from saml_models.models.whisper.conformer import ConformerWhisperLayer
 from saml_models.models.whisper.windows import FRAMES_PER_SECOND, log_mel, window_frames
 
-__all__ = ["Walk", "half", "stages"]
+__all__ = ["Walk", "finer_rows", "half", "stages"]
 
 LONG = 4  # one clip in so many has a window as a quantised Whisper is given, the others a short one
 EMBEDDING = "model.decoder.embed_tokens"
 POSITIONS = "model.decoder.embed_positions.weight"
 
-Found = tuple[dict[str, QuantizedTensor], dict[str, Tensor]]  # weights, parameters
+Found = tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, FinerRows]]
 
 
 class Walk(ABC):
@@ -72,7 +73,10 @@ class Walk(ABC):
 
     @abstractmethod
     def _keep(self, title: str, make: Callable[[], Found]) -> None:
-        """Take a stage's results from where they were left, or make them and leave them there."""
+        """Take a stage's results from where they were left, or make them and leave them there.
+
+        They are weights, parameters and finer rows, by name.
+        """
 
     @abstractmethod
     def _rounded(
@@ -160,17 +164,17 @@ class Walk(ABC):
             self._feed_forward(rows, at, aimed=aimed)
         return rows
 
-    def _embedding(
-        self, tokens: list[Tensor], heard: Rows
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    def _embedding(self, tokens: list[Tensor], heard: Rows) -> Found:
         decoder = self.full.model.decoder
         table = decoder.embed_tokens.weight.detach()
         hessian = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
         said = torch.zeros(len(table), dtype=torch.float64)
+        states = []
         for clip, ids, span in zip(self.clips, tokens, heard.spans, strict=True):
             hidden = decoder(
                 input_ids=ids[None], encoder_hidden_states=heard.x[span][None], use_cache=False
             ).last_hidden_state[0, clip.prompt - 1 :]
+            states.append(hidden)
             hessian += hidden.T @ hidden
             said += (hidden @ table.T).softmax(dim=-1).sum(dim=0)
         parameters = {}
@@ -179,7 +183,8 @@ class Walk(ABC):
             table = table - vector
             parameters[POSITIONS] = half(decoder.embed_positions.weight + vector)
         (weight,) = self._rounded([table], hessian, self.recipe.look_up, EMBEDDING)
-        return {EMBEDDING: weight}, parameters
+        finer = finer_rows(weight, table, states, self.recipe.finer_rows)
+        return {EMBEDDING: weight}, parameters, {EMBEDDING: finer} if finer else {}
 
     # --- what both have -----------------------------------------------------------------------
 
@@ -270,6 +275,32 @@ class Walk(ABC):
         )
         state.x += x.add_(full.fc2.bias).mul_(share)
         state.y += rounded.fc2(within).mul_(share)
+
+
+def finer_rows(
+    weight: QuantizedTensor, table: Tensor, states: Sequence[Tensor], count: int
+) -> FinerRows | None:
+    """More bits for the rows of a head whose errors tell most in what the model says.
+
+    To second order, errors e_v of logits change the distribution p by sum_v p_v (1 - p_v) e_v^2 / 2
+    (KL, rows taken by themselves).
+
+    Args:
+        weight: of 4 bits; others are left as they are.
+        table: what it was rounded from, [V, d].
+        states: hidden states that the head was given, [T, d] each.
+        count: of the rows; 0 is none.
+    """
+    if not count or weight.format == "int8":
+        return None
+    error = table - weight.dequantize()
+    told = torch.zeros(len(table), dtype=torch.float64)
+    for hidden in states:
+        p = (hidden @ table.T).softmax(dim=-1)
+        told += (p * (1 - p) * (hidden @ error.T).square()).sum(dim=0)
+    rows = told.topk(min(count, len(table))).indices.sort().values
+    finer = quantize(error[rows], weight.format, weight.block_size, weight.double_quant)
+    return FinerRows(rows.int(), finer)
 
 
 def stages(network: Any) -> int:

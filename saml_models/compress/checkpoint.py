@@ -3,9 +3,10 @@
 `model.safetensors` holds the packed weights as they are, frozen norms, biases and learnt positions
 as float16, experts and routers as float16 or int8 (`SAMLConfig.expert_format`). What can be
 computed (Whisper's encoder positions, sinusoids) is not stored. `saml.json` holds the
-configurations and, by path, the formats of layers that have one of their own; a list of
-`{"rows": n, "format": f}` in its place is kept for embeddings whose rows have several, which this
-version refuses. Tokeniser and feature extractor are saved beside them by transformers.
+configurations and, by path, the formats of layers that have one of their own, of a table with
+`FinerRows` as `{"format": f, "finer_rows": n}`; a list of `{"rows": n, "format": f}` is kept for
+embeddings whose rows have several formats, which this version refuses. Tokeniser and feature
+extractor are saved beside them by transformers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from saml_kernels.files import atomic_path
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
+    Compression,
     compression_of,
 )
 from saml_models.compress.packing import pack_experts, unpack_expert
@@ -36,7 +38,8 @@ from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["load_saml", "save_saml"]
 
-VERSION, MIXED_VERSION = 1, 2  # of the description; 2 where layers have formats of their own
+# Of the description: 2 where layers have formats of their own, 3 where a table has finer rows.
+VERSION, MIXED_VERSION, FINER_VERSION = 1, 2, 3
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "saml.json"
 
@@ -58,7 +61,7 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
     tensors = _stored_form(model, type(bind(model, processor)))
     formats = saml.formats()
     description = {
-        "saml_version": MIXED_VERSION if formats else VERSION,
+        "saml_version": _version(saml),
         "saml": saml.config.to_dict(),
         "short_windows": saml.short_windows,
         "model": _plain(model.config.to_diff_dict()),
@@ -73,6 +76,13 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         temporary.write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
     processor.save_pretrained(target)
     return sum((target / name).stat().st_size for name in (WEIGHTS, DESCRIPTION))
+
+
+def _version(saml: Compression) -> int:
+    """The oldest that holds all of the model."""
+    if saml.finer:
+        return FINER_VERSION
+    return MIXED_VERSION if saml.formats() else VERSION
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +166,10 @@ def _check_version(version: Any, source: Path) -> None:
         raise SAMLError(
             f"{source / DESCRIPTION}: saml_version {version!r}; expected a number: copy it again"
         )
-    if version > MIXED_VERSION:
+    if version > FINER_VERSION:
         raise SAMLError(
             f"{source / DESCRIPTION}: saml_version {version}, of a newer saml-kernels; this one "
-            f"reads up to {MIXED_VERSION}: upgrade it"
+            f"reads up to {FINER_VERSION}: upgrade it"
         )
 
 
@@ -226,3 +236,6 @@ def _fill(
         ):
             raise SAMLError(f"{source / WEIGHTS}: {name} is {tensor.dtype}, not {value.dtype}")
         value.copy_(tensor)
+    for path, finer in compression_of(model).finer.items():
+        table: Any = model.get_submodule(path)
+        finer.check(table.weight, f"{source / WEIGHTS}: {path}")

@@ -15,6 +15,7 @@ from saml_kernels.config import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.conv import SAMLPointwiseConv1d
+from saml_kernels.layers.embedding import FinerRows
 from saml_kernels.layers.linear import SAMLLinear
 from saml_kernels.layers.routers import Router
 from saml_kernels.quantization.tensor import QuantizedTensor
@@ -51,6 +52,7 @@ class Compression:
         layers: the layers that have a router of their own, in the model's order.
         routers: their routers, by the layers' names.
         weights: the frozen low-bit weights.
+        finer: what makes some rows of a table finer, by the table's path.
         short_windows: whether the experts know windows that end soon after a clip does.
         margin: seconds of silence after a clip for a model whose experts do not; None is Whisper's
             whole window.
@@ -67,6 +69,8 @@ class Compression:
             if isinstance(module, SAMLLinear) and module.router is not None:
                 self.layers[name], self.routers[name] = module, module.router
         modules = dict(model.named_modules())
+        finer = ((n, m) for n, m in modules.items() if isinstance(m, FinerRows))
+        self.finer = {name.removesuffix(".finer"): module for name, module in finer}
         inner = (f"{n}.linear" for n, m in modules.items() if isinstance(m, SAMLPointwiseConv1d))
         self._inner = frozenset(inner)
         self._experts: list[tuple[str, nn.Module, str]] = []
@@ -85,14 +89,20 @@ class Compression:
         parameters = {name: getattr(module, own) for name, module, own in self._experts}
         return {name: parameter for name, parameter in parameters.items() if parameter.numel()}
 
-    def formats(self) -> dict[str, str]:
-        """Formats of the layers that have not `config.format`, by their path in the model."""
-        formats = {}
+    def formats(self) -> dict[str, Any]:
+        """By their path in the model: layers that have not `config.format`, tables with finer rows.
+
+        As `apply_saml` takes them.
+        """
+        formats: dict[str, Any] = {}
         for name, weight in self.weights.items():
             path = name.removesuffix(".weight")
-            if weight.format != self.config.format:
+            if weight.format != self.config.format and not path.endswith(".finer"):
                 own = path.removesuffix(".linear") if path in self._inner else path
                 formats[own] = weight.format
+        for path, finer in self.finer.items():
+            format = self.weights[f"{path}.weight"].format
+            formats[path] = {"format": format, "finer_rows": len(finer.rows)}
         return formats
 
     @property
@@ -140,7 +150,9 @@ class Compression:
         Computed once, and again after a weight has changed or moved.
         """
         parts = [part for tensor in self.weights.values() for part in (tensor.codes, tensor.absmax)]
-        return self._remembered("weights", parts, lambda: hash_of_weights(self.weights))
+        rows = {path: finer.rows for path, finer in self.finer.items()}
+        parts += rows.values()
+        return self._remembered("weights", parts, lambda: hash_of_weights(self.weights, rows))
 
     def experts_hash(self) -> str:
         """SHA-256 (hex) of the experts and routers that are in the model now, as stored."""
@@ -222,11 +234,19 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.data = value.to(parameter.device, parameter.dtype).clone()
 
 
-def hash_of_weights(weights: dict[str, QuantizedTensor]) -> str:
-    """SHA-256 (hex) of low-bit weights by their layers' names; see `Compression.weight_hash`."""
+def hash_of_weights(
+    weights: dict[str, QuantizedTensor], finer_rows: dict[str, Tensor] | None = None
+) -> str:
+    """SHA-256 (hex) of low-bit weights by their layers' names; see `Compression.weight_hash`.
+
+    `finer_rows` are those of `FinerRows`, by the table's name.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.format} {tuple(tensor.shape)}".encode())
         for part in (tensor.codes, tensor.absmax):
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    for name, rows in sorted((finer_rows or {}).items()):
+        digest.update(f"{name} finer rows {len(rows)}".encode())
+        digest.update(rows.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLLinear
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext, BlockGates
 from saml_kernels.layers.conv import QuantizedConv1d, QuantizedConv2d, SAMLPointwiseConv1d
-from saml_kernels.layers.embedding import TiedHead
+from saml_kernels.layers.embedding import FinerRows, TiedHead
 from saml_kernels.quantization.tensor import QuantizedTensor
 from saml_models.compress.calibration import Calibration, check_calibration
 from saml_models.compress.layers import (
@@ -120,10 +120,8 @@ def replace_layers(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
         parameters=sum(p.numel() for p in unique.values()),
     )
-    weights: Mapping[str, QuantizedTensor] = {}
     if calibration is not None:
         check_calibration(calibration, model, {place.path for place in places}, config)
-        weights = calibration.weights
     _round_to_half(model)
     if calibration is not None:
         with torch.no_grad():
@@ -132,7 +130,8 @@ def replace_layers(
     model.requires_grad_(False)
     context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
-    made = _replacements(model, places, config, own, context, blocks, weights)
+    made = _replacements(model, places, config, own, context, blocks, calibration)
+    _empty_finer(formats or {}, {place.path: made[place.layer] for place in places})
     for place in places:
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
@@ -179,10 +178,31 @@ def _formats_of(
                 "saml-kernels cannot read; upgrade it"
             )
         try:
+            if isinstance(format, Mapping):
+                format = format.get("format")
             own[path] = replace(config, format=format)
         except (SAMLError, TypeError) as error:
             raise SAMLError(f"formats: {path}: {error}") from error
     return own
+
+
+def _empty_finer(formats: Mapping[str, Any], made: Mapping[str, nn.Module]) -> None:
+    """Finer rows for tables that are to be filled from a file.
+
+    Args:
+        formats: as for `apply_saml`.
+        made: the new layers, by their path in the model.
+
+    Raises:
+        SAMLError: a layer is no table, or has weights, in which calibration finds the rows.
+    """
+    for path, format in formats.items():
+        if not isinstance(format, Mapping) or "finer_rows" not in format:
+            continue
+        table = made[path]
+        if not isinstance(table, SAMLEmbedding) or not table.weight.codes.is_meta:
+            raise SAMLError(f"formats: {path}: finer rows come from a calibration, or from a file")
+        table.finer = FinerRows.empty(format["finer_rows"], table.weight)
 
 
 def _round_to_half(model: nn.Module) -> None:
@@ -210,7 +230,7 @@ def _replacements(
     own: dict[str, SAMLConfig],
     context: BatchContext,
     blocks: dict[str, BlockGates],
-    weights: Mapping[str, QuantizedTensor],
+    calibration: Calibration | None,
 ) -> dict[nn.Module, nn.Module]:
     """Old layer -> new one; output heads last, as they ask the embedding that they are tied to."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -234,9 +254,10 @@ def _replacements(
             context,
             block,
             width,
-            weights.get(place.path),
+            None if calibration is None else calibration.weights.get(place.path),
         )
         if isinstance(new, SAMLEmbedding):
+            new.finer = None if calibration is None else calibration.finer.get(place.path)
             tied[tie(layer)] = new
     for layer, path in heads.items():
         embedding = tied.get(tie(layer))

@@ -8,8 +8,10 @@ of IEEE 754 in float64, element by element: the same on every machine.
 The container is safetensors. `<layer>.codes` (packed differences, modulo 16, of ranks by value) and
 `<layer>.absmax` are raw DEFLATE streams (RFC 1951); `<layer>.nested_absmax` and `<layer>.offset`
 are as in `QuantizedTensor`; `<layer>.moved`, float16 [columns], is what calibration moved columns
-by on average, in weights of so many rows that it helps. Parameters that calibration moved are
-there in float16 under their names. The metadata's JSON names format, full model and result.
+by on average, in weights of so many rows that it helps. Finer rows of a table are there as they
+are, under `<layer>.finer.rows` and `<layer>.finer.weight.` with the parts' names. Parameters that
+calibration moved are there in float16 under their names. The metadata's JSON names format, full
+model and result.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from torch import Tensor, nn
 
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
+from saml_kernels.layers.embedding import FinerRows
 from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import pack_codes
 from saml_models.compress.calibration import Calibration
-from saml_models.compress.layers import hash_of_weights
 from saml_models.runtime.tensors import read_description, read_tensors, write_tensors
 
 __all__ = ["model_hash", "read_rounding", "write_rounding"]
@@ -38,6 +40,7 @@ KIND, VERSION = "saml-rounding", 1
 ROWS = 4096  # of weights whose columns' means are kept
 PART = 1 << 12  # blocks at a time, in float64
 SCALES = ("nested_absmax", "offset")
+FINER = ".finer."
 
 
 def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> int:
@@ -71,6 +74,8 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         tensors[f"{name}.codes"] = _deflated(pack_codes(differences))
         tensors[f"{name}.absmax"] = _deflated(weight.absmax)
         tensors |= {f"{name}.{s}": getattr(weight, s) for s in SCALES if double_quant}
+    for name, finer in calibration.finer.items():
+        tensors |= {f"{name}{FINER}{part}": value for part, value in finer.state_dict().items()}
     about = {
         "kind": KIND,
         "version": VERSION,
@@ -79,7 +84,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         "double_quant": double_quant,
         "parameters": _count(model),
         "model_sha256": model_hash(model),
-        "weight_hash": hash_of_weights(calibration.weights),
+        "weight_hash": calibration.hash(),
         "calibration": calibration.about,
     }
     write_tensors(path, tensors, {"saml": json.dumps(about)})
@@ -114,6 +119,10 @@ def read_rounding(
         return None
     if about.get("model_sha256") != model_hash(model):
         return None
+    apart: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if FINER in key]:
+        name, _, part = key.partition(FINER)
+        apart.setdefault(name, {})[part] = tensors.pop(key)
     weights = {}
     for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
         parts = {key: tensors.pop(f"{name}.{key}", None) for key in ("codes", "absmax", *SCALES)}
@@ -123,14 +132,17 @@ def read_rounding(
             weights[name] = _weight(original, moved, parts, config)
         except (SAMLError, AttributeError, TypeError, RuntimeError, zlib.error) as error:
             raise SAMLError(f"{path}: {name} is damaged; copy the file again") from error
-    if not weights or hash_of_weights(weights) != about.get("weight_hash"):
-        raise SAMLError(f"{path}: does not match its description; copy the file again")
+    finer = {name: _finer(path, name, weights.get(name), own) for name, own in apart.items()}
     origin = about.get("calibration")
-    return Calibration(
+    found = Calibration(
         weights,
         {name: value.float() for name, value in tensors.items()},
         origin if isinstance(origin, dict) else {},
+        finer,
     )
+    if not weights or found.hash() != about.get("weight_hash"):
+        raise SAMLError(f"{path}: does not match its description; copy the file again")
+    return found
 
 
 def _weight(
@@ -148,6 +160,19 @@ def _weight(
     ranks = (_nearest(original, moved, weight) + differences) % 16
     weight.codes.copy_(pack_codes(order[ranks]))
     return weight
+
+
+def _finer(
+    path: str | os.PathLike[str], name: str, table: QuantizedTensor | None, parts: dict[str, Tensor]
+) -> FinerRows:
+    """Finer rows of a table that the file holds, too."""
+    try:
+        assert table is not None
+        finer = FinerRows.empty(len(parts["rows"]), table)
+        finer.load_state_dict(parts)
+        return finer.check(table, name)
+    except (AssertionError, KeyError, SAMLError, TypeError, RuntimeError) as error:
+        raise SAMLError(f"{path}: {name}: finer rows are damaged; copy the file again") from error
 
 
 def _original(model: nn.Module, name: str) -> Tensor:

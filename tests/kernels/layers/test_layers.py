@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear
+from saml_kernels import SAMLConfig, SAMLEmbedding, SAMLError, SAMLLinear, quantize
 from saml_kernels.layers.context import BatchContext
 from saml_kernels.layers.conv import QuantizedConv1d, SAMLPointwiseConv1d
-from saml_kernels.layers.embedding import TiedHead
+from saml_kernels.layers.embedding import FinerRows, TiedHead
 from saml_kernels.quantization.tensor import FORMATS
 
 K, N = 128, 96
@@ -267,6 +267,52 @@ def test_embedding_and_its_tied_head(width: int, format: Any) -> None:
     torch.testing.assert_close(head(x), x @ table.T, rtol=1e-4, atol=1e-4)
     assert not list(head.parameters())
     assert not head.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_finer_rows_are_added_to_what_is_looked_up_and_to_logits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    source = nn.Embedding(50, 64)
+    layer = SAMLEmbedding.from_embedding(source, SAMLConfig()).to(dtype)
+    coarse = layer.weight.dequantize()
+    rows = torch.tensor([0, 3, 7, 49])
+    more = quantize(source.weight.detach()[rows] - coarse[rows])
+    layer.finer = FinerRows(rows.int(), more).check(layer.weight)
+    table = coarse.clone()
+    table[rows] += more.dequantize()
+    missed = (table - source.weight)[rows].norm(), (coarse - source.weight)[rows].norm()
+    assert missed[0] < 0.2 * missed[1]
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float16 else {}
+    ids = torch.tensor([[0, 1, 7, 8], [49, 3, 2, 49]])
+    torch.testing.assert_close(layer(ids), table[ids].to(dtype), **tolerance)
+    x = torch.randn(2, 3, 64).to(dtype).requires_grad_()
+    logits = TiedHead(layer)(x)
+    expected = x.detach().float() @ table.T
+    torch.testing.assert_close(logits, expected.to(dtype), rtol=2e-3, atol=2e-2)
+    logits.float().square().sum().backward()
+    assert x.grad is not None
+    found, wanted = x.grad.float(), 2 * expected @ table
+    assert (found - wanted).norm() < 2e-3 * wanted.norm()
+    with pytest.raises(IndexError):
+        layer(torch.tensor([50]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [((3, 1), (2, 64)), ((1, 1), (2, 64)), ((-1, 2), (2, 64)), ((1, 50), (2, 64)), ((1,), (2, 64)),
+     ((1, 2), (2, 32))],
+)  # fmt: skip
+def test_finer_rows_of_no_such_table_are_refused(
+    rows: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    layer = SAMLEmbedding.from_embedding(nn.Embedding(50, 64), SAMLConfig())
+    finer = FinerRows(torch.tensor(rows, dtype=torch.int32), quantize(torch.randn(shape)))
+    with pytest.raises(SAMLError, match=r"here: .* expected rising rows of a table \(50, 64\)"):
+        finer.check(layer.weight, "here")
+    for count in (0, 51, "many"):
+        with pytest.raises(SAMLError, match="expected 1 to 50"):
+            FinerRows.empty(count, layer.weight)  # type: ignore[arg-type]
 
 
 def test_embedding_gives_the_dtype_the_model_computes_in() -> None:

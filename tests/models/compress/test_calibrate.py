@@ -11,7 +11,7 @@ import pytest
 import torch
 from synthetic import divergence, small_whisper
 
-from saml_kernels import SAMLConfig, SAMLError
+from saml_kernels import SAMLConfig, SAMLError, quantize
 from saml_kernels.quantization import rounding
 from saml_models.compress import calibrate as module
 from saml_models.compress.apply import apply_saml
@@ -23,6 +23,7 @@ from saml_models.compress.calibration_speech import (
     clips_hash,
     prepare_clips,
 )
+from saml_models.compress.calibration_walk import EMBEDDING, finer_rows
 from saml_models.compress.checkpoint import load_saml, save_saml
 from saml_models.compress.layers import quantised_tensors
 from saml_models.data.corpora import Utterance
@@ -72,13 +73,38 @@ def test_every_layer_is_there_and_the_distribution_is_nearer(
     plain, made = compressed(model), compressed(model, calibration)
     names = {name.removesuffix(".weight") for name in quantised_tensors(plain)}
     assert set(calibration.weights) == names
+    finer = calibration.finer[EMBEDDING]
+    parts = calibration.weights | {f"{EMBEDDING}.finer": finer.weight}
     for name, weight in quantised_tensors(made).items():
-        assert torch.equal(weight.codes, calibration.weights[name.removesuffix(".weight")].codes)
+        assert torch.equal(weight.codes, parts[name.removesuffix(".weight")].codes)
     size = {m: sum(t.nbytes for t in quantised_tensors(m).values()) for m in (plain, made)}
-    assert size[plain] == size[made]
+    assert len(finer.rows) == Recipe().finer_rows
+    assert size[plain] == size[made] - finer.weight.nbytes
     before = divergence(model, plain, tiny_en[1], clips)
     after = divergence(model, made, tiny_en[1], clips)
     assert after < 0.7 * before
+
+
+def test_finer_rows_are_those_whose_errors_tell_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40, 64, generator=generator)
+    weight = quantize(table)
+    states = [torch.randn(50, 64, generator=generator) * 0.2 for _ in range(3)]
+    found = finer_rows(weight, table, states, 8)
+    assert found is not None and len(found.rows) == 8 and (found.rows.diff() > 0).all()
+    hidden, coarse = torch.cat(states), weight.dequantize()
+
+    def kl(rows: torch.Tensor, more: torch.Tensor) -> float:
+        rounded = coarse.index_add(0, rows, more)
+        full, other = ((hidden @ one.T).log_softmax(-1) for one in (table, rounded))
+        return float((full.exp() * (full - other)).sum(-1).mean())
+
+    own = kl(found.rows.long(), found.weight.dequantize())
+    for _ in range(10):
+        rows = torch.randperm(40, generator=generator)[:8]
+        assert own < kl(rows, (table - coarse)[rows])
+    assert finer_rows(weight, table, states, 0) is None
+    assert finer_rows(quantize(table, "int8"), table, states, 3) is None
 
 
 def test_the_rounded_side_is_the_model_that_comes_out(

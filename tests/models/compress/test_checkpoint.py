@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from synthetic import small_whisper
 from torch import Tensor
 
-from saml_kernels import SAMLConfig, SAMLError
+from saml_kernels import SAMLConfig, SAMLError, quantize
+from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress import checkpoint as storage
 from saml_models.compress.apply import apply_saml
+from saml_models.compress.calibration import Calibration
 from saml_models.compress.checkpoint import load_saml, save_saml
+from saml_models.compress.layers import quantised_tensors
 from saml_models.compress.loading import load_model
 from saml_models.compress.packing import pack_experts, unpack_expert
 
@@ -95,7 +98,7 @@ def test_a_newer_file_is_refused(processor: Any, tmp_path: Path) -> None:
     path = tmp_path / "saml.json"
     written = json.loads(path.read_text())
     assert written["saml_version"] == 1
-    for version, reason in [(3, "of a newer saml-kernels; .* upgrade"), ("1", "expected a number")]:
+    for version, reason in [(4, "of a newer saml-kernels; .* upgrade"), ("1", "expected a number")]:
         # What newer files call their settings is not known here.
         path.write_text(json.dumps({"saml_version": version, "model": written["model"]}))
         with pytest.raises(SAMLError, match=reason):
@@ -132,6 +135,49 @@ def test_layers_with_formats_of_their_own(processor: Any, tmp_path: Path) -> Non
         path.write_text(json.dumps(written | {"formats": bad}))
         with pytest.raises(SAMLError, match=reason):
             load_saml(tmp_path)
+
+
+def finer(model: Any) -> FinerRows:
+    """More bits for three rows of a small model's table."""
+    table = model.model.decoder.embed_tokens.weight
+    more = torch.randn(3, table.shape[1], generator=torch.Generator().manual_seed(4))
+    return FinerRows(torch.tensor([0, 5, 9], dtype=torch.int32), quantize(more))
+
+
+def test_finer_rows_of_a_table(processor: Any, tmp_path: Path) -> None:
+    path, model = "model.decoder.embed_tokens", small_whisper()
+    coarse = copy.deepcopy(model)
+    config = SAMLConfig(num_experts=2, rank=2)
+    apply_saml(coarse, config)
+    weights = {name.removesuffix(".weight"): w for name, w in quantised_tensors(coarse).items()}
+    apply_saml(model, config, calibration=Calibration(weights, finer={path: finer(coarse)}))
+    assert not torch.equal(logits(model), logits(coarse))
+    assert model.saml.formats() == {path: {"format": "nf4", "finer_rows": 3}}
+    assert model.saml.weight_hash() != coarse.saml.weight_hash()
+    save_saml(trained(model), processor, tmp_path)
+    written = json.loads((tmp_path / "saml.json").read_text())
+    assert written["saml_version"] == 3
+    again: Any = load_saml(tmp_path)[0]
+    assert torch.equal(logits(again), logits(model))
+    assert again.saml.weight_hash() == model.saml.weight_hash()
+
+    def refused(rows: Any, reason: str, **others: Any) -> None:
+        formats = {path: {"format": "nf4", "finer_rows": rows}} | others
+        (tmp_path / "saml.json").write_text(json.dumps(written | {"formats": formats}))
+        with pytest.raises(SAMLError, match=reason):
+            load_saml(tmp_path)
+
+    refused(2, r"finer.* has shape")
+    refused(10**9, r"finer rows: 1000000000; expected 1 to")
+    refused("3", r"finer rows: '3'; expected 1 to")
+    layer = {"model.encoder.conv1": {"format": "nf4", "finer_rows": 3}}
+    refused(3, "conv1: finer rows come from a calibration, or from a file", **layer)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{path}.finer.rows"][1] = 99999
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused(3, r"embed_tokens: 3 rows .* expected rising rows .* the file is damaged")
+    with pytest.raises(SAMLError, match="finer rows come from a calibration"):
+        apply_saml(small_whisper(), config, formats=model.saml.formats())
 
 
 @pytest.mark.parametrize("router", ["token", "shared"])

@@ -12,6 +12,7 @@ import torch
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError, quantize
+from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress import shipped_rounding as shipped_module
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import quantised_tensors
@@ -45,7 +46,15 @@ def calibrated(model: Any, config: SAMLConfig) -> Calibration:
         table + shift, config.format, config.block_size, config.double_quant
     )
     bias = model.model.encoder.conv1.bias.detach() + 1
-    return Calibration(weights, {"model.encoder.conv1.bias": bias.half().float()}, {"clips": 3})
+    rows = torch.tensor([2, 700, 4999], dtype=torch.int32)
+    more = torch.randn((3, table.shape[1]), generator=generator)
+    kind = config.format, config.block_size, config.double_quant
+    return Calibration(
+        weights,
+        {"model.encoder.conv1.bias": bias.half().float()},
+        {"clips": 3},
+        {"model.decoder.embed_tokens": FinerRows(rows, quantize(more, *kind))},
+    )
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
@@ -62,6 +71,9 @@ def test_the_same_bits_come_back(
     for name, weight in made.weights.items():
         assert torch.equal(found.weights[name].codes, weight.codes), name
         assert torch.equal(found.weights[name].absmax, weight.absmax), name
+    (finer,), (wanted,) = found.finer.values(), made.finer.values()
+    for part, value in wanted.state_dict().items():
+        assert torch.equal(finer.state_dict()[part], value), part
     (bias,) = found.parameters.values()
     assert torch.equal(bias, made.parameters["model.encoder.conv1.bias"])
 
@@ -101,6 +113,12 @@ def test_damage_is_named(model: Any, tmp_path: Path) -> None:
     refused(f"{name} is damaged", {f"{name}.codes": codes[:-5]})
     refused(f"{name} is damaged", {f"{name}.codes": codes.float()})
     refused(f"{name} is damaged", {f"{name}.offset": torch.zeros(3)})
+    finer = "model.decoder.embed_tokens.finer."
+    reason = "embed_tokens: finer rows are damaged"
+    refused(reason, {f"{finer}rows": torch.tensor([2, 700, 5000], dtype=torch.int32)})
+    refused(reason, {f"{finer}weight.codes": tensors[f"{finer}weight.codes"][:-1]})
+    row = torch.tensor([1], dtype=torch.int32)
+    refused("conv1: finer rows are damaged", {f"{name}.finer.rows": row})
     # More bytes than the weight has: a stream that would fill the memory is cut off.
     refused(
         f"{name} is damaged", {f"{name}.codes": tensors["model.decoder.embed_tokens.codes"].clone()}
@@ -121,8 +139,9 @@ def test_what_ships_is_taken_by_the_weights(
     network = copy.deepcopy(model)
     compress(network, config)
     assert network.saml.calibration == {"clips": 3}
+    parts = made.weights | {f"{name}.finer": one.weight for name, one in made.finer.items()}
     for name, weight in quantised_tensors(network).items():
-        expected = made.weights[name.removesuffix(".weight")]
+        expected = parts[name.removesuffix(".weight")]
         assert torch.equal(weight.codes, expected.codes), name
     other = small_whisper(layers=2, vocabulary=5000)
     compress(other, config)
