@@ -2,13 +2,15 @@
 
     python -m bench rounding --data DATA --json bench/results/rounding-tiny.en.json
     python -m bench rounding ... --draws 0,1 --kl-only
+    python -m bench rounding ... --recipe 'all rows alike:{"finer_rows": 0}'
 
 Variants: full precision, plain rounding, and calibrated rounding with several draws of the
-calibration clips, which come from the training sets and from nobody who is measured. KL is the mean
-over text tokens of KL(full precision || variant), the decoder given the reference in the model's
-own style; WER is greedy. Results are written after each set, and what is in the file is not
-measured again; with --work a calibration that was interrupted goes on where it was. With --keep
-the rounding of each draw is written as it ships (saml_models/shipped/rounding).
+calibration clips, which come from the training sets and from nobody who is measured; the same of
+each `--recipe`, which says what differs from the default one. KL is the mean over text tokens of
+KL(full precision || variant), the decoder given the reference in the model's own style; WER is
+greedy. Results are written after each set, and what is in the file is not measured again; with
+--work a calibration that was interrupted goes on where it was. With --keep the rounding of each
+draw is written as it ships (saml_models/shipped/rounding).
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ from bench.accuracy.speech import training_speech
 from bench.models.clips import spread
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
+from saml_kernels.errors import SAMLError
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
-from saml_models.compress.calibrate import calibrate_on
+from saml_models.compress.calibrate import Recipe, calibrate_on
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.calibration_speech import CLIPS, choose_utterances
 from saml_models.compress.layers import compression_of
@@ -107,9 +110,16 @@ class Bench:
     """The full model and its variants on the same speech."""
 
     def __init__(
-        self, name: str, data: Path, work: Path | None, show: Progress, keep: Path | None = None
+        self,
+        name: str,
+        data: Path,
+        work: Path | None,
+        show: Progress,
+        keep: Path | None = None,
+        recipes: dict[str, Recipe] | None = None,
     ) -> None:
         self.name, self.data, self.work, self.show, self.keep = name, data, work, show, keep
+        self.recipes = {"": Recipe()} | (recipes or {})
         self.full = self.load()
         self.multilingual = is_multilingual(self.full.network)
         self.sets = SETS if self.multilingual else ENGLISH
@@ -135,18 +145,19 @@ class Bench:
         started, cpu = time.monotonic(), time.process_time()
         calibration: Calibration | None = None
         if variant != PLAIN:
-            seed = int(variant.removeprefix(f"{CALIBRATED} "))
+            draw, _, recipe = variant.removeprefix(f"{CALIBRATED} ").partition(" ")
+            place = "-".join([self.name, draw, *recipe.split()])
             calibration = calibrate_on(
                 speech,
-                calibration_speech(self.data, self.multilingual, seed),
+                calibration_speech(self.data, self.multilingual, int(draw)),
                 config,
-                seed=seed,
-                folder=None if self.work is None else self.work / f"{self.name}-{seed}",
+                self.recipes[recipe],
+                seed=int(draw),
+                folder=None if self.work is None else self.work / place,
                 on_progress=self.stages(variant),
             )
         if calibration is not None and self.keep is not None:
-            path = self.keep / f"{self.name}-{seed}.safetensors"
-            write_rounding(path, calibration, speech.network)
+            write_rounding(self.keep / f"{place}.safetensors", calibration, speech.network)
         report = apply_saml(speech.network, config, calibration=calibration)
         return speech, {
             "memory_bytes": report.memory_bytes,
@@ -244,6 +255,15 @@ def measure(
                 save()
 
 
+def _recipe(given: str) -> tuple[str, Recipe]:
+    """Its name and the recipe."""
+    name, _, fields = given.partition(":")
+    try:
+        return name, Recipe(**json.loads(fields))
+    except (TypeError, ValueError) as error:
+        raise SAMLError(f"--recipe {given}: expected NAME:{{JSON}} of Recipe's fields") from error
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Holds vctk/, LibriSpeech/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
@@ -255,16 +275,21 @@ def main(
     keep: Annotated[
         Path | None, typer.Option(help="Write the rounding of each draw there, as it ships.")
     ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="NAME:{JSON} of Recipe's fields; may be repeated.")
+    ] = None,
 ) -> None:
     quiet_libraries()
+    recipes = dict(map(_recipe, recipe or []))
     results: dict[str, Any] = {"speech": {}, "variants": {}}
     if json_file.exists():
         results = json.loads(json_file.read_text())
     results["about"] = about(torch.device("cpu")) | {"model": model}
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as show:
-        bench = Bench(model, data, work, show, keep)
-        variants = [PLAIN, *(f"{CALIBRATED} {int(seed)}" for seed in draws.split(","))]
+        bench = Bench(model, data, work, show, keep, recipes)
+        drawn = [f"{CALIBRATED} {int(seed)}" for seed in draws.split(",")]
+        variants = [PLAIN, *drawn, *(f"{one} {name}" for name in recipes for one in drawn)]
         measure(bench, results, lambda: write_json(json_file, results), variants, clips, kl_only)
     table = Table(title=f"{model}: WER %, KL in nats a token")
     for name in (HEADS[0], *results["speech"], HEADS[1]):

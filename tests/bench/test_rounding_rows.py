@@ -8,6 +8,8 @@ import pytest
 
 from bench.accuracy import rounding
 from bench.accuracy.rounding_rows import FULL, mean_kl, pooled_ratio, rows, wer
+from saml_kernels import SAMLError
+from saml_models.compress.calibrate import Recipe
 from saml_models.evaluation.divergence import Divergence
 
 
@@ -85,3 +87,13 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
         ("hear", "plain", key) for key in rounding.ENGLISH
     ]
     assert len(rows(found)) == 3
+
+
+def test_a_recipe_is_its_name_and_its_fields() -> None:
+    assert rounding._recipe('all rows alike:{"finer_rows": 0}') == (
+        "all rows alike",
+        Recipe(finer_rows=0),
+    )
+    for wrong in ("mine", "mine:{", 'mine:{"rows": 0}', "mine:3"):
+        with pytest.raises(SAMLError, match=r"--recipe mine.*: expected NAME:\{JSON\}"):
+            rounding._recipe(wrong)
