@@ -1,4 +1,4 @@
-"""KL as one part of a Whisper after the other is rounded: where it comes from.
+"""KL as one part of a Whisper after the other is rounded.
 
     python -m bench rounding-layers --data DATA --json bench/results/rounding-layers-tiny.en.json \
         --figure docs/images/rounding-layers.png
