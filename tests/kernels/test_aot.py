@@ -18,7 +18,7 @@ from saml_kernels.backends.triton.launcher import KERNELS, kernel, recording
 from saml_kernels.backends.triton.prebuilt import Driver, Prebuilt
 from saml_kernels.backends.triton.signature import Varying, key_of, signature
 
-FORWARD = set(KERNELS) - {"gradients", "project_backward"}
+FORWARD = set(KERNELS) - {"backward", "finish_backward", "gradients"}
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:

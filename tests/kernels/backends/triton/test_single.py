@@ -1,4 +1,4 @@
-"""The one-launch kernel with its programs side by side, in any order and with little room."""
+"""The one-launch kernels with their programs side by side, in any order and with little room."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from cases import TOLERANCE, assert_close, make_case, truth
 from routed_cases import make_router
 
 from saml_kernels.backends.triton import backend as backend
+from saml_kernels.backends.triton.backward_steps import OneLaunch
 from saml_kernels.backends.triton.configs import Config
 from saml_kernels.backends.triton.counters import counters
 from saml_kernels.backends.triton.facts import weight_parts
@@ -43,6 +44,38 @@ def test_any_order_gives_the_same_bits(gating, residents, device):
         assert launches[0] == launches[1] > 8
     if router is None:
         assert_close(expected, truth(case)[0], TOLERANCE[case.x.dtype], "y", truth(case, True)[0])
+    assert not any(t.any() for t in counters(case.x.device).streams.values())
+
+
+@pytest.mark.skipif(not interpreting(), reason="a device orders its programs itself")
+@pytest.mark.parametrize("residents", [1, 3, 40])
+@pytest.mark.parametrize("dx", [True, False], ids=["dX", "no dX"])
+def test_backward_in_any_order_gives_the_same_bits(dx, residents, device):
+    """Shares of dY B and of dY W, two rows of tiles at a time."""
+    case = make_case(4, 40, 32, 64, 3, 4, speakers=2, device=device)
+    router = make_router(case, 5, 2, 1.0)
+    gates = torch.rand(40, 3, device=device)
+    plain = torch.randn(40, 12, device=device)
+    way = Config("split", 16, 32, 16, 2, stages=2, group=2)
+    facts = backend.facts_of(
+        case.x, case.weight, case.lora_a, case.lora_b, router, None, case.speakers, (2, 1.0),
+        dy=case.dy, route=way,
+    )  # fmt: skip
+    plan = OneLaunch(facts, way, dx=dx, through=True)
+
+    def run():
+        return plan(
+            case.dy, weight_parts(case.weight), case.lora_b, case.lora_a, router, gates, plain,
+            case.speakers, case.scaling, None,
+        )  # fmt: skip
+
+    expected = run()
+    for seed in range(2):
+        with interleaved(seed, residents) as launches:
+            found = run()
+        assert len(launches) == 1 and launches[0] > 5
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
     assert not any(t.any() for t in counters(case.x.device).streams.values())
 
 
