@@ -29,7 +29,6 @@ LIBRARY = 0.72  # of the stated rate, by a large product of cuBLAS
 SCRATCH = 0.6  # by one of Triton's on a dequantised weight
 DECODED = 0.32  # by one that decodes the weight in its loop
 DECODED_BACK = 0.2  # by one that decodes it transposed
-LIBRARY_TILE = 128 * 128
 STEP_US = 0.5  # of a loop that loads, decodes and multiplies, for each 64 of its reduction
 DEEP = 2  # such steps that a tile of 128 or more has under way at once
 SHARE_US = 0.5  # four partial sums added by the program that comes last
@@ -88,12 +87,17 @@ class Device:
         return LAUNCH_US + max(1e6 * seconds, waves * steps * STEP_US)
 
     def library(self, m: int, n: int, k: int) -> float:
-        """A product [M, K] [K, N] by cuBLAS, both operands in 16 bits."""
-        programs = math.ceil(m / 128) * math.ceil(n / 128)
-        moved = HALF * (m * k + n * k + m * n)
-        if m <= 64:  # shares out the reduction, and is bound by bytes
-            return self.launch(moved, 2 * m * n * k)
-        return self.launch(moved, 2 * m * n * k, LIBRARY, programs)
+        """A product [M, K] [K, N] by cuBLAS, both operands in 16 bits.
+
+        By large tiles at the full rate, or by small ones at half of it, which share the reduction
+        out: whichever is faster.
+        """
+        moved, flop = HALF * (m * k + n * k + m * n), 2 * m * n * k
+        large = math.ceil(m / 128) * math.ceil(n / 128)
+        small = math.ceil(m / 64) * math.ceil(n / 64) * min(4, math.ceil(k / 512))
+        return min(
+            self.launch(moved, flop, LIBRARY, large), self.launch(moved, flop, LIBRARY / 2, small)
+        )
 
 
 # One processor of the architecture's usual part: GB/s, TFLOP/s.
