@@ -45,6 +45,8 @@ __all__ = [
 # single: one launch for a few tokens; decode: two; split: the reduction is shared out among
 # programs; fused: one program for a tile of the result; dense: as fused, on the weight dequantised
 # to scratch; scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
+# Backward, single, decode and split are one way, and every route but scratch makes dX, dP and dZ in
+# one launch; scratch has cuBLAS make [dY W | dY B].
 ROUTES = ("single", "decode", "split", "fused", "dense", "scratch")
 SHARED_OUT = ("single", "decode", "split")  # those that share the reduction out among programs
 Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]

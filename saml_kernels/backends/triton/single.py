@@ -69,7 +69,8 @@ class Single:
         block_pd = piece_depth(block_m, block_d)
         block_p = piece_columns(block_m)
         across = tiles(columns, block_p)
-        p_shares = piece_shares(f, members * tiles_m, across, tiles(f.k, block_pd))
+        # As many alone as together: the same bits.
+        p_shares = piece_shares(f, tiles_m, across, tiles(f.k, block_pd))
         pieces = across * p_shares
         gating = f.gating_constants()
         kept = f.gating[0] if f.gating else f.experts
