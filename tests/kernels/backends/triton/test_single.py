@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 from cases import TOLERANCE, assert_close, make_case, truth
 from routed_cases import make_router
 
@@ -10,6 +15,7 @@ from saml_kernels.backends.triton.backward_steps import OneLaunch
 from saml_kernels.backends.triton.configs import Config
 from saml_kernels.backends.triton.counters import counters
 from saml_kernels.backends.triton.facts import weight_parts
+from saml_kernels.backends.triton.kernels.tickets import work_of
 from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.backends.triton.single import together_plan
 
@@ -17,6 +23,30 @@ if interpreting():
     from interleaved import interleaved
 
 WAY = Config("single", 16, 32, 32, 2, stages=2)
+
+
+@triton.jit
+def _tickets_kernel(found, rows, pieces, others, GROUP: tl.constexpr):
+    """found [tickets, 3]: row of tiles, whether it is one of its pieces, which one."""
+    ticket = tl.program_id(0)
+    row, of_piece, number = work_of(ticket, rows, pieces, others, GROUP)
+    tl.store(found + 3 * ticket, row)
+    tl.store(found + 3 * ticket + 1, of_piece.to(tl.int32))
+    tl.store(found + 3 * ticket + 2, number)
+
+
+@pytest.mark.parametrize(("rows", "pieces", "others", "group"), [(5, 3, 4, 2), (3, 0, 2, 8)])
+def test_a_row_s_pieces_come_before_what_waits_for_them(rows, pieces, others, group, device):
+    count = rows * (pieces + others)
+    found = torch.full((count, 3), -1, dtype=torch.int32, device=device)
+    _tickets_kernel[(count,)](found, rows, pieces, others, group)
+    tickets = {tuple(work): ticket for ticket, work in enumerate(found.tolist())}
+    every = {(r, 1, n) for r in range(rows) for n in range(pieces)}
+    every |= {(r, 0, n) for r in range(rows) for n in range(others)}
+    assert set(tickets) == every
+    for (row, of_piece, _), ticket in tickets.items():
+        before = [tickets[row, 1, n] for n in range(pieces)]
+        assert of_piece or all(b < ticket for b in before)
 
 
 def call(case, router=None, top_k=None):
