@@ -131,7 +131,8 @@ class Finish:
             "finish_backward", (tiles(f.k, block_o), tiles(f.m, block_m)), warps, 1,
             ROUTER=routed, THROUGH=through, DGATES=through and not routed, PRECISION=f.precision,
             BLOCK_M=block_m, BLOCK_O=block_o,
-            BLOCK_R=min(16 if f.exact else 64, max(16, power_of_2(f.columns))),
+            # Wider ones leave room for one program on a processor.
+            BLOCK_R=min(16 if f.exact else 32, max(16, power_of_2(f.columns))),
             BLOCK_E=f.gating_constants()["BLOCK_E"],
         )  # fmt: skip
         self.sizes = (Varying(f.m), f.k, f.experts, f.rank, stride, f.gates_span)
