@@ -230,17 +230,18 @@ def launches(m: int, n: int, k: int, capability: str, processors: int) -> list[l
     a, b = tensor(EXPERTS, RANK, k), tensor(EXPERTS, n, RANK)
     given, routing = (weight, a, b, router), (None, 1.0)
     forward = (x, weight_parts(weight), a, None, b, None, router, bias, None, 1.0)
+    plain = made = None
     found = []
     with pretending(capability, processors):
         facts = facts_of(x, *given, bias, None, routing)
         for keep in (False, True):
             with counting() as names:
-                _, *kept = forward_plan(facts, keep)(*forward)
+                _, plain, made = forward_plan(facts, keep)(*forward)
             found.append(names)
         facts = facts_of(x, *given, None, None, routing, dy=dy)
         plan = backward_plan(facts, (True,) * 4, True)
         with counting() as names:
-            plan(dy, x, weight_parts(weight), a, b, router, None, 1.0, *kept)
+            plan(dy, x, weight_parts(weight), a, b, router, None, 1.0, plain, made)
     return [*found, names]
 
 
