@@ -235,6 +235,8 @@ def launches(m: int, n: int, k: int, capability: str, processors: int) -> list[l
     with pretending(capability, processors):
         facts = facts_of(x, *given, bias, None, routing)
         for keep in (False, True):
+            with counting():  # a first call makes tables and counters
+                forward_plan(facts, keep)(*forward)
             with counting() as names:
                 _, plain, made = forward_plan(facts, keep)(*forward)
             found.append(names)
