@@ -40,7 +40,7 @@ VOCABULARY = 51865  # Whisper's, of the output head; the others differ in nothin
 # Noting down a call costs nothing, so every rule of a tuning table is met by asking often; devices
 # of one architecture differ in size, which decides how far a product is split.
 TOKENS = (*range(1, 33), *(int(32 * 1.1**i) for i in range(1, 52)))
-PROCESSORS = (1, 8, 20, 132, 1000)
+PROCESSORS = (1, 8, 16, 20, 132, 1000)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 EXPERT_FORMATS = ("float", "float32", "int8")
 ROUTERS = ("token", "given")

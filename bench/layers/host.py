@@ -30,9 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from saml_kernels import SAMLConfig, SAMLLinear, quantize, saml_linear, saml_linear_routed
 from saml_kernels.backends import registry
 from saml_kernels.backends.triton import launcher as dispatch
+from saml_kernels.backends.triton.backend import facts_of
+from saml_kernels.backends.triton.configs import pretending
+from saml_kernels.backends.triton.facts import weight_parts
+from saml_kernels.backends.triton.plan import backward_plan, forward_plan
 from saml_kernels.backends.triton.prebuilt import Driver, started
 from saml_kernels.backends.triton.signature import Launch, signature
 from saml_kernels.files import write_json
+from saml_kernels.quantization.tensor import QuantizedTensor
 from saml_kernels.timing import Timing
 
 ROWS, WIDTH, EXPERTS, RANK, SPEAKERS = 4, 64, 4, 4, 3
@@ -208,6 +213,38 @@ def operations(gating: str, many: bool, autocast: bool, rows: int) -> tuple[list
         with counting() as backward:
             torch.autograd.grad(y, case.leaves, dy)
     return forward, backward
+
+
+def launches(m: int, n: int, k: int, capability: str, processors: int) -> list[list[str]]:
+    """What such a GPU is given for a routed call of one speaker in float16.
+
+    Names of a forward, of one that keeps P for a backward, and of that backward: kernels in their
+    order, then operators of PyTorch.
+    """
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+    x, dy, bias, router = tensor(m, k), tensor(m, n), tensor(n), tensor(EXPERTS, k)
+    weight = QuantizedTensor.empty((n, k), device="meta")
+    a, b = tensor(EXPERTS, RANK, k), tensor(EXPERTS, n, RANK)
+    given, routing = (weight, a, b, router), (None, 1.0)
+    forward = (x, weight_parts(weight), a, None, b, None, router, bias, None, 1.0)
+    plain = made = None
+    found = []
+    with pretending(capability, processors):
+        facts = facts_of(x, *given, bias, None, routing)
+        for keep in (False, True):
+            with counting():  # a first call makes tables and counters
+                forward_plan(facts, keep)(*forward)
+            with counting() as names:
+                _, plain, made = forward_plan(facts, keep)(*forward)
+            found.append(names)
+        facts = facts_of(x, *given, None, None, routing, dy=dy)
+        plan = backward_plan(facts, (True,) * 4, True)
+        with counting() as names:
+            plan(dy, x, weight_parts(weight), a, b, router, None, 1.0, plain, made)
+    return [*found, names]
 
 
 def main(

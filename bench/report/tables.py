@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench.accuracy import rounding_rows
 from bench.layers import predicted
+from bench.layers.host import launches
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
@@ -378,21 +379,18 @@ def _host(results: Path) -> str:
 
 
 def _launches(results: Path) -> str:
-    """What a routed call of one speaker launches, by its number of rows."""
-    data = _read(results / "host-amd-epyc.json")
-    plain = {"gating": "router", "speakers": 1, "autocast": False}
+    """What a routed call of one speaker launches on an H100; computed, not read from a file."""
     rows = [
-        [str(row["rows"]), ", ".join(row["forward"]), ", ".join(row["backward"])]
-        for row in data["operations"] if all(row[k] == v for k, v in plain.items())
-    ]  # fmt: skip
-    return "\n".join(_markdown_table(["rows", "forward", "backward"], rows)).strip()
+        [str(m), *(", ".join(names) for names in launches(m, 512, 512, "sm_90", 132))]
+        for m in (1, 32, 256, 1024, 4096)
+    ]
+    heads = ["rows", "forward", "forward that keeps P", "backward"]
+    return "\n".join(_markdown_table(heads, rows)).strip()
 
 
-def _predicted(results: Path) -> str:
-    """The cost model's times for boards; computed, not read from a file."""
-    counts = ["1 token" if m == 1 else f"{m} tokens" for m in predicted.TOKENS]
-    heads = ["predicted", "layer", *(f"{count}, us" for count in counts)]
-    return "\n".join(_markdown_table(heads, predicted.rows())).strip()
+def _predicted(devices: tuple[predicted.Named, ...]) -> str:
+    """The cost model's times for devices; computed, not read from a file."""
+    return "\n".join(_markdown_table(predicted.heads(), predicted.rows(devices))).strip()
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -406,7 +404,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "rounding": _rounding,
     "host": _host,
     "launches": _launches,
-    "predicted": _predicted,
+    "predicted": lambda results: _predicted(predicted.BOARDS),
+    "predicted-servers": lambda results: _predicted(predicted.SERVERS),
     "benchmark": lambda results: markdown(load(timed_files(results))),
 }
 """Markdown of a table from a folder of results, by the name that a page's marker has."""

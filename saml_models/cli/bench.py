@@ -16,7 +16,7 @@ from saml_models.cli.output import progress
 
 __all__ = ["DOOR", "bench"]
 
-TUNED_WIDTH, TUNING_MINUTES = 384, 9.0
+TUNED_WIDTH = 384
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "saml-kernels"
 # How `bench` is registered: what it does not know is for the benchmark's own commands.
@@ -51,7 +51,7 @@ def bench(
                 f"bench --tune: {ctx.args[0]}: expected --width, --device or --minutes alone"
             )
         d = width or TUNED_WIDTH
-        _tune([(d, d), (4 * d, d), (d, 4 * d)], device, minutes or TUNING_MINUTES)
+        _tune([(d, d), (4 * d, d), (d, 4 * d)], device, minutes)
         return
     if help and (tune or not _in_clone()):
         typer.echo(ctx.get_help())
@@ -91,7 +91,7 @@ def _load(name: str, folder: Path) -> Any:
     return import_module(f"{name}.app")
 
 
-def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> None:
+def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float | None) -> None:
     import torch
 
     from saml_kernels.backends.triton import backend as triton
@@ -103,7 +103,7 @@ def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> 
     reason = triton.why_unavailable()
     if reason or where.type != "cuda":
         raise SAMLError(f"bench --tune: {reason or 'it measures a GPU; pass --device cuda'}")
-    from saml_kernels.backends.triton.tuning import tune
+    from saml_kernels.backends.triton.tuning import MINUTES, tune
 
     gains: list[float] = []
     with progress("tuning") as show:
@@ -116,7 +116,7 @@ def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float) -> 
                 f"{row['route']}",
             )  # fmt: skip
 
-        path, done = tune(shapes, device=where, minutes=minutes, on_row=on_row)
+        path, done = tune(shapes, device=where, minutes=minutes or MINUTES, on_row=on_row)
     typer.echo(f"written: {path} ({done} rows); every later run on this GPU uses it")
     if gains:
         typer.echo(f"gained: {geometric_mean(gains):.2f}x in the mean, {max(gains):.2f}x at most")

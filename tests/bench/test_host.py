@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.layers import host
-from saml_kernels.backends.triton.launcher import interpreting
+from saml_kernels.backends.triton.launcher import KERNELS, interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="launches are replaced, not interpreted")
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="launches are replaced, n
 def test_a_call_launches_little(gating, many, autocast, rows):
     forward, backward = host.operations(gating, many, autocast, rows)
     assert 0 < len(forward) <= 4, forward
-    assert 0 < len(backward) <= 6, backward
+    launched = [name for name in backward if name in KERNELS or name == "mm"]
+    assert 0 < len(launched) <= 4 and len(backward) <= 6, backward
 
 
 @pytest.mark.parametrize("path", host.PATHS)
@@ -33,5 +34,5 @@ def test_calls_start_kernels(path, monkeypatch):
     with host.dispatch.starting_with(noting):
         case = host.layer("router", False)
         host.both(case.run, host.torch.ones(1, host.ROWS, host.WIDTH))
-    assert {"project", "product", "project_backward", "gradients"} <= set(started)
+    assert {"single", "backward", "gradients"} <= set(started)
     assert all(leaf.grad is not None for leaf in case.leaves)

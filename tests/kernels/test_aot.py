@@ -14,11 +14,12 @@ pytest.importorskip("triton")
 from saml_kernels import SAMLError, quantize
 from saml_kernels.backends.triton import backend as backend
 from saml_kernels.backends.triton import configs
-from saml_kernels.backends.triton.launcher import KERNELS, kernel, recording
+from saml_kernels.backends.triton.launcher import kernel, recording
 from saml_kernels.backends.triton.prebuilt import Driver, Prebuilt
 from saml_kernels.backends.triton.signature import Varying, key_of, signature
 
-FORWARD = set(KERNELS) - {"gradients", "project_backward"}
+FORWARD = {"single", "project", "dequantize", "product"}  # of the routes that the model chooses
+TRAINED = FORWARD | {"backward", "gradients"}  # and, of one speaker, finish_backward
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess:
@@ -48,7 +49,8 @@ def check_build(folder, *arguments):
 )  # fmt: skip
 def test_builds_without_spills(options, tmp_path):
     names = check_build(tmp_path, "--arch", *options.split())
-    assert names == (set(KERNELS) if "--train" in options else FORWARD)
+    trained = TRAINED if "--speakers" in options else TRAINED | {"finish_backward"}
+    assert names == (trained if "--train" in options else FORWARD)
 
 
 def test_experts_in_8_bits_with_given_gates(tmp_path):
@@ -110,7 +112,7 @@ def start(ready, launch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("sm_87")
-    assert check_build(made, "--arch", "sm_87", "--train") == set(KERNELS)
+    assert check_build(made, "--arch", "sm_87", "--train") == TRAINED | {"finish_backward"}
     return made
 
 
@@ -133,7 +135,7 @@ def test_a_folder_holds_what_any_number_of_tokens_needs(folder, tokens):
     library = Library()
     ready = Prebuilt(folder, Driver(library, stream_of))
     found = calls(512, tokens)
-    assert len(found) >= 5
+    assert len(found) >= 4
     for launch in found:
         sent = []
 
@@ -193,7 +195,7 @@ def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, 
                 for layer in (*layers, model.proj_out):
                     width = getattr(layer, "in_features", 512)
                     layer(torch.empty(1, rows, width, dtype=torch.float16))
-    assert {launch.name for launch in found} >= FORWARD - {"reduce"}
+    assert {launch.name for launch in found} >= FORWARD
     ready = Prebuilt(folder)
     missing = [launch for launch in found if key_of(launch) not in ready.kernels]
     assert not missing, {(m.name, *(a for a in m.arguments if isinstance(a, int))) for m in missing}

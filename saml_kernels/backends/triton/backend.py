@@ -1,14 +1,14 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Six routes, chosen by shape from tuning tables (configs.py): `single` takes a few tokens in one
-launch (kernels/single.py), `decode` in two (kernels/decode.py); `split` and `fused` decode the
-weight in the loop of one kernel (kernels/product.py) after one pass over x that projects it on the
-experts (kernels/projection.py); `dense` and `scratch` dequantise one layer to scratch
-(kernels/dequantize.py) and go on with the same kernel (a dense product with the experts in its
-accumulator, which knows many speakers) or leave one product over [X | H] and [W | B] to cuBLAS. The
-scratch is a block of PyTorch's caching allocator: every layer and call of a stream gets the same
-one, nothing keeps it, and autograd never sees it. Whatever the route, forward is at most three
-launches (four with a cast of x) and backward at most five (plan.py).
+Six routes, chosen by shape from measured tables or a cost model (configs.py): `single` takes up to
+a few hundred tokens in one launch (kernels/single.py), `decode` in two (kernels/decode.py); `split`
+and `fused` decode the weight in the loop of one kernel (kernels/product.py) after one pass over x
+that projects it on the experts (kernels/projection.py); `dense` and `scratch` dequantise one layer
+to scratch (kernels/dequantize.py) and go on with the same kernel (a dense product with the experts
+in its accumulator, which knows many speakers) or leave one product over [X | H] and [W | B] to
+cuBLAS. The scratch is a block of PyTorch's caching allocator: every layer and call of a stream gets
+the same one, nothing keeps it, and autograd never sees it. Whatever the route, forward is at most
+three launches (four with a cast of x), and backward at most four, two of which read dY (plan.py).
 
 The weight's scales are read in float32 (quantization/layout.py), made when it moves to a GPU.
 Experts, router and bias are read as they lie, in float32 or in the type of x. Where gradients are
@@ -133,7 +133,7 @@ def backward(
     """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
 
     With `routing` the last is the router's. Its logits Z = X V^T are treated as more projections:
-    dX = [dY | dP | dZ] [W ; A ; V], and dA and dV are one product with X.
+    dX = dY W + [dP | dZ] [A ; V], and dA and dV are one product with X. `route` is that of dX.
     """
     if x.shape[0] == 0:
         zeros = (torch.zeros_like(t) for t in (x, lora_a, lora_b, gates))

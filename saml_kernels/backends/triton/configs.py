@@ -1,8 +1,8 @@
 """Which tiles and which route a shape takes: tuning tables as data, and the rule for the rest.
 
-`tables/default.json` goes by the number of tokens alone. A table of measured entries (one for a
-compute capability, `tables/sm_90.json`, or the user's own, which `saml bench --tune` writes) goes
-by the nearest measured shape.
+A table of measured entries (the user's own, which `saml bench --tune` writes, or that of a compute
+capability, `tables/sm_90.json`) goes by the nearest measured shape. Where there is none near, the
+cost model (costs.py) picks among the configurations of `tables/default.json`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from saml_kernels.backends.triton import costs
 from saml_kernels.errors import SAMLError
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "device_traits",
     "forget_tables",
     "on_change",
+    "predicted",
     "pretending",
     "read_table",
+    "serving",
     "table_changed",
     "user_table",
 ]
@@ -42,11 +45,14 @@ __all__ = [
 # single: one launch for a few tokens; decode: two; split: the reduction is shared out among
 # programs; fused: one program for a tile of the result; dense: as fused, on the weight dequantised
 # to scratch; scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
+# Backward, single, decode and split are one way, and every route but scratch makes dX, dP and dZ in
+# one launch; scratch has cuBLAS make [dY W | dY B].
 ROUTES = ("single", "decode", "split", "fused", "dense", "scratch")
 SHARED_OUT = ("single", "decode", "split")  # those that share the reduction out among programs
 Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16
+SPLITS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def read_table(text: str, source: str) -> Rules:
         for direction in ("forward", "backward"):
             rules[direction] = []
             for entry in values[direction]:
-                where = {k: entry.pop(k) for k in ("max_m", "m", "n", "k") if k in entry}
+                where = {k: entry.pop(k) for k in ("min_m", "max_m", "m", "n", "k") if k in entry}
                 for told in ("microseconds", "before_microseconds"):
                     entry.pop(told, None)
                 rules[direction].append((where, Config(**entry)))
@@ -128,16 +134,22 @@ def _fingerprint(device: str) -> str:
 
 @cache
 def _tables(capability: str, device: str) -> tuple[Rules, ...]:
-    """The user's, the shipped one of this capability, the default: as far as they exist."""
+    """What was measured: the user's, the shipped one of this capability, as far as they exist."""
     tables = []
     own = user_table(capability, device)
     if own.is_file():
         tables.append(read_table(own.read_text(), str(own)))
-    shipped = files("saml_kernels.backends.triton") / "tables"
-    for name in (f"{capability}.json", "default.json"):
-        if (shipped / name).is_file():
-            tables.append(read_table((shipped / name).read_text(), name))
+    shipped = files("saml_kernels.backends.triton") / "tables" / f"{capability}.json"
+    if shipped.is_file():
+        tables.append(read_table(shipped.read_text(), shipped.name))
     return tuple(tables)
+
+
+@cache
+def _default() -> Rules:
+    """What the cost model chooses from."""
+    table = files("saml_kernels.backends.triton") / "tables" / "default.json"
+    return read_table(table.read_text(), table.name)
 
 
 def forget_tables() -> None:
@@ -177,20 +189,55 @@ def choose(
         device: its name, for the user's own table.
         processors: of the device, which routes that share the reduction out try to fill.
     """
-    config = Config()
     for table in _tables(capability, device):
-        entry = _lookup(table[direction], m, n, k)
+        entry = _nearest(table[direction], m, n, k)
         if entry is not None:
-            config = entry
-            break
-    if config.route in SHARED_OUT and not config.split:
-        out = n if direction == "forward" else k
-        tiles = math.ceil(m / config.block_m) * math.ceil(out / config.block_o)
-        fill = math.ceil(2 * processors / max(1, tiles))
-        if config.route == "single":  # rather one share too many than half the device idle
-            fill = 1 << (fill - 1).bit_length()
-        config = replace(config, split=min(fill, MAX_SPLIT))
-    return bounded(config, direction, n, k)
+            if not entry.split:
+                entry, _ = predicted(direction, m, n, k, capability, processors, (entry,))
+            return bounded(entry, direction, n, k)
+    return predicted(direction, m, n, k, capability, processors)[0]
+
+
+def predicted(
+    direction: str,
+    m: int,
+    n: int,
+    k: int,
+    capability: str,
+    processors: int,
+    among: Iterable[Config] | None = None,
+    device: costs.Device | None = None,
+) -> tuple[Config, float]:
+    """The configuration that the cost model takes for the fastest, and its time in microseconds.
+
+    Args:
+        direction, m, n, k, capability, processors: as in `choose`.
+        among: configurations to choose from; those of the default table that serve so many tokens,
+            if None. Where `split` is 0 the model shares out the reduction.
+        device: in place of the usual one of this capability and size.
+    """
+    device = device or costs.device_of(capability, processors)
+    cost = costs.forward if direction == "forward" else costs.backward
+    # Neighbouring numbers of tokens take the same way: fewer kernels are compiled.
+    rounded = 1 << max(0, m - 1).bit_length()
+    best: tuple[Config, float] | None = None
+    for config in serving(direction, m) if among is None else among:
+        splits = SPLITS if config.route in SHARED_OUT and not config.split else (config.split,)
+        for split in splits:
+            one = bounded(replace(config, split=split), direction, n, k)
+            time = cost(device, one, rounded, n, k)
+            if best is None or time < best[1]:
+                best = one, time
+    assert best is not None
+    return best[0], cost(device, best[0], m, n, k)
+
+
+def serving(direction: str, m: int) -> Iterator[Config]:
+    """The default table's configurations for `m` tokens."""
+    for where, config in _default()[direction]:
+        most = where.get("max_m")
+        if where.get("min_m", 0) <= m and (most is None or m <= most):
+            yield config
 
 
 def bounded(config: Config, direction: str, n: int, k: int) -> Config:
@@ -202,13 +249,9 @@ def bounded(config: Config, direction: str, n: int, k: int) -> Config:
     return replace(config, split=1 << shares.bit_length() - 1)
 
 
-def _lookup(rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int) -> Config | None:
+def _nearest(rules: list[tuple[dict[str, Any], Config]], m: int, n: int, k: int) -> Config | None:
     nearest, best = None, math.log(NEAR)
     for where, config in rules:
-        if "max_m" in where:
-            if where["max_m"] is None or m <= where["max_m"]:
-                return nearest or config
-            continue
         pairs = zip((m, n, k), (where["m"], where["n"], where["k"]), strict=True)
         distance = sum(abs(math.log(max(1, a) / max(1, b))) for a, b in pairs)
         if distance < best:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import Gating
-from saml_kernels.backends.triton.configs import SHARED_OUT, Config, choose
+from saml_kernels.backends.triton.configs import SHARED_OUT, Config, bounded, choose
 from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
 from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.quantization.codes import code_table
@@ -96,7 +96,7 @@ class Facts(NamedTuple):
         """Route and tiles of "forward" or "backward"."""
         route = self.route
         if isinstance(route, Config):
-            config = route
+            config = route if route.split else bounded(route, direction, self.n, self.k)
         else:
             config = choose(direction, self.m, self.n, self.k, *self.traits)
             if route is not None:
@@ -104,7 +104,7 @@ class Facts(NamedTuple):
                 config = replace(config, route=route, split=split)
         if self.speakers and config.route == "scratch":
             # [W | B] has room for one speaker's experts.
-            config = replace(config, route="dense")
+            config = replace(config, route="dense", split=1)
         return config
 
     def gating_constants(self) -> dict[str, Any]:

@@ -41,8 +41,8 @@ __all__ = [
 KERNELS = {
     "product": "product", "reduce": "product", "single": "single",
     "partial": "decode", "finish": "decode",
-    "project": "projection", "project_backward": "projection", "gradients": "gradients",
-    "dequantize": "dequantize",
+    "project": "projection", "dequantize": "dequantize",
+    "backward": "backward", "finish_backward": "backward", "gradients": "gradients",
 }  # fmt: skip
 
 Start = Callable[..., Any]

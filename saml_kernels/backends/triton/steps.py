@@ -17,60 +17,54 @@ from saml_kernels.backends.triton.facts import (
 from saml_kernels.backends.triton.launcher import Launcher
 from saml_kernels.backends.triton.signature import Varying
 
-__all__ = ["Decode", "Fill", "Product", "Projection", "narrow_tiles"]
+__all__ = ["FLOAT32_TILE", "MIXED_ROWS", "Decode", "Fill", "Product", "Projection"]
 
 FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
 MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
 
 
 class Product:
-    """x W^T (dy W, transposed) + hidden times the experts + bias."""
+    """x W^T + hidden B^T + bias."""
 
-    def __init__(self, facts: Facts, config: Config, *, transposed: bool) -> None:
+    def __init__(self, facts: Facts, config: Config) -> None:
         f = self.facts = facts
         self.split = config.split
-        self.d, self.out = (f.n, f.k) if transposed else (f.k, f.n)
-        block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
+        block_m, block_o, along = config.block_m, config.block_o, config.block_d
         if f.exact:
-            block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
+            block_m, block_o, along = (min(b, FLOAT32_TILE) for b in (block_m, block_o, along))
         warps = config.warps
         if f.speakers and f.columns:
             if block_m > MIXED_ROWS:
                 block_m, warps = MIXED_ROWS, 4
             if f.exact:
                 block_m = 16
-        along = block_o if transposed else block_d
         decoding = DENSE
         if config.route != "dense":
             along = min(along, f.block_size)
-            decoding = decoding_facts(f, along, config.scale == "after" and not transposed)
-        block_o, block_d = (along, block_d) if transposed else (block_o, along)
+            decoding = decoding_facts(f, along, config.scale == "after")
         r = f.columns
-        strides = (f.a_strides if transposed else f.b_strides) if r else (0, 0, 0, 0)
+        strides = f.b_strides if r else (0, 0, 0, 0)
         kept = f.gating[0] if f.gating else f.experts
-        bias = f.bias and not transposed
-        count = tiles(f.m, block_m) * tiles(self.out, block_o)
+        count = tiles(f.m, block_m) * tiles(f.n, block_o)
         self.launch = Launcher(
             "product", (count, self.split), warps, config.stages,
-            TRANSPOSED=transposed, **decoding, PRECISION=f.precision,
-            EXPERTS=r > 0, EBLOCK=0 if transposed else f.b_block,
-            ROUTER=transposed and f.gating is not None and r > 0,
+            **decoding, PRECISION=f.precision, EXPERTS=r > 0, EBLOCK=f.b_block,
             # Dense gates of a token router leave no expert out.
-            SKIP=not transposed and r > 0 and kept is not None and f.experts > 1,
-            SPEAKERS=f.speakers > 0 and r > 0, BIAS=bias and self.split == 1,
-            BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d,
+            SKIP=r > 0 and kept is not None and f.experts > 1,
+            SPEAKERS=f.speakers > 0 and r > 0, BIAS=f.bias and self.split == 1,
+            BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=along,
             BLOCK_R=min(16 if f.exact else 64, max(16, power_of_2(max(1, r)))),
             BLOCK_E=f.gating_constants()["BLOCK_E"], GROUP=config.group,
         )  # fmt: skip
         self.sizes = (
-            Varying(f.m), self.d, self.out, f.k, f.columns, f.experts, max(1, f.rank),
+            Varying(f.m), f.k, f.n, f.columns, f.experts, max(1, f.rank),
             Varying(max(1, f.speakers)), Varying(self.split),
         )  # fmt: skip
         self.rest = (f.gates_span, f.speakers_span, *strides)
         self.reduce = None
         if self.split > 1:
             self.reduce = Launcher(
-                "reduce", (tiles(f.m * self.out, 1024),), 4, 1, BIAS=bias, BLOCK=1024
+                "reduce", (tiles(f.m * f.n, 1024),), 4, 1, BIAS=f.bias, BLOCK=1024
             )
 
     def __call__(
@@ -80,23 +74,20 @@ class Product:
         bias: Tensor | None,
         speakers: Tensor | None,
         hidden: Tensor | None = None,
-        stride: int = 0,
         experts: Tensor | None = None,
         scales: Tensor | None = None,
-        router: Tensor | None = None,
         gates: Tensor | None = None,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """[M, O] in `dtype` (default: of x) of x [M, D]; rows of `hidden` are `stride` apart."""
+        """[M, N] of x [M, K] and `hidden` [M, R]."""
         f, split = self.facts, self.split
-        y = x.new_empty((f.m, self.out), dtype=dtype or x.dtype)
-        partial = y if split == 1 else x.new_empty((split, f.m, self.out), dtype=torch.float32)
+        y = x.new_empty((f.m, f.n))
+        partial = y if split == 1 else x.new_empty((split, f.m, f.n), dtype=torch.float32)
         self.launch(
-            x, partial, *weight, hidden, experts, scales, router, gates, bias, speakers,
-            *self.sizes, stride, *self.rest,
+            x, partial, *weight, hidden, experts, scales, gates, bias, speakers,
+            *self.sizes, f.columns, *self.rest,
         )  # fmt: skip
         if self.reduce is not None:
-            self.reduce(partial, y, bias, self.sizes[0], self.out, self.sizes[-1])
+            self.reduce(partial, y, bias, self.sizes[0], f.n, self.sizes[-1])
         return y
 
 
@@ -105,7 +96,7 @@ class Projection:
 
     def __init__(self, facts: Facts, *, plain: bool, copy: bool, pad: int) -> None:
         f = self.facts = facts
-        together, block_m, block_r, block_d = narrow_tiles(f, f.gating is not None)
+        together, block_m, block_r, block_d = _narrow_tiles(f, f.gating is not None)
         self.plain = plain
         self.launch = Launcher(
             "project", (tiles(f.m, block_m), tiles(f.experts, together)), 4,
@@ -199,8 +190,8 @@ class Decode:
         bias: Tensor | None,
         speakers: Tensor | None,
         scaling: float,
-    ) -> Tensor:
-        """Launch the kernel; gives y [M, N]."""
+    ) -> tuple[Tensor, None, None]:
+        """y [M, N]; nothing is kept."""
         f, split = self.facts, self.split
         router, given = (gates, None) if f.gating is not None else (None, gates)
         base = x.new_empty((split, f.m, f.n), dtype=torch.float32)
@@ -214,25 +205,25 @@ class Decode:
             base, projected, y, b, b_scales, given, bias, speakers,
             self.m, f.n, *self.sizes, scaling, self.inverse_temperature, *f.b_strides,
         )  # fmt: skip
-        return y
+        return y, None, None
 
 
 class Fill:
-    """The weight dequantised to scratch: W, [W | B] with `beside` columns or [W ; A ; V] below."""
+    """The weight dequantised to scratch: W, or [W | B] with `beside` columns more."""
 
-    def __init__(self, facts: Facts, *, beside: int = 0, below: int = 0) -> None:
+    def __init__(self, facts: Facts, *, beside: int = 0) -> None:
         f = facts
-        self.shape = (f.n + below, f.k + beside)
+        self.shape = (f.n, f.k + beside)
         block_k = min(64, f.block_size)
         decoding = decoding_facts(f, block_k)
         del decoding["AFTER"]  # nothing is multiplied here
-        strides = (f.b_strides if beside else f.a_strides)[1:] if beside or below else (0, 0, 0)
+        strides = f.b_strides[1:] if beside else (0, 0, 0)
         self.sizes = (f.n, f.k, f.columns, f.experts, max(1, f.rank), self.shape[1], *strides)
-        down, across = tiles(f.n, 32) + tiles(below, 32), tiles(f.k, block_k)
+        grid = tiles(f.n, 32), tiles(f.k, block_k) + tiles(beside, block_k)
         self.launch = Launcher(
-            "dequantize", (down, across + tiles(beside, block_k)), 4, 1,
-            **decoding, BESIDE=beside, BELOW=below, ROUTER=below > 0 and f.gating is not None,
-            EBLOCK=f.b_block if beside else 0, BLOCK_N=32, BLOCK_K=block_k,
+            "dequantize", grid, 4, 1,
+            **decoding, BESIDE=beside, EBLOCK=f.b_block if beside else 0,
+            BLOCK_N=32, BLOCK_K=block_k,
         )  # fmt: skip
 
     def __call__(
@@ -241,7 +232,6 @@ class Fill:
         like: Tensor,
         experts: Tensor | None = None,
         scales: Tensor | None = None,
-        router: Tensor | None = None,
     ) -> Tensor:
         """The scratch, in the dtype of `like`.
 
@@ -249,7 +239,7 @@ class Fill:
         same one, and nothing keeps it.
         """
         out = like.new_empty(self.shape)
-        self.launch(*weight, out, experts, scales, router, *self.sizes)
+        self.launch(*weight, out, experts, scales, *self.sizes)
         return out
 
     def parts(self, weight: WeightParts, like: Tensor) -> WeightParts:
@@ -257,10 +247,10 @@ class Fill:
         return self(weight, like), None, None
 
 
-def narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:
+def _narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:
     """Experts together, rows, columns and depth of a tile that projects on the experts.
 
-    `gates` says that they, or their gradients, are made beside it.
+    `gates` says that they are made beside it.
     """
     together = min(f.experts, max(1, 64 // f.rank))
     block_r = max(16, power_of_2(together * f.rank))

@@ -1,7 +1,8 @@
 """Measures configurations on the present device and writes the user's own tuning table.
 
-`saml bench --tune` calls this. Every candidate is checked against the float64 equation before it is
-timed, on random numbers, with weights in rotation so that none is read from the cache.
+`saml bench --tune` calls this. The cost model says which candidates are worth a measurement. Each
+of these is checked against the float64 equation before it is timed, on random numbers, with weights
+in rotation so that none is read from the cache.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import saml_linear_reference
+from saml_kernels.backends.triton import costs
 from saml_kernels.backends.triton.backend import backward, facts_of, forward
 from saml_kernels.backends.triton.configs import (
     Config,
@@ -42,20 +45,23 @@ from saml_kernels.files import write_json
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 from saml_kernels.timing import current, timed
 
-__all__ = ["TOKENS", "Problem", "candidates", "tune"]
+__all__ = ["DTYPES", "MINUTES", "TOKENS", "Problem", "candidates", "likely", "tune"]
 
 # Those that are furthest apart come first: the time may not do for all.
 TOKENS = (1, 1500, 16, 256, 4, 64, 6000)
 CACHE_BYTES = 128 << 20  # more than any card's L2: weights in rotation exceed it
 ROUNDS = 5
-TOLERANCE = 5e-3  # of float16, relative to the norm
+MINUTES = 2.5  # no row is started later: with the last one it stays under three
+TRIALS = 8  # of a row
+DTYPES = (torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative to the norm
 TOO_LARGE = ("OutOfResources", "PTXASError")  # more than this device has
 
 Clock = Callable[..., dict[str, float]]
 
 
 class Problem:
-    """One shape: random arguments in float16, with enough copies of the weight for a rotation."""
+    """One shape: random arguments, with enough copies of the weight for a rotation."""
 
     def __init__(
         self,
@@ -89,6 +95,7 @@ class Problem:
         self.bias = torch.randn(n, **kind)
         self.projected = self.x.float() @ self.a.reshape(-1, k).T.float()
         self.turn = 0
+        self.expected: dict[str, Tensor] | None = None
 
     def weight(self) -> QuantizedTensor:
         """The next of several equal weights, so that none is read from the cache."""
@@ -126,6 +133,13 @@ class Problem:
         assert x.grad is not None
         return {"forward": y.detach(), "backward": x.grad}
 
+    def off(self, found: Tensor, direction: str) -> float:
+        """The relative error of a result; the truth of a direction is computed once."""
+        if self.expected is None:
+            self.expected = self.truth()
+        expected = self.expected[direction]
+        return float((found.double() - expected).norm() / expected.norm())
+
 
 def candidates(direction: str, m: int) -> Iterator[Config]:
     """The routes and tiles that are measured for `m` tokens."""
@@ -154,12 +168,36 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
     yield Config("scratch", split=1)
 
 
+def likely(
+    configs: Collection[Config],
+    direction: str,
+    m: int,
+    n: int,
+    k: int,
+    device: costs.Device,
+    most: int = TRIALS,
+) -> list[Config]:
+    """As many of `configs` as are worth a measurement: the fastest by the cost model.
+
+    The best of each route is among them, whatever the model thinks of the route.
+    """
+    if len(configs) <= most:
+        return list(configs)
+    cost = costs.forward if direction == "forward" else costs.backward
+    ranked = sorted(configs, key=lambda c: cost(device, c, m, n, k))
+    of_routes = {c.route: c for c in reversed(ranked)}
+    first = [c for c in ranked if of_routes[c.route] is c][:most]
+    rest = [c for c in ranked if of_routes[c.route] is not c]
+    return first + rest[: most - len(first)]
+
+
 def tune(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int] = TOKENS,
     *,
     device: str | torch.device = "cuda",
-    minutes: float = 9.0,
+    minutes: float = MINUTES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
     on_row: Callable[[int, int, dict[str, Any]], None] | None = None,
     clock: Clock = timed,
     tried: Callable[[str, int], Iterator[Config]] = candidates,
@@ -174,6 +212,7 @@ def tune(
         tokens: numbers of rows, the most wanted first.
         device: to measure on.
         minutes: no row is started later than this.
+        dtypes: of the activations; a configuration goes by the geometric mean of its times in them.
         on_row: called with (rows done, rows in all, the row). "before_microseconds" in it is of
             what was chosen so far, None where that does not run here.
         clock: as `timed`; called with (call, rounds, device=).
@@ -206,11 +245,15 @@ def tune(
             if time.monotonic() - started > 60 * minutes:
                 break
             configs = _distinct(tried(direction, m), direction, n, k)
-            if warm is not None:
-                warm([(m, n, k, direction, c, str(where)) for c in configs])
-            problem = Problem(m, n, k, device=where)
+            configs = likely(
+                configs, direction, m, n, k, costs.device_of(*device_traits(where)[:2])
+            )
             present = choose(direction, m, n, k, *device_traits(where))
-            found = _fastest(problem, direction, clock, configs, present)
+            if warm is not None:
+                among = dict.fromkeys((*configs, present))
+                warm([(m, n, k, direction, c, str(where), d) for d in dtypes for c in among])
+            problems = [Problem(m, n, k, device=where, dtype=dtype) for dtype in dtypes]
+            found = _fastest(problems, direction, clock, configs, present)
             row = {"m": m, "n": n, "k": k, **found}
             others = [
                 r for r in table[direction] if (r.get("m"), r.get("n"), r.get("k")) != (m, n, k)
@@ -249,49 +292,57 @@ def _compilers(stack: ExitStack) -> Callable[[list[Any]], None]:
     return warm
 
 
-def _run_once(task: tuple[int, int, int, str, Config, str]) -> None:
-    *shape, direction, config, device = task
+def _run_once(task: tuple[int, int, int, str, Config, str, torch.dtype]) -> None:
+    *shape, direction, config, device, dtype = task
     with current(torch.device(device)), suppress(RuntimeError, *triton_errors(*TOO_LARGE)):
-        problem = _alone(*shape, device)
+        problem = _alone(*shape, device, dtype)
         (problem.forward if direction == "forward" else problem.backward)(config)
         torch.cuda.synchronize()
 
 
 @lru_cache(maxsize=1)
-def _alone(m: int, n: int, k: int, device: str) -> Problem:
+def _alone(m: int, n: int, k: int, device: str, dtype: torch.dtype) -> Problem:
     """The problem that a worker has before it: its configurations come one after the other."""
-    return Problem(m, n, k, copies=1, device=device)
+    return Problem(m, n, k, copies=1, device=device, dtype=dtype)
 
 
 def _fastest(
-    problem: Problem,
+    problems: Sequence[Problem],
     direction: str,
     clock: Clock,
     configs: Sequence[Config],
     present: Config,
 ) -> dict[str, Any]:
     """The fastest configuration as a table has it, beside the time of the `present` choice."""
-    expected = problem.truth()[direction]
-    run = problem.forward if direction == "forward" else problem.backward
     best: tuple[float, Config] | None = None
     before: float | None = None
     for config in (*(c for c in configs if c != present), present):
-        try:
-            found = run(config).double()
-        except triton_errors(*TOO_LARGE):
+        times = [_time(problem, direction, clock, config) for problem in problems]
+        if any(t is None for t in times):
             continue
-        except RuntimeError as error:
-            if "resource" in str(error).lower() or "out of memory" in str(error).lower():
-                continue  # more shared memory or registers than this device has
-            raise
-        off = float((found - expected).norm() / expected.norm())
-        if not off < TOLERANCE:
-            raise SAMLError(f"{direction} of {problem.m} tokens: {config} is off by {off:.1e}")
-        microseconds = clock(partial(run, config), ROUNDS, device=problem.x.device)["median_us"]
+        microseconds = statistics.geometric_mean(t for t in times if t is not None)
         if config == present:
             before = microseconds
         if best is None or microseconds < best[0]:
             best = (microseconds, config)
     if best is None:
-        raise SAMLError(f"{direction} of {problem.m} tokens: no configuration runs on this device")
+        m = problems[0].m
+        raise SAMLError(f"{direction} of {m} tokens: no configuration runs on this device")
     return {**asdict(best[1]), "microseconds": best[0], "before_microseconds": before}
+
+
+def _time(problem: Problem, direction: str, clock: Clock, config: Config) -> float | None:
+    """Microseconds of a configuration; None where it is too large for the device."""
+    run = problem.forward if direction == "forward" else problem.backward
+    try:
+        found = run(config)
+    except triton_errors(*TOO_LARGE):
+        return None
+    except RuntimeError as error:
+        if "resource" in str(error).lower() or "out of memory" in str(error).lower():
+            return None  # more shared memory or registers than this device has
+        raise
+    off = problem.off(found, direction)
+    if not off < TOLERANCE[problem.x.dtype]:
+        raise SAMLError(f"{direction} of {problem.m} tokens: {config} is off by {off:.1e}")
+    return clock(partial(run, config), ROUNDS, device=problem.x.device)["median_us"]

@@ -17,7 +17,9 @@ from gpu_ir import compiled_ttgir, ttgir
 
 from saml_kernels.backends.triton import backend as backend
 from saml_kernels.backends.triton.configs import ROUTES, Config, pretending
+from saml_kernels.backends.triton.facts import weight_parts
 from saml_kernels.backends.triton.launcher import interpreting, recording
+from saml_kernels.backends.triton.plan import backward_plan, forward_plan
 from saml_kernels.backends.triton.signature import Launch, key_of
 from saml_kernels.quantization.tensor import QuantizedTensor
 
@@ -59,7 +61,7 @@ def calls(arch: str) -> list[tuple]:
 
 
 def launches(arch: str, call: tuple) -> tuple[list[Launch], list[Launch]]:
-    """What the backend would launch, forward and backward."""
+    """What the backend would launch: forward; forward that keeps P, and backward."""
     (dtype, expert_dtype), (experts, rank), routing, m, (n, k), way = call
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -75,10 +77,15 @@ def launches(arch: str, call: tuple) -> tuple[list[Launch], list[Launch]]:
     with pretending(arch, PROCESSORS[arch]):
         with recording() as forward:
             backend.forward(tensor(m, k), weight, a, b, gates, bias, 1.0, **how)
-        with recording() as backward:
-            needs = (True,) * 4
-            backend.backward(tensor(m, n), tensor(m, k), weight, a, b, gates, 1.0, needs, **how)
-    return forward, backward
+        with recording() as both:
+            x, dy, parts = tensor(m, k), tensor(m, n), weight_parts(weight)
+            given = (weight, a, b, gates)
+            facts = backend.facts_of(x, *given, bias, None, routing, route=way)
+            kept = forward_plan(facts, True)(x, parts, a, None, b, None, gates, bias, None, 1.0)
+            facts = backend.facts_of(x, *given, None, None, routing, dy=dy, route=way)
+            plan = backward_plan(facts, (True,) * 4, True)
+            plan(dy, x, parts, a, b, gates, None, 1.0, *kept[1:])
+    return forward, both
 
 
 @pytest.mark.parametrize("arch", PROCESSORS)

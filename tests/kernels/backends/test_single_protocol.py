@@ -1,7 +1,7 @@
-"""The tickets and counters of the one-launch kernel: every interleaving of a few programs.
+"""The tickets and counters of the one-launch kernels: every interleaving of a few programs.
 
-A model of `kernels/single.py`, one step for each access to memory that others see. States are
-explored until no new one is found; nothing is drawn at random.
+A model of `kernels/tickets.py` as `single.py` and `backward.py` use it, one step for each access to
+memory that others see. States are explored until no new one is found; nothing is drawn at random.
 """
 
 from __future__ import annotations

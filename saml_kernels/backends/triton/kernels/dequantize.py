@@ -1,4 +1,4 @@
-"""The weight dequantised to scratch, experts beside or below it, for products by cuBLAS."""
+"""The weight dequantised to scratch, B beside it, for products by cuBLAS."""
 
 # mypy: ignore-errors
 
@@ -15,23 +15,23 @@ __all__ = ["dequantize_kernel"]
 @triton.jit
 def dequantize_kernel(
     codes, absmax, table, out,
-    experts, scales, router,                         # B [E, N, r] or A [E, r, K], of int8, V [E, K]
+    experts, scales,                                 # B [E, N, r], of int8
     N, K, R, E, rank, stride,
     stride_e, stride_j, stride_o,                    # of the experts
     BITS: tl.constexpr, QBLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    PTX: tl.constexpr, BESIDE: tl.constexpr, BELOW: tl.constexpr, ROUTER: tl.constexpr,
-    EBLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr, BESIDE: tl.constexpr, EBLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (row stride given) = W, or [W | B] with BESIDE columns more, or [W ; A ; V] with BELOW
-    rows more; what is more than the experts' is zero.
+    """out (row stride given) = W, or [W | B] with BESIDE columns more; what is more than the
+    experts' is zero.
 
-    Grid: (tiles of N and of BELOW, tiles of K and of BESIDE).
+    Grid: (tiles of N, tiles of K and of BESIDE).
     """
-    tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    tiles_k = tl.cdiv(K, BLOCK_K)
     dtype: tl.constexpr = out.dtype.element_ty
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
     lines, across = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    if row_tile < tiles_n and column_tile < tiles_k:
+    if column_tile < tiles_k:
         first_n, first = row_tile * BLOCK_N, column_tile * BLOCK_K
         row_ok = lines < N - first_n
         w = weight_tile(
@@ -52,20 +52,3 @@ def dequantize_kernel(
         mask = (rows < N)[:, None] & (columns < BESIDE)[None, :]
         at = out + rows.to(tl.int64)[:, None] * stride + K + columns[None, :]
         tl.store(at, b.to(dtype).T, mask)
-    elif BELOW > 0:
-        columns = (row_tile - tiles_n) * BLOCK_N + lines
-        cols = column_tile * BLOCK_K + across
-        a = expert_tile(
-            experts, scales, 0, columns, columns < R, cols, cols < K, rank,
-            0, stride_e, stride_j, stride_o, EBLOCK,
-        ).to(dtype)  # fmt: skip
-        if ROUTER:
-            # A router is E experts of rank 1.
-            of_router = (columns >= R) & (columns < R + E)
-            v = expert_tile(
-                router, router, 0, columns - R, of_router, cols, cols < K, 1, 0, K, 0, 1, 0
-            )
-            a = tl.where(of_router[:, None], v.to(dtype), a)
-        mask = (columns < BELOW)[:, None] & (cols < K)[None, :]
-        at = out + (N + columns).to(tl.int64)[:, None] * stride + cols[None, :]
-        tl.store(at, a, mask)

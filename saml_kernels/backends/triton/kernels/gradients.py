@@ -2,7 +2,8 @@
 
 The reduction over tokens is shared out. Each program sums its share in float32; the last one to
 finish a tile (it counts) adds the shares in a fixed order, so that the same input gives the same
-bits. Nobody waits.
+bits, and puts the count back to zero. Nobody waits. Programs that read the same columns of X or dY
+for different rows of a gradient run side by side.
 """
 
 # mypy: ignore-errors
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from saml_kernels.backends.triton.kernels.device import multiply
+from saml_kernels.backends.triton.kernels.tickets import arrive, sum_shares
 
 __all__ = ["gradients_kernel"]
 
@@ -73,20 +75,21 @@ def gradients_kernel(
     """Grid: (tiles of [dA ; dV] and then of dB, SPLIT, S).
 
     A, B and ROUTER say which are wanted. With SHARED (SPLIT > 1) `shares` has room for a tile of
-    each program and `counters` a zero for each tile.
+    each program, and `counters` a zero for each tile, before and after.
     """
     tile, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tiles, tiles_k, tiles_n = tl.num_programs(0), tl.cdiv(K, BLOCK_O), tl.cdiv(N, BLOCK_O)
+    tiles, tiles_k = tl.num_programs(0), tl.cdiv(K, BLOCK_O)
     R = E * rank
     first_c = 0 if A else R
     last_c = R + E if ROUTER else R
-    of_a = tl.cdiv(last_c - first_c, BLOCK_R) * tiles_k if A or ROUTER else 0
+    tiles_a, tiles_b = tl.cdiv(last_c - first_c, BLOCK_R), tl.cdiv(R, BLOCK_R)
+    of_a = tiles_a * tiles_k if A or ROUTER else 0
     steps = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT)
     last = tl.minimum((split + 1) * steps, tl.cdiv(M, BLOCK_M))
     inside, across = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_O)
     if tile < of_a:
-        columns = first_c + (tile // tiles_k) * BLOCK_R + inside
-        outs = (tile % tiles_k) * BLOCK_O + across
+        columns = first_c + (tile % tiles_a) * BLOCK_R + inside
+        outs = (tile // tiles_a) * BLOCK_O + across
         acc = _share(
             small, projected, gates, x, speakers, split * steps, last, s,
             columns, columns < last_c, outs, outs < K, M, R, E, K, rank,
@@ -94,8 +97,8 @@ def gradients_kernel(
             False, SPEAKERS, PRECISION, BLOCK_R, BLOCK_O, BLOCK_M,
         )  # fmt: skip
     else:
-        columns = ((tile - of_a) // tiles_n) * BLOCK_R + inside
-        outs = ((tile - of_a) % tiles_n) * BLOCK_O + across
+        columns = ((tile - of_a) % tiles_b) * BLOCK_R + inside
+        outs = ((tile - of_a) // tiles_b) * BLOCK_O + across
         acc = _share(
             small, projected, gates, dy, speakers, split * steps, last, s,
             columns, columns < R, outs, outs < N, M, R, E, N, rank,
@@ -107,15 +110,14 @@ def gradients_kernel(
         first = (s * tiles + tile).to(tl.int64) * SPLIT
         here = inside[:, None] * BLOCK_O + across[None, :]
         tl.store(shares + (first + split) * (BLOCK_R * BLOCK_O) + here, acc)
-        tl.debug_barrier()  # every thread's stores come before the count
-        mine = tl.atomic_add(counters + s * tiles + tile, 1, sem="acq_rel") == SPLIT - 1
+        mine = arrive(counters + s * tiles + tile) == SPLIT - 1
     if mine:
         if SHARED:
-            tl.debug_barrier()
-            acc = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-            for share in range(SPLIT):
-                at = shares + (first + share) * (BLOCK_R * BLOCK_O) + here
-                acc += tl.load(at, cache_modifier=".cg")
+            tl.store(counters + s * tiles + tile, 0)
+            tile_size: tl.constexpr = BLOCK_R * BLOCK_O
+            acc = sum_shares(
+                shares + first * tile_size, here, here < tile_size, tile_size, SPLIT, 4
+            )  # fmt: skip
         far = s.to(tl.int64)
         if tile < of_a:
             known = outs[None, :] < K

@@ -1,11 +1,8 @@
-"""The base product with the experts in its accumulator: Y = X W^T + H B^T + bias, dX = dY W + dP A.
+"""The base product with the experts in its accumulator: Y = X W^T + H B^T + bias.
 
-Both directions are one kernel. Forward reads the weight's rows as out-features (X [M, K] over
-W [N, K]); backward, TRANSPOSED, as the reduction (dY [M, N] over the same bytes, no transposed
-copy). After the weight's last tile the loop goes on over [H | B] (or [dP | A], then [dZ | V] where
-a token router has logits Z = X V^T) with the accumulator still in registers (as a prologue they
-would be the first terms of the same sum). With SPLIT > 1 each program takes a share of the
-reduction and writes float32 partial sums, which `reduce_kernel` adds in a fixed order.
+After the weight's last tile the loop goes on over [H | B] with the accumulator still in registers
+(as a prologue they would be the first terms of the same sum). With SPLIT > 1 each program takes a
+share of the reduction and writes float32 partial sums, which `reduce_kernel` adds in a fixed order.
 """
 
 # mypy: ignore-errors
@@ -31,18 +28,18 @@ __all__ = ["product_kernel", "reduce_kernel"]
 def product_kernel(
     x, y,                                            # [M, D] in, [SPLIT, M, O] out
     codes, absmax, table,
-    hidden, experts, scales, router,                 # [M, R (+ E)], [S, ...], of int8, [S, E, O]
+    hidden, experts, scales,                         # [M, R], [S, ...], of int8
     gates, bias, speakers,                           # [.., E], [O], [..]
-    M, D, O, width, R, E, rank, S, SPLIT, hidden_stride, gates_span, speakers_span,
+    M, D, O, R, E, rank, S, SPLIT, hidden_stride, gates_span, speakers_span,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
-    TRANSPOSED: tl.constexpr, BITS: tl.constexpr, QBLOCK: tl.constexpr,
+    BITS: tl.constexpr, QBLOCK: tl.constexpr,
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
-    EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SKIP: tl.constexpr,
-    SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, EBLOCK: tl.constexpr, SKIP: tl.constexpr, SPEAKERS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of M times tiles of O, SPLIT). `width` is the weight's row length, K.
+    """Grid: (tiles of M times tiles of O, SPLIT).
 
     SKIP leaves experts unread that no row of the tile chose.
     """
@@ -61,8 +58,8 @@ def product_kernel(
     x += first_m * D
     acc = base_product(
         x, rows, row_ok, codes, absmax, table,
-        first_o, out_ok, split * steps, last, D, width,
-        TRANSPOSED, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION,
+        first_o, out_ok, split * steps, last, D, D,
+        False, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION,
         BLOCK_M, BLOCK_O, BLOCK_D,
     )  # fmt: skip
 
@@ -81,15 +78,6 @@ def product_kernel(
                 acc, h, speaker, S, experts, scales, columns, wanted, outs, out_ok,
                 rank, stride_s, stride_e, stride_j, stride_o,
                 EBLOCK, SPEAKERS, PRECISION, dtype,
-            )  # fmt: skip
-        if ROUTER:
-            # A router is E experts of rank 1.
-            number = tl.arange(0, BLOCK_E)
-            mask = row_ok[:, None] & (number < E)[None, :]
-            dz = tl.load(hidden + rows[:, None] * hidden_stride + R + number[None, :], mask, 0.0)
-            acc = add_experts(
-                acc, dz, speaker, S, router, router, number, number < E, outs, out_ok,
-                1, E * O, O, 0, 1, 0, SPEAKERS, PRECISION, dtype,
             )  # fmt: skip
     if SPEAKERS:
         known = (speaker >= 0) & (speaker < S)

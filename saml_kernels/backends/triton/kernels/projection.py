@@ -1,8 +1,8 @@
-"""One pass over X (or dY) that projects it on the experts: H = s (X A^T) G, or dP = s (dY B) G.
+"""One pass over X that projects it on the experts: H = s (X A^T) G.
 
 Rows go by once for all experts of a group. Where the gates come from a linear map of the token, its
 logits are a few columns more of the same pass, and softmax, top-k and the gate product are the
-epilogue; backward the gates' gradient, through the softmax to the logits', is the epilogue too.
+epilogue.
 """
 
 # mypy: ignore-errors
@@ -22,7 +22,7 @@ from saml_kernels.backends.triton.kernels.device import (
     spread,
 )
 
-__all__ = ["project_backward_kernel", "project_kernel"]
+__all__ = ["project_kernel"]
 
 
 @triton.jit
@@ -133,83 +133,3 @@ def project_kernel(
             at = gated + rows[:, None] * gated_stride + R + number[None, :]
             nothing = tl.zeros((BLOCK_M, BLOCK_E), gated.dtype.element_ty)
             tl.store(at, nothing, row_ok[:, None] & (number < PAD)[None, :])
-
-
-@triton.jit(do_not_specialize=["M", "S", "COUNTERS"])
-def project_backward_kernel(
-    dy, experts, gates, speakers, projected,         # [M, D], B [S, ...], [.., E], [..], P [M, R]
-    small, dgates, wide, counters,                   # [M, R (+ E) + PAD], [M, E], [M, D] out
-    M, D, E, rank, S, small_stride, wide_stride, gates_span, speakers_span,
-    scaling, inverse_temperature, COUNTERS,
-    stride_s, stride_e, stride_j, stride_d,          # of the experts
-    ROUTER: tl.constexpr, THROUGH: tl.constexpr, DGATES: tl.constexpr, COPY: tl.constexpr,
-    TAIL: tl.constexpr, SPEAKERS: tl.constexpr, PRECISION: tl.constexpr, TOGETHER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Grid: (tiles of M,).
-
-    Stores dP = s (dY B) G. THROUGH: makes the gates' gradient dG[m, e] = sum_j P[m, e, j]
-    dH[m, e, j], stored if DGATES; with ROUTER its way through the softmax,
-    dZ = G (dG - sum_e G dG) / temperature, is stored beside dP (a gate of zero passes nothing on,
-    which makes it the gradient of the top-k softmax too). TAIL columns follow dP: dZ, then zeros.
-    COPY stores dY to `wide`. `counters`, COUNTERS of them, are zeroed for `gradients_kernel`.
-    """
-    if tl.program_id(0) == 0:
-        for first in range(0, COUNTERS, 128):
-            number = first + tl.arange(0, 128)
-            tl.store(counters + number, tl.zeros((128,), tl.int32), number < COUNTERS)
-    first_m, rows, row_ok, speaker = rows_of(
-        tl.program_id(0), M, speakers, speakers_span, SPEAKERS, BLOCK_M
-    )
-    dy += first_m * D
-    small += first_m * small_stride
-    if COPY:
-        wide += first_m * wide_stride
-    R = E * rank
-    inside = tl.arange(0, BLOCK_R)
-    number = tl.arange(0, BLOCK_E)
-    gates_tile = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
-    dg = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    unused = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for group in range(0, E, TOGETHER):
-        expert = group + inside // rank
-        columns = group * rank + inside
-        column_ok = (inside < TOGETHER * rank) & (expert < E)
-        mask = row_ok[:, None] & column_ok[None, :]
-        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        if SPEAKERS:
-            s = next_speaker(speaker, -1, S)
-            while s < S:
-                acc, unused = _project(
-                    acc, unused, dy, wide, 0, rows, row_ok & (speaker == s), D, wide_stride, s,
-                    experts, experts, experts, columns, column_ok, number, E, rank,
-                    stride_s, stride_e, stride_j, stride_d, 0, False, False, PRECISION, BLOCK_D,
-                )  # fmt: skip
-                s = next_speaker(speaker, s, S)
-        else:
-            acc, unused = _project(
-                acc, unused, dy, wide, tl.where(group == 0, D, 0), rows, row_ok, D, wide_stride, 0,
-                experts, experts, experts, columns, column_ok, number, E, rank,
-                stride_s, stride_e, stride_j, stride_d, 0, False, COPY, PRECISION, BLOCK_D,
-            )  # fmt: skip
-        acc = acc * scaling
-        if THROUGH:
-            p = tl.load(projected + first_m * R + rows[:, None] * R + columns[None, :], mask, 0.0)
-            product = acc * p
-            for e in range(TOGETHER):  # no matrix product: in float32 it takes more registers
-                own = tl.sum(tl.where((inside // rank == e)[None, :], product, 0.0), 1)
-                dg = tl.where((number == group + e)[None, :], own[:, None], dg)
-        at = small + rows[:, None] * small_stride + columns[None, :]
-        dp = acc * spread(gates_tile, expert, BLOCK_E)
-        tl.store(at, dp.to(small.dtype.element_ty), mask)
-    if DGATES:
-        exists = row_ok[:, None] & (number < E)[None, :]
-        at = dgates + first_m * E + rows[:, None] * E + number[None, :]
-        tl.store(at, dg.to(dgates.dtype.element_ty), exists)
-    if TAIL > 0:
-        after = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-        if ROUTER and THROUGH:
-            after = gates_tile * (dg - tl.sum(gates_tile * dg, 1)[:, None]) * inverse_temperature
-        at = small + rows[:, None] * small_stride + R + number[None, :]
-        inside_tail = row_ok[:, None] & (number < TAIL)[None, :]
-        tl.store(at, after.to(small.dtype.element_ty), inside_tail)

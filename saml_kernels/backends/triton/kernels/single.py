@@ -1,17 +1,11 @@
-"""The whole forward in one launch, for a few tokens.
+"""The whole forward in one launch, up to a few hundred tokens.
 
-Work is handed out in order by a ticket, because CUDA promises no order of programs and other
-streams may hold part of the device: first shares of P = X [A ; router]^T, then shares of the base
-product. Who arrives last at P adds its shares and makes gates and H; who arrives last at a tile of
-the result adds that tile's shares, waits for H, and puts experts and bias on top. Shares are added
-in a fixed order, so the same input gives the same bits.
+Work is handed out by tickets (tickets.py): the pieces of a row of tiles are shares of
+P = X [A ; router]^T, its other work shares of the base product. Who arrives last at P adds its
+shares and makes gates and H; who arrives last at a tile of the result adds that tile's shares,
+waits for H, and puts experts and bias on top. Shares are added in a fixed order, so the same input
+gives the same bits.
 
-Nobody waits for a program that has not started: P's programs hold lower tickets than any that
-waits, and wait for nobody. Each counter is put back to zero by the last program that needs it, so
-that a captured graph can be replayed.
-
-`counters`, int32, zero before and after: tickets, finished tiles; for each row of tiles how many
-shares of P have arrived and whether H is there; for each tile how many of its shares have arrived.
 `work`, float32: shares of P [P_SHARES, M, C], H [M, R], gates [M, E], shares of Y [SHARES, M, O].
 """
 
@@ -33,40 +27,9 @@ from saml_kernels.backends.triton.kernels.device import (
     rows_of,
     spread,
 )
+from saml_kernels.backends.triton.kernels.tickets import arrive, leave, sum_shares, wait, work_of
 
 __all__ = ["single_kernel"]
-
-
-@triton.jit
-def _sum_shares(first, where, mask, size, SHARES, TOGETHER: tl.constexpr):
-    """Sum of `SHARES` tiles that lie `size` apart, in order; TOGETHER loads are under way at once.
-
-    Other programs wrote them: they are read past the first-level cache.
-    """
-    total = tl.zeros(where.shape, tl.float32)
-    for share in tl.range(0, SHARES, TOGETHER, num_stages=1):
-        for i in tl.static_range(TOGETHER):
-            exists = tl.full(where.shape, share + i, tl.int32) < SHARES
-            at = first + (share + i) * size + where
-            total += tl.load(at, mask & exists, 0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def _wait(flag, ACQUIRE: tl.constexpr):
-    """Until `flag` is no longer zero; what was written before it was set can then be read."""
-    if ACQUIRE == "":
-        while tl.atomic_add(flag, 0, sem="acquire") == 0:
-            pass
-    else:
-        seen = tl.inline_asm_elementwise(
-            ACQUIRE, "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
-        )
-        while seen == 0:
-            seen = tl.inline_asm_elementwise(
-                ACQUIRE, "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
-            )
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -86,6 +49,7 @@ def single_kernel(
     codes, absmax,
     a, a_scales, router, b, b_scales,                # [S, ...], of int8, [S, E, D], [S, ...], int8
     gates, bias, speakers,                           # [.., E], [O], [..]
+    plain, made,                                     # P [M, R] and gates [M, E] out, where kept
     codes_1, absmax_1, a_1, router_1, b_1, bias_1,   # of the second member and the third
     codes_2, absmax_2, a_2, router_2, b_2, bias_2,
     M, D, O, R, E, rank, S, SHARES, P_SHARES, gates_span, speakers_span,
@@ -96,15 +60,16 @@ def single_kernel(
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr, A_EBLOCK: tl.constexpr, B_EBLOCK: tl.constexpr, ROUTER: tl.constexpr,
     TOP_K: tl.constexpr, SKIP: tl.constexpr, SPEAKERS: tl.constexpr, BIAS: tl.constexpr,
-    ACQUIRE: tl.constexpr, MEMBERS: tl.constexpr,
+    ACQUIRE: tl.constexpr, MEMBERS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_PD: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_PD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid: (MEMBERS times tiles of M times
     (tiles of [A ; router] times P_SHARES, and tiles of O times SHARES),).
 
     MEMBERS layers that differ in nothing but their numbers read the same x: their rows of tiles
-    come one after the other. SKIP leaves experts unread that no row of the tile chose.
+    come one after the other. SKIP leaves experts unread that no row of the tile chose. KEEP (of one
+    member) stores P, and with ROUTER the gates, in float32.
     """
     tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
     tiles_r = MEMBERS * tiles_m
@@ -118,22 +83,24 @@ def single_kernel(
     arrived = counters + 2
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     number = tl.arange(0, BLOCK_E)
-    if ticket < tiles_r * pieces:
+    row, of_p, work_number = work_of(ticket, tiles_r, pieces, tiles_o * SHARES, GROUP)
+    member, tile_m = row // tiles_m, row % tiles_m
+    work += member * own_work
+    hidden = work + P_SHARES * size * C
+    first_m, rows, row_ok, speaker = rows_of(
+        tile_m, M, speakers, speakers_span, SPEAKERS, BLOCK_M
+    )  # fmt: skip
+    gates_at = (made if KEEP and ROUTER else hidden + size * R) + first_m * E
+    of_gates = rows[:, None] * E + number[None, :]
+    if of_p:
         if EXPERTS:
-            row, piece = ticket // pieces, ticket % pieces
-            member, tile_m = row // tiles_m, row % tiles_m
             a = _one_of(member, a, a_1, a_2, MEMBERS)
             if ROUTER:
                 router = _one_of(member, router, router_1, router_2, MEMBERS)
-            work += member * own_work
-            hidden = work + P_SHARES * size * C
-            first_m, rows, row_ok, speaker = rows_of(
-                tile_m, M, speakers, speakers_span, SPEAKERS, BLOCK_M
-            )
-            share = piece % P_SHARES
-            columns = (piece // P_SHARES) * BLOCK_P + tl.arange(0, BLOCK_P)
+            share = work_number % P_SHARES
+            columns = (work_number // P_SHARES) * BLOCK_P + tl.arange(0, BLOCK_P)
             of_expert, of_router = columns < R, (columns >= R) & (columns < C)
-            if not ROUTER:
+            if not ROUTER and not KEEP:
                 gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
                 of_expert = of_expert & chosen(gate, columns // rank, BLOCK_E)
             each = tl.cdiv(tl.cdiv(D, BLOCK_PD), P_SHARES)
@@ -159,46 +126,44 @@ def single_kernel(
                 )  # fmt: skip
             p = work + (share * size + first_m) * C + rows[:, None] * C + columns[None, :]
             tl.store(p, found, row_ok[:, None] & (columns < C)[None, :])
-            tl.debug_barrier()  # every thread's stores come before the count
-            if tl.atomic_add(arrived + 2 * row, 1, sem="acq_rel") == pieces - 1:
-                tl.debug_barrier()
-                exists = row_ok[:, None] & (number < E)[None, :]
-                if ROUTER:
-                    of_logits = rows[:, None] * C + R + number[None, :]
-                    logits = _sum_shares(
-                        work + first_m * C, of_logits, exists, size * C, P_SHARES, 4
-                    )  # fmt: skip
-                    gate = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
-                    # Rows that do not exist choose nothing.
-                    gate = tl.where(row_ok[:, None], gate, 0.0)
-                    if SKIP:
-                        of_gates = rows[:, None] * E + number[None, :]
-                        made = hidden + size * R
-                        tl.store(made + first_m * E + of_gates, gate, exists)
-                else:
-                    gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
-                for first in tl.range(0, R, BLOCK_R, num_stages=1):
-                    of = first + tl.arange(0, BLOCK_R)
-                    mask = row_ok[:, None] & (of < R)[None, :]
-                    at = rows[:, None] * C + of[None, :]
-                    total = _sum_shares(work + first_m * C, at, mask, size * C, P_SHARES, 4)
-                    h = total * spread(gate, of // rank, BLOCK_E) * scaling
-                    tl.store(hidden + first_m * R + rows[:, None] * R + of[None, :], h, mask)
+            if arrive(arrived + 2 * row) == pieces - 1:
+                # A few rows at a time: gates and logits of more would not fit the registers.
+                for q in tl.range(0, BLOCK_M, BLOCK_Q, num_stages=1):
+                    q_rows = q + tl.arange(0, BLOCK_Q)
+                    q_ok = q_rows < M - first_m
+                    exists = q_ok[:, None] & (number < E)[None, :]
+                    if ROUTER:
+                        of_logits = q_rows[:, None] * C + R + number[None, :]
+                        logits = sum_shares(
+                            work + first_m * C, of_logits, exists, size * C, P_SHARES, 4
+                        )  # fmt: skip
+                        made_here = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
+                        # Rows that do not exist choose nothing.
+                        made_here = tl.where(q_ok[:, None], made_here, 0.0)
+                        if SKIP or KEEP:
+                            at = q_rows[:, None] * E + number[None, :]
+                            tl.store(gates_at + at, made_here, exists)
+                    else:
+                        made_here = gate_tile(gates, first_m, q_rows, q_ok, gates_span, E, BLOCK_E)
+                    for first in tl.range(0, R, BLOCK_R, num_stages=1):
+                        of = first + tl.arange(0, BLOCK_R)
+                        mask = q_ok[:, None] & (of < R)[None, :]
+                        of_p_share = q_rows[:, None] * C + of[None, :]
+                        total = sum_shares(
+                            work + first_m * C, of_p_share, mask, size * C, P_SHARES, 4
+                        )  # fmt: skip
+                        of_hidden = first_m * R + q_rows[:, None] * R + of[None, :]
+                        if KEEP:
+                            tl.store(plain + of_hidden, total, mask)
+                        h = total * spread(made_here, of // rank, BLOCK_E) * scaling
+                        tl.store(hidden + of_hidden, h, mask)
                 tl.debug_barrier()
                 tl.atomic_add(arrived + 2 * row + 1, 1, sem="release")
     else:
-        work_number = ticket - tiles_r * pieces
-        share, tile = work_number % SHARES, work_number // SHARES
-        row, tile_o = tile // tiles_o, tile % tiles_o
-        member, tile_m = row // tiles_m, row % tiles_m
+        share, tile_o = work_number % SHARES, work_number // SHARES
         codes = _one_of(member, codes, codes_1, codes_2, MEMBERS)
         absmax = _one_of(member, absmax, absmax_1, absmax_2, MEMBERS)
-        hidden = work + member * own_work + P_SHARES * size * C
-        made = hidden + size * R  # gates
-        partial = made + size * E
-        first_m, rows, row_ok, speaker = rows_of(
-            tile_m, M, speakers, speakers_span, SPEAKERS, BLOCK_M
-        )
+        partial = hidden + size * R + size * E
         first_o = tile_o * BLOCK_O
         outs = first_o + tl.arange(0, BLOCK_O)
         out_ok = outs < O
@@ -210,28 +175,23 @@ def single_kernel(
             first_o, out_ok, share * each, tl.minimum((share + 1) * each, steps), D, D,
             False, BITS, QBLOCK, ALIGNED, AFTER, PTX, PRECISION, BLOCK_M, BLOCK_O, BLOCK_D,
         )  # fmt: skip
-        counter = arrived + 2 * tiles_r + tile
+        counter = arrived + 2 * tiles_r + row * tiles_o + tile_o
         complete = SHARES == 1
         if SHARES > 1:
             tl.store(partial + (share * size + first_m) * O + here, acc, ok)
-            tl.debug_barrier()
-            complete = tl.atomic_add(counter, 1, sem="acq_rel") == SHARES - 1
+            complete = arrive(counter) == SHARES - 1
         if complete:
             if SHARES > 1:
                 tl.store(counter, 0)
-                tl.debug_barrier()
-                acc = _sum_shares(partial + first_m * O, here, ok, size * O, SHARES, 4)
+                acc = sum_shares(partial + first_m * O, here, ok, size * O, SHARES, 4)
             if EXPERTS:
                 dtype: tl.constexpr = y.dtype.element_ty
                 b = _one_of(member, b, b_1, b_2, MEMBERS)
-                _wait(arrived + 2 * row + 1, ACQUIRE)
+                wait(arrived + 2 * row + 1, ACQUIRE)
                 if SKIP:
                     if ROUTER:
-                        of_gates = rows[:, None] * E + number[None, :]
                         exists = row_ok[:, None] & (number < E)[None, :]
-                        gate = tl.load(
-                            made + first_m * E + of_gates, exists, 0.0, cache_modifier=".cg"
-                        )
+                        gate = tl.load(gates_at + of_gates, exists, 0.0, cache_modifier=".cg")
                     else:
                         gate = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
                 for first in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -253,9 +213,4 @@ def single_kernel(
                 bias = _one_of(member, bias, bias_1, bias_2, MEMBERS)
                 acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
             tl.store(y + (member * size + first_m) * O + here, acc.to(y.dtype.element_ty), ok)
-            tl.debug_barrier()
-            # Whoever finishes the last tile knows that all the others have stopped waiting.
-            if tl.atomic_add(counters + 1, 1, sem="acq_rel") == tiles_r * tiles_o - 1:
-                for first in tl.range(0, 2 + 2 * tiles_r, 64, num_stages=1):
-                    which = first + tl.arange(0, 64)
-                    tl.store(counters + which, tl.zeros((64,), tl.int32), which < 2 + 2 * tiles_r)
+            leave(counters, tiles_r * tiles_o, tiles_r)

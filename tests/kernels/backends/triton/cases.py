@@ -121,11 +121,13 @@ def assert_close(
 
 
 def bands() -> list[tuple[int, int]]:
-    """The first and the last M of each row of the default tuning table; the last row is cut."""
+    """The first and the last M of each band of the default table; the last one is cut."""
     table = json.loads(
         (files("saml_kernels.backends.triton") / "tables" / "default.json").read_text()
     )
-    ends = {row["max_m"] for way in ("forward", "backward") for row in table[way]} - {None}
+    rules = [row for way in ("forward", "backward") for row in table[way]]
+    ends = {row["max_m"] for row in rules if "max_m" in row}
+    ends |= {row["min_m"] - 1 for row in rules if "min_m" in row}
     starts = [0, *sorted(ends)]
     return [(a + 1, b) for a, b in zip(starts, [*sorted(ends), max(ends) + 40], strict=True)]
 

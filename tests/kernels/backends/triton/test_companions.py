@@ -102,12 +102,12 @@ def test_learning_goes_its_own_way(launches):
     launches.clear()
     leaf = x.clone().requires_grad_()
     sum(layer(leaf).sum() for layer in layers).backward()
-    assert leaf.grad is not None and launches.count("project") == 3 and "single" not in launches
+    assert leaf.grad is not None and launches == ["single"] * 3 + ["backward"] * 3
 
 
 def test_many_rows_go_their_own_way(launches):
     layers = attention()
-    x = torch.randn(1, 40, 64)
+    x = torch.randn(1, 300, 64)
     warm(layers, x)
     SAMLLinear.together(layers)
     launches.clear()

@@ -71,7 +71,7 @@ def test_experts_in_float32_beside_half_precision(route, dtype, device):
 
 
 def test_the_reduction_over_tokens_is_shared_out(device):
-    """Three shares for each tile of dA, dB and the router's gradient, and the same bits twice."""
+    """Many shares for each tile of dA, dB and the gates' gradient, and the same bits twice."""
     case = make_case(3, 2100, 64, 64, 2, 4, device=device)
     given = (case.dy, case.x, case.weight, *case.experts, case.scaling, (False, True, True, True))
     first, second = (backend.backward(*given) for _ in range(2))

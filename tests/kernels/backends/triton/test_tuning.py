@@ -1,6 +1,7 @@
 """Tuning with a clock of the test's own: what is measured is written, found and used."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ways import fitting
 
 from bench.layers.cases import EXPERTS, RANK
 from saml_kernels import SAMLError
-from saml_kernels.backends.triton import configs, tuning
+from saml_kernels.backends.triton import configs, costs, tuning
 from saml_kernels.backends.triton.configs import Config
 from saml_kernels.backends.triton.launcher import triton_errors
 
@@ -29,6 +30,9 @@ def few(direction, m):
     yield Config("scratch", 32, 32, 32, 1)
 
 
+tune = partial(tuning.tune, dtypes=(torch.float16,))
+
+
 class Clock:
     """The n-th candidate takes times[n] microseconds."""
 
@@ -45,7 +49,7 @@ class Clock:
 def test_the_fastest_is_written_and_used(cache, device):
     clock, rows = Clock(5.0, 3.0, 4.0, 9.0), []
     shapes = [(64, 128)]
-    path, done = tuning.tune(
+    path, done = tune(
         shapes, (2, 40), device=device, clock=clock, tried=few, on_row=lambda *row: rows.append(row)
     )
     assert done == 4 and clock.asked == 16 and path.parent == cache
@@ -61,23 +65,43 @@ def test_the_fastest_is_written_and_used(cache, device):
 
 
 def test_a_second_run_replaces_what_it_repeats_and_keeps_the_rest(cache, device):
-    tuning.tune([(64, 128)], (2, 40), device=device, clock=Clock(5.0, 3.0, 4.0, 9.0), tried=few)
-    path, _ = tuning.tune(
-        [(64, 128)], (2,), device=device, clock=Clock(1.0, 3.0, 4.0, 9.0), tried=few
-    )
+    tune([(64, 128)], (2, 40), device=device, clock=Clock(5.0, 3.0, 4.0, 9.0), tried=few)
+    path, _ = tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 3.0, 4.0, 9.0), tried=few)
     found = {r["m"]: r["route"] for r in json.loads(path.read_text())["forward"]}
     assert found == {2: "fused", 40: "split"}
 
 
+def test_both_types_count_by_their_geometric_mean(cache, device):
+    """Fused takes 4 and 4, split 1 and 9, scratch 2 and 32."""
+    clock = Clock(4.0, 4.0, 1.0, 9.0, 2.0, 32.0, 50.0, 50.0)
+    path, _ = tuning.tune([(64, 128)], (40,), device=device, clock=clock, tried=few)
+    row = json.loads(path.read_text())["forward"][0]
+    assert row["route"] == "split"
+    assert [row["microseconds"], row["before_microseconds"]] == pytest.approx([3.0, 50.0])
+
+
+@pytest.mark.parametrize("m", [1, 64, 1500])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_few_are_measured_and_the_best_of_each_route_among_them(direction, m):
+    device = costs.device_of("sm_90", 132)
+    all_of_them = tuning._distinct(tuning.candidates(direction, m), direction, 512, 512)
+    cost = costs.forward if direction == "forward" else costs.backward
+    found = tuning.likely(all_of_them, direction, m, 512, 512, device)
+    assert len(found) == len(set(found)) == tuning.TRIALS < len(all_of_them)
+    assert {c.route for c in found} == {c.route for c in all_of_them}
+    times = [cost(device, c, m, 512, 512) for c in all_of_them]
+    assert min(times) == cost(device, found[0], m, 512, 512)
+
+
 def test_no_time_left_measures_nothing(cache, device):
-    _, done = tuning.tune([(64, 128)], (2,), device=device, minutes=-1.0, clock=Clock(1.0))
+    _, done = tune([(64, 128)], (2,), device=device, minutes=-1.0, clock=Clock(1.0))
     assert done == 0
 
 
 def test_rows_not_yet_measured_come_first_and_shapes_within_them(cache, device):
-    tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
+    tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
     order = []
-    tuning.tune(
+    tune(
         [(64, 128), (128, 64)], (2, 5), device=device, clock=Clock(1.0), tried=few,
         on_row=lambda done, total, r: order.append((r["m"], r["direction"], r["n"])),
     )  # fmt: skip
@@ -99,7 +123,7 @@ def test_what_is_timed_is_what_will_run(cache, device):
         timed.append(run.args[0])
         return {"median_us": 1.0 if timed[-1].split == 2 else 2.0}
 
-    path, _ = tuning.tune([(64, 96)], (2,), device=device, clock=clock, tried=shared)
+    path, _ = tune([(64, 96)], (2,), device=device, clock=clock, tried=shared)
     table = json.loads(path.read_text())
     assert [table[d][0]["split"] for d in ("forward", "backward")] == [2, 2]  # of 3 and 2 steps
     # Fused, two shares and what was chosen before, in each direction.
@@ -159,7 +183,7 @@ def test_what_does_not_fit_the_device_is_left_out(which, cache, device, monkeypa
         return real(self, route)
 
     monkeypatch.setattr(tuning.Problem, "forward", forward)
-    path, _ = tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 2.0), tried=few)
+    path, _ = tune([(64, 128)], (2,), device=device, clock=Clock(1.0, 2.0), tried=few)
     assert json.loads(path.read_text())["forward"][0]["route"] == "split"
 
 
@@ -167,7 +191,7 @@ def test_a_wrong_result_is_not_timed(cache, device, monkeypatch):
     real = tuning.Problem.forward
     monkeypatch.setattr(tuning.Problem, "forward", lambda self, route=None: real(self, route) * 1.1)
     with pytest.raises(SAMLError, match=r"forward of 2 tokens: .* is off by"):
-        tuning.tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
+        tune([(64, 128)], (2,), device=device, clock=Clock(1.0), tried=few)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 1500])
