@@ -17,7 +17,7 @@ import uvicorn
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext
 from saml_models.models.interface import Piece
-from saml_models.text.transcript import Segment, Word
+from saml_models.text.transcript import Decoding, Segment, Word
 
 
 class Talker:
@@ -63,7 +63,8 @@ class Talker:
             start = number / 16000
             words = [Word(start + i, start + i + 1.0, f" {w}") for i, w in enumerate(part)]
             end = start + len(part)
-            segments.append(Segment(len(segments), start, end, " ".join(part), words))
+            how = Decoding(number // 160, [7] * len(part), 0.0, -0.2, 1.1, 0.01)
+            segments.append(Segment(len(segments), start, end, " ".join(part), words, how))
             on_text(" ".join(heard))
         return " ".join(heard), segments
 

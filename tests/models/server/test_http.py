@@ -82,6 +82,10 @@ def test_five_formats(client: openai.OpenAI) -> None:
     )  # fmt: skip
     assert (found.text, found.language, found.duration) == (text, "english", 12.0)
     assert [(s.start, s.end) for s in found.segments] == [(0, 5), (5, 10), (10, 12)]
+    third = found.segments[2]
+    assert (third.id, third.seek, third.tokens, third.temperature) == (2, 1000, [7, 7], 0)
+    assert (third.avg_logprob, third.compression_ratio, third.no_speech_prob) == (-0.2, 1.1, 0.01)
+    assert set(openai.types.audio.TranscriptionSegment.model_fields) == set(third.to_dict())
     assert [w.word for w in found.words] == text.split() and found.words[3].start == 3
 
 
