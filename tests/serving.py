@@ -94,6 +94,32 @@ def wav(seconds: float = 2.0) -> bytes:
     return file.getvalue()
 
 
+# Of each container a codec of PyAV's and its samples a second.
+CONTAINERS = {
+    "flac": ("flac", 16000), "mp3": ("mp3", 16000), "mp4": ("aac", 48000), "m4a": ("aac", 44100),
+    "ogg": ("libopus", 48000), "wav": ("pcm_s16le", 16000), "webm": ("libopus", 48000),
+}  # fmt: skip
+
+
+def encoded(clip: np.ndarray, name: str) -> bytes:
+    """A clip at 16 kHz in one of `CONTAINERS`."""
+    import av
+
+    codec, rate = CONTAINERS[name]
+    file, layout = io.BytesIO(), "mono"
+    with av.open(file, "w", format="mp4" if name == "m4a" else name) as container:
+        stream: Any = container.add_stream(codec, rate=rate, layout=layout)
+        stream.bit_rate = 128_000
+        resampler = av.AudioResampler(stream.format.name, layout, rate, stream.frame_size)
+        samples = (clip * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 16000
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """Within the block the application answers at the address that is yielded."""
