@@ -224,7 +224,9 @@ def main(
                 for profile in profiles[:speakers]:
                     profile.save(store / f"{profile.name}.safetensors")
                 names = [profile.name for profile in profiles[:speakers]]
-                noted("memory", memory_over_requests(engine, few, names, store, requests))
+                before = loaded()
+                row = memory_over_requests(engine, few, names, store, requests)
+                noted("memory", row | {"load": before})
     if "speakers" in parts and more > speakers:
         before = loaded()
         many = (clips * more)[:more]
