@@ -43,7 +43,7 @@ TIMED = DecodingOptions("en")
 CHANGE = 0.01  # of each of a speaker's weights, of their standard deviation 1
 UNDISTURBED = 5  # windows of a long recording before a short clip comes
 PHASES = 4
-PARTS = ("speakers", "long", "memory", "start")
+PARTS = ("speakers", "more", "long", "memory", "start")
 
 
 def voices(network: Any, count: int) -> list[SpeakerProfile]:
@@ -227,10 +227,10 @@ def main(
                 before = loaded()
                 row = memory_over_requests(engine, few, names, store, requests)
                 noted("memory", row | {"load": before})
-    if "speakers" in parts and more > speakers:
+    if "more" in parts:
         before = loaded()
         many = (clips * more)[:more]
-        noted("more speakers", over_one_speaker(speech, many, profiles, rounds) | {"load": before})
+        noted("more", over_one_speaker(speech, many, profiles, rounds) | {"load": before})
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def _cpu_speakers(results: Path) -> str:
 def _serve(results: Path) -> str:
     """What the server was measured to do, from serve.json of `python -m bench serve`."""
     data = _read(results / "serve.json")
-    many, more, long = data["speakers"], data["more speakers"], data["long"]
+    many, more, long = data["speakers"], data["more"], data["long"]
     memory, start = data["memory"], data["start"]
     answers = ", ".join(f"{count} {said}" for said, count in memory["answers"].items())
     rows = [
