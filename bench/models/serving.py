@@ -225,7 +225,8 @@ def main(
                     profile.save(store / f"{profile.name}.safetensors")
                 names = [profile.name for profile in profiles[:speakers]]
                 before = loaded()
-                row = memory_over_requests(engine, few, names, store, requests)
+                short = sorted(clips, key=len)[:speakers]
+                row = memory_over_requests(engine, short, names, store, requests)
                 noted("memory", row | {"load": before})
     if "more" in parts:
         before = loaded()
