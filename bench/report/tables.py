@@ -310,7 +310,7 @@ def _profiles(results: Path) -> str:
     lines.append(
         f"Sixteen clips of sixteen speakers in one batch: "
         f"{speed['throughput_of_sixteen_to_one']:.2f} of the throughput of sixteen clips of one "
-        f"speaker ({speed['threads']} threads). Loading a profile: "
+        f"speaker ({speed['device']}). Loading a profile: "
         f"{speed['milliseconds_to_load_a_profile']:.0f} ms."
     )
     return "\n".join(lines)
@@ -350,7 +350,8 @@ def _serve(results: Path) -> str:
     data = _read(results / "serve.json")
     many, more, long = data["speakers"], data["more"], data["long"]
     memory, start = data["memory"], data["start"]
-    answers = ", ".join(f"{count} {said}" for said, count in memory["answers"].items())
+    told = (("200", "answered"), ("400", "refused"), ("left", "given up by the client"))
+    answers = ", ".join(f"{memory['answers'].get(said, 0)} {name}" for said, name in told)
     rows = [
         (
             f"{many['speakers']} clips of {many['speakers']} speakers at once, of the speed one "
@@ -378,7 +379,7 @@ def _serve(results: Path) -> str:
         (
             f"memory over {memory['requests']} mixed requests, eight at a time",
             f"{memory['growth, %']:+.1f} % after the first 100, with which it is "
-            f"{memory['MB after the first 100']:.0f} MB, the benchmark's own among them; answers: "
+            f"{memory['MB after the first 100']:.0f} MB, the benchmark's own among them: "
             f"{answers}",
             memory,
         ),
