@@ -29,7 +29,7 @@ __all__ = ["Counts", "Engine", "Job", "QueueFull", "ignored"]
 
 Result = TypeVar("Result")
 
-TIDIED = 64  # batches from one return of freed memory to the next: each takes some 10 ms
+TIDIED = 64  # batches from one return of freed memory to the next: pages are faulted in anew
 
 
 class QueueFull(SAMLError):
@@ -259,11 +259,11 @@ class Engine:
             self.counts.batches += 1
             self.counts.pieces += len(heard)
             self.counts.busy += time.monotonic() - began
-            if self.counts.batches % TIDIED == 0:
-                return_freed_memory()
             for passage in heard:
                 if passage.is_done:
                     self._end(going.pop(passage), passage)
+            if self.counts.batches % TIDIED == 0:
+                return_freed_memory()
 
     def _wait(self, together: Together) -> bool:
         """Until there is something to do; False where the engine closes."""

@@ -33,8 +33,8 @@ __all__ = ["RayEngine", "Replica"]
 NAME = "saml"
 KEPT = 256  # profiles that a replica, and this process for it, remember
 OBJECTS = 512 * 2**20  # bytes of Ray's shared memory, where it is started here
-_STARTED = 600.0  # seconds in which replicas have to be ready
 WAIT = 2.0  # seconds after which a client may ask a full queue again
+_STARTED = 600.0  # seconds in which replicas have to be ready
 _LEFT = 5.0  # seconds that cancelled recordings have to end
 
 

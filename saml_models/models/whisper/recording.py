@@ -48,7 +48,6 @@ def windows_of(
     whole = len(clip) if len(clip) <= MAX_SAMPLES else None
     seconds = len(clip) / SAMPLE_RATE
     parts: list[dict[str, Any]] = []
-    common: dict[str, Any]
     said, at, end_of_text = "", 0, tokenizer.eos_token_id
     while at < len(clip):
         window = clip[at : at + MAX_SAMPLES]
@@ -57,7 +56,7 @@ def windows_of(
         heard = yield Piece("window", window, language, asked)
         found, step = split_window(heard, len(window), first_time)
         text = tokenizer.decode([t for t in heard.ids if t < end_of_text]).strip()
-        common = {
+        common: dict[str, Any] = {
             "seek": at * FRAMES_PER_SECOND // SAMPLE_RATE,
             "temperature": heard.temperature,
             "avg_logprob": heard.log_prob,
