@@ -1,4 +1,4 @@
-"""The server: many speakers at once, a clip beside a long file, memory, its start and its size.
+"""The server: many speakers at once, a long file, memory, its start.
 
     python -m bench serve --data LibriSpeech/test-other --json bench/results/serve.json
 
