@@ -17,7 +17,7 @@ import uvicorn
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.context import BatchContext
 from saml_models.models.interface import Piece
-from saml_models.text.transcript import Segment, Word
+from saml_models.text.transcript import Decoding, Segment, Word
 
 
 class Talker:
@@ -63,7 +63,8 @@ class Talker:
             start = number / 16000
             words = [Word(start + i, start + i + 1.0, f" {w}") for i, w in enumerate(part)]
             end = start + len(part)
-            segments.append(Segment(len(segments), start, end, " ".join(part), words))
+            how = Decoding(number // 160, [7] * len(part), 0.0, -0.2, 1.1, 0.01)
+            segments.append(Segment(len(segments), start, end, " ".join(part), words, how))
             on_text(" ".join(heard))
         return " ".join(heard), segments
 
@@ -90,6 +91,32 @@ def wav(seconds: float = 2.0) -> bytes:
     """A file of noise."""
     file = io.BytesIO()
     soundfile.write(file, noise(seconds), 16000, "PCM_16", format="WAV")
+    return file.getvalue()
+
+
+# Of each container a codec of PyAV's and its samples a second.
+CONTAINERS = {
+    "flac": ("flac", 16000), "mp3": ("mp3", 16000), "mp4": ("aac", 48000), "m4a": ("aac", 44100),
+    "ogg": ("libopus", 48000), "wav": ("pcm_s16le", 16000), "webm": ("libopus", 48000),
+}  # fmt: skip
+
+
+def encoded(clip: np.ndarray, name: str) -> bytes:
+    """A clip at 16 kHz in one of `CONTAINERS`."""
+    import av
+
+    codec, rate = CONTAINERS[name]
+    file, layout = io.BytesIO(), "mono"
+    with av.open(file, "w", format="mp4" if name == "m4a" else name) as container:
+        stream: Any = container.add_stream(codec, rate=rate, layout=layout)
+        stream.bit_rate = 128_000
+        resampler = av.AudioResampler(stream.format.name, layout, rate, stream.frame_size)
+        samples = (clip * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=layout)
+        frame.sample_rate = 16000
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
     return file.getvalue()
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy.speech import READERS
+from bench.report.environment import device_name
 from saml_kernels.files import write_json
 from saml_models.data.corpora import by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
@@ -109,7 +110,7 @@ def throughput(model: Any, processor: Any, folds: list[Fold]) -> dict[str, Any]:
         "seconds": {name: [round(v, 3) for v in values] for name, values in times.items()},
         "throughput_of_sixteen_to_one": round(middle["one"] / middle["sixteen"], 3),
         "milliseconds_to_load_a_profile": round(1000 * loading, 1),
-        "threads": torch.get_num_threads(),
+        "device": device_name(torch.device("cpu")),
     }
 
 

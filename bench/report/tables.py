@@ -311,7 +311,7 @@ def _profiles(results: Path) -> str:
     lines.append(
         f"Sixteen clips of sixteen speakers in one batch: "
         f"{speed['throughput_of_sixteen_to_one']:.2f} of the throughput of sixteen clips of one "
-        f"speaker ({speed['threads']} threads). Loading a profile: "
+        f"speaker ({speed['device']}). Loading a profile: "
         f"{speed['milliseconds_to_load_a_profile']:.0f} ms."
     )
     return "\n".join(lines)
@@ -344,6 +344,64 @@ def _cpu_speakers(results: Path) -> str:
         rows.append([str(count), "warm" if warm else "cold", *cells])
     heads = ["speakers", "caches", "in int8", "in float32", "in int8, over one speaker in int8"]
     return "\n".join([*_markdown_table(heads, rows), f"{data['about']}."])
+
+
+def _serve(results: Path) -> str:
+    """What the server was measured to do, from serve.json of `python -m bench serve`."""
+    data = _read(results / "serve.json")
+    many, more, long = data["speakers"], data["more"], data["long"]
+    memory, start = data["memory"], data["start"]
+    told = (("200", "answered"), ("400", "refused"), ("left", "given up by the client"))
+    answers = ", ".join(f"{memory['answers'].get(said, 0)} {name}" for said, name in told)
+    rows = [
+        (
+            f"{many['speakers']} clips of {many['speakers']} speakers at once, of the speed one "
+            "after the other",
+            f"{many['faster']:.2f}, mean batch {many['batch']:.0f}, {many['texts as alone']} texts "
+            "as `saml transcribe` alone gives them",
+            many,
+        ),
+        (
+            f"{many['speakers']} speakers in a batch, of the time of one speaker",
+            f"{many['over one speaker']:.2f}",
+            many,
+        ),
+        (
+            f"{more['speakers']} speakers at once, of the time of one speaker",
+            f"{more['over one speaker']:.2f}",
+            more,
+        ),
+        (
+            f"a clip of 3 s beside a recording of {long['minutes']:.0f} minutes",
+            f"{long['median']:.2f} s, at worst {long['worst']:.2f} s; alone "
+            f"{long['seconds alone']:.2f} s, a window {long['seconds of a window']:.2f} s",
+            long,
+        ),
+        (
+            f"memory over {memory['requests']} mixed requests, eight at a time",
+            f"{memory['growth, %']:+.1f} % after the first 100, with which it is "
+            f"{memory['MB after the first 100']:.0f} MB, the benchmark's own among them: "
+            f"{answers}",
+            memory,
+        ),
+        (
+            "start of the process to the first answer",
+            f"{start['seconds until it answers']:.1f} s (slowest of {start['starts']}: "
+            f"{start['slowest start']:.1f} s)",
+            start,
+        ),
+        (
+            "packages that `[serve]` adds to `[whisper]`",
+            f"{start['MB of packages']:.0f} MB, {start['packages']['av']:.0f} of them PyAV",
+            start,
+        ),
+    ]
+    table = _markdown_table(
+        ["measured", "result", "others' load"],
+        [[name, value, f"{row['load']:.1f}"] for name, value, row in rows],
+    )
+    devices = sorted({f"{row['device']}; {row['date']}" for *_, row in rows})
+    return "\n".join([*table, f"{many['model']}. Measured on: {' '.join(devices)}."])
 
 
 def _rounding(results: Path) -> str:
@@ -401,6 +459,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
     "cpu-operator-avx2": lambda results: _cpu_operator("cpu-operator-avx2.json", results),
     "cpu-speakers": _cpu_speakers,
+    "serve": _serve,
     "rounding": _rounding,
     "host": _host,
     "launches": _launches,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from saml_models.text.transcript import Transcript
+from saml_models.text.transcript import Segment, Transcript
 from saml_models.text.writers import render
 
 __all__ = ["FORMATS", "MEDIA_TYPES", "answer", "delta", "done", "failed"]
@@ -42,10 +42,7 @@ def answer(
         "duration": transcript.duration,
     }
     if segments:
-        found["segments"] = [
-            {"id": s.id, "start": s.start, "end": s.end, "text": s.text}
-            for s in transcript.segments
-        ]
+        found["segments"] = [_without_words(s) for s in transcript.segments]
     if words:
         found["words"] = [
             {"word": w.word.strip(), "start": w.start, "end": w.end}
@@ -53,6 +50,11 @@ def answer(
             for w in s.words or []
         ]
     return found
+
+
+def _without_words(segment: Segment) -> dict[str, Any]:
+    """A segment; words are a list of their own."""
+    return {key: value for key, value in segment.to_dict().items() if key != "words"}
 
 
 def delta(text: str) -> str:

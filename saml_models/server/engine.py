@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import DecodingOptions, SpeechModel
+from saml_models.runtime.allocator import return_freed_memory
 from saml_models.runtime.quiet import quiet_transformers
 from saml_models.speakers.identify import identify
 from saml_models.speakers.profile import SpeakerProfile
@@ -27,6 +28,8 @@ from saml_models.transcription.together import Passage, Together
 __all__ = ["Counts", "Engine", "Job", "QueueFull", "ignored"]
 
 Result = TypeVar("Result")
+
+TIDIED = 64  # batches from one return of freed memory to the next: pages are faulted in anew
 
 
 class QueueFull(SAMLError):
@@ -136,6 +139,11 @@ class Engine:
         """As `SpeechModel.language_code`; from any thread."""
         return self.speech.language_code(language, task)
 
+    def check_room(self) -> None:
+        """Raise QueueFull where one more recording would be refused."""
+        if len(self._jobs) >= self.max_queue:
+            raise QueueFull(len(self._jobs), self._seconds_left())
+
     def submit(
         self,
         clip: npt.NDArray[np.float32],
@@ -160,8 +168,7 @@ class Engine:
         job = Job(clip, profile, options or DecodingOptions(), on_text, on_progress)
         with self._changed:
             self._check_open()
-            if len(self._jobs) >= self.max_queue:
-                raise QueueFull(len(self._jobs), self._seconds_left())
+            self.check_room()
             self._jobs.add(job)
             self._inbox.append(job)
             self._changed.notify_all()
@@ -255,6 +262,8 @@ class Engine:
             for passage in heard:
                 if passage.is_done:
                     self._end(going.pop(passage), passage)
+            if self.counts.batches % TIDIED == 0:
+                return_freed_memory()
 
     def _wait(self, together: Together) -> bool:
         """Until there is something to do; False where the engine closes."""

@@ -33,6 +33,7 @@ __all__ = ["RayEngine", "Replica"]
 NAME = "saml"
 KEPT = 256  # profiles that a replica, and this process for it, remember
 OBJECTS = 512 * 2**20  # bytes of Ray's shared memory, where it is started here
+WAIT = 2.0  # seconds after which a client may ask a full queue again
 _STARTED = 600.0  # seconds in which replicas have to be ready
 _LEFT = 5.0  # seconds that cancelled recordings have to end
 
@@ -120,7 +121,8 @@ class RayEngine:
             model, experts, device: as for `Recogniser.load`; each replica loads them.
             max_batch, max_queue: of each replica.
             replicas: how many.
-            address: of a Ray cluster; None starts Ray on this machine, for it alone.
+            address: of a Ray cluster that this machine has joined, whose nodes have the model;
+                None starts Ray on this machine, for it alone.
 
         Raises:
             SAMLError: the replicas do not start.
@@ -133,6 +135,7 @@ class RayEngine:
         self.counts, self.max_queue = Counts(), max_queue * replicas
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         here: dict[str, Any] = {
+            "address": "local",  # not the cluster of $RAY_ADDRESS, nor one that runs here already
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
             "object_store_memory": OBJECTS,
@@ -203,6 +206,11 @@ class RayEngine:
                 raise _own(error) from error
         return self._codes[language]
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`."""
+        if len(self._jobs) >= self.max_queue:
+            raise QueueFull(len(self._jobs), WAIT)
+
     def submit(
         self,
         clip: npt.NDArray[np.float32],
@@ -214,8 +222,7 @@ class RayEngine:
         """As `Engine.submit`; `on_progress` is not called."""
         job = Job(clip, profile, options or DecodingOptions(), on_text, on_progress)
         with self._lock:
-            if len(self._jobs) >= self.max_queue:
-                raise QueueFull(len(self._jobs), 2.0)
+            self.check_room()
             self._jobs[job] = None
         asyncio.run_coroutine_threadsafe(self._follow(job), self._loop)
         return job

@@ -43,6 +43,13 @@ class Server:
         self.decoders = anyio.CapacityLimiter(settings.limits.decoders)
         self.profiles = Profiles()
 
+    def check_room(self) -> None:
+        """Answer 429 where the queue is full, before a recording is decoded."""
+        try:
+            self.engine.check_room()
+        except QueueFull as error:
+            raise _full(error) from error
+
     def voices_of(self, request: Request) -> Voices:
         """Those of whose token it is; everybody's where there are no tokens."""
         return Voices(self.settings.folder_of(request.state.owner), self.profiles)
@@ -60,8 +67,7 @@ class Server:
         except MemoryFull as error:
             raise HTTPException(429, str(error), {"Retry-After": "10"}) from error
         except QueueFull as error:
-            after = {"Retry-After": f"{error.retry_after:.0f}"}
-            raise HTTPException(429, str(error), after) from error
+            raise _full(error) from error
         except SAMLError as error:
             text = str(error) if upload.clip.size else f"file: {error}"
             raise HTTPException(400, text) from error
@@ -81,6 +87,10 @@ class Upload:
         """Hold so many bytes more."""
         self.memory.take(size)
         self.held += size
+
+
+def _full(error: QueueFull) -> HTTPException:
+    return HTTPException(429, str(error), {"Retry-After": f"{error.retry_after:.0f}"})
 
 
 @contextmanager

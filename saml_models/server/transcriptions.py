@@ -87,6 +87,7 @@ def transcription_routes(server: Server) -> APIRouter:
         """Text of a recording, with or without times."""
         asked = granularities or ["segment"]
         _check(response_format, asked, prompt, temperature)
+        server.check_room()
         words = "word" in asked and response_format == "verbose_json"
         try:
             code = engine.language_code(language or None)
@@ -140,6 +141,7 @@ async def _events(job: Job, texts: asyncio.Queue[str]) -> AsyncIterator[str]:
     """Deltas as they are heard, and the whole text; together they are the same."""
     said = ""
     future = asyncio.wrap_future(job.future)
+    newest: asyncio.Future[str] | None = None
     try:
         while not (future.done() and texts.empty()):
             newest = asyncio.ensure_future(texts.get())
@@ -158,6 +160,8 @@ async def _events(job: Job, texts: asyncio.Queue[str]) -> AsyncIterator[str]:
             yield failed(str(error))
     finally:
         future.cancel()
+        if newest is not None:
+            newest.cancel()
 
 
 def _check(format: str, granularities: Sequence[str], prompt: str, temperature: float) -> None:

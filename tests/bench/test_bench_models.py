@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from bench.layers.peers import _int4
 from bench.layers.registry import contenders
 from bench.models import adapters
+from bench.models.serving_process import added_bytes
 from bench.models.turns import answer, in_turn, record, stopwatch
 from bench.place import RESULTS, as_module, environment
 
@@ -132,3 +133,12 @@ def test_int4_peers_are_given_a_rounding_of_the_same_weight():
     rebuilt = (codes.unflatten(1, (-1, 64)) - zeros[..., None]) * scales[..., None]
     apart = (rebuilt - weight.unflatten(1, (-1, 64))).abs()
     assert (apart <= 0.5001 * scales[..., None]).all()
+
+
+def test_what_the_extra_of_the_server_adds():
+    found = added_bytes()
+    assert {"av", "fastapi", "uvicorn", "python-multipart", "prometheus-client"} <= set(
+        found["packages"]
+    )
+    assert not {"saml-kernels", "torch", "numpy", "transformers", "typer"} & set(found["packages"])
+    assert 20 < found["MB of packages"] <= 130

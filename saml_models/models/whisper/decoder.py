@@ -98,7 +98,17 @@ class Decoder:
         Of the caches the first `end` positions are read: those where `known` [1, 1, 1, end] is
         True; None is all, or for several tokens all that lie before.
         """
-        return self.head(self.norm(self._run(tokens, at, end, known)[:, -1]))
+        return self._logits(self._run(tokens, at, end, known), -1)
+
+    def begin(self, tokens: Tensor, at: Tensor, end: int, start: int) -> tuple[Tensor, Tensor]:
+        """What comes after a prompt [B, n], as a call gives it, and after its token `start`."""
+        read = self._run(tokens, at, end, None)
+        last = self._logits(read, -1)
+        same = start % tokens.shape[1] == tokens.shape[1] - 1
+        return last, last if same else self._logits(read, start)
+
+    def _logits(self, read: Tensor, place: int) -> Tensor:
+        return self.head(self.norm(read[:, place]))
 
     def attention(self, tokens: Tensor, heads: Sequence[Sequence[int]]) -> Tensor:
         """Where some heads look in the audio at each of the tokens [B, n] of a whole text.

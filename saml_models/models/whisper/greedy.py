@@ -143,7 +143,7 @@ class Step:
         With `end`, attention reads that much of the caches; without, all of them, masked.
         """
         if end == self.first:  # the prompt, and the only step with tokens that may not begin
-            logits = self.decoder(self.text[:, :end], self.places[:end], end)
+            logits = self.begin(end)
             logits.index_fill_(1, self.not_first, -torch.inf)
             self.place.fill_(end)
         else:
@@ -153,6 +153,10 @@ class Step:
             self.place.add_(1)
         logits.index_fill_(1, self.never, -torch.inf)
         self.text.index_copy_(1, self.place, self.choose(logits))
+
+    def begin(self, end: int) -> Tensor:
+        """Logits [B, V] after the prompt of `end` tokens."""
+        return self.decoder(self.text[:, :end], self.places[:end], end)
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row, [B, 1], from logits [B, V]."""

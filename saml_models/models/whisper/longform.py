@@ -201,7 +201,11 @@ def read_segments(
             words = _spread(_words(tokens, times, start, earliest, tokenizer, language))
             start, end = words[0].start, words[-1].end
         start = max(start, earliest)
-        segments.append(Segment(len(segments), start, max(start, end), text.strip(), words))
+        segments.append(
+            Segment(
+                len(segments), start, max(start, end), text.strip(), words, part.get("decoding")
+            )
+        )
         texts.append(text)
     return "".join(texts).strip(), segments
 

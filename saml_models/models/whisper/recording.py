@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,8 @@ from saml_models.models.interface import Clip, DecodingOptions, Piece, Pieces
 from saml_models.models.whisper.languages import is_multilingual
 from saml_models.models.whisper.longform import read_segments
 from saml_models.models.whisper.timed import TOKEN_SECONDS, HeardWindow, TimedWindow
+from saml_models.models.whisper.windows import FRAMES_PER_SECOND
+from saml_models.text.transcript import Decoding
 
 __all__ = ["split_window", "windows_of"]
 
@@ -52,11 +55,20 @@ def windows_of(
         asked = TimedWindow(window, whole, prompt, options.temperature, options.words)
         heard = yield Piece("window", window, language, asked)
         found, step = split_window(heard, len(window), first_time)
+        text = tokenizer.decode([t for t in heard.ids if t < end_of_text]).strip()
+        common: dict[str, Any] = {
+            "seek": at * FRAMES_PER_SECOND // SAMPLE_RATE,
+            "temperature": heard.temperature,
+            "avg_logprob": heard.log_prob,
+            "compression_ratio": _compression(text),
+            "no_speech_prob": heard.no_speech,
+        }
         for first, last, begin, end in found:
             part: dict[str, Any] = {
                 "tokens": torch.tensor(heard.ids[first:last]),
                 "start": at / SAMPLE_RATE + begin,
                 "end": at / SAMPLE_RATE + end,
+                "decoding": Decoding(tokens=heard.ids[first:last], **common),
             }
             if heard.times is not None:
                 part["token_timestamps"] = [at / SAMPLE_RATE + t for t in heard.times[first:last]]
@@ -72,6 +84,12 @@ def windows_of(
             on_text(said.strip())
         on_progress(min(at / SAMPLE_RATE, seconds), seconds)
     return read_segments(parts, tokenizer, seconds, language)
+
+
+def _compression(text: str) -> float:
+    """openai-whisper's measure of repetition: bytes over compressed bytes."""
+    encoded = text.encode()
+    return len(encoded) / len(zlib.compress(encoded))
 
 
 def split_window(

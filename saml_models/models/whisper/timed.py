@@ -67,12 +67,14 @@ class HeardWindow:
         ids: text and timestamp tokens; none where there is no speech.
         log_prob: mean over them and the end.
         temperature: at which they were drawn.
+        no_speech: probability that there is no speech, by what follows <|startoftranscript|>.
         times: seconds in the window at which each token ends, if they were asked for.
     """
 
     ids: list[int]
     log_prob: float = 0.0
     temperature: float = 0.0
+    no_speech: float = 0.0
     times: list[float] | None = None
 
 
@@ -255,7 +257,8 @@ class _Batch:
                     )
                 if ended:
                     mean = worth[row] / said
-                    found[row] = HeardWindow(ids[row], mean, step.temperature_of(place))
+                    heat = step.temperature_of(place)
+                    found[row] = HeardWindow(ids[row], mean, heat, step.no_speech[row])
                     if kept is not None and is_wanted(window, found[row]):
                         kept[window] = step.alone(place, 1)
             going = [place for place, row in enumerate(rows) if row not in found]
@@ -287,6 +290,7 @@ class _TimedStep(Step):
 
     Attributes:
         worth: the log-probability of each row's newest token.
+        no_speech: of each row of the batch as it began, as `HeardWindow.no_speech`.
     """
 
     def __init__(self, generation: Any, decoder: Decoder, prompt: Tensor) -> None:
@@ -294,6 +298,10 @@ class _TimedStep(Step):
         self.can_replay = False  # the rules are Python, and ask for the tokens
         self.rules = WhisperTimeStampLogitsProcessor(generation, self.first)
         self.worth: list[float] = []
+        self.no_speech: list[float] = []
+        # <|nospeech|>, in older vocabularies <|nocaptions|>, lies before <|notimestamps|>.
+        self._silence: int = generation.no_timestamps_token_id - 1
+        self._start: int = generation.decoder_start_token_id
         self.temperatures = self.uniform = torch.zeros(0)
 
     def draw(self, temperatures: Sequence[float], uniform: Tensor) -> None:
@@ -305,6 +313,14 @@ class _TimedStep(Step):
     def temperature_of(self, row: int) -> float:
         """At which a row draws."""
         return float(self.temperatures[row])
+
+    def begin(self, end: int) -> Tensor:
+        """Logits [B, V] after the prompt of `end` tokens; notes how likely silence is."""
+        (places,) = (self.text[0, :end] == self._start).nonzero(as_tuple=True)
+        start = int(places[-1])  # padding and the text before lie in front
+        logits, first = self.decoder.begin(self.text[:, :end], self.places[:end], end, start)
+        self.no_speech = first.float().softmax(-1)[:, self._silence].tolist()
+        return logits
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row, [B, 1], from logits [B, V]."""

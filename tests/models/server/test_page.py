@@ -6,6 +6,7 @@ again and again, and leaves a picture of each state: those of the documentation.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ if CHROMIUM is None:
     pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
 
 PICTURES = os.environ.get("SAML_SCREENSHOTS")
+TOKEN = "twenty-characters-and-more"
 SPOKEN = 1500  # milliseconds of a recording
 
 
@@ -64,12 +66,19 @@ def model() -> Any:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, model: Any) -> Iterator[Stage]:
+def tokens() -> dict[str, str]:
+    """Owners by the digests of their tokens; none lets everybody in."""
+    return {}
+
+
+@pytest.fixture
+def stage(tmp_path: Path, model: Any, tokens: dict[str, str]) -> Iterator[Stage]:
     speech: Any = bind(*model) if PICTURES else Talker(network=model[0])
     samples, says = reader() if PICTURES else (noise(30), None)
     microphone, store = tmp_path / "microphone.wav", tmp_path / "store"
     soundfile.write(microphone, samples, 16000, "PCM_16")
-    settings = Settings("tiny.en", store=store, load="tiny.en", epochs=8 if PICTURES else 1)
+    epochs = 8 if PICTURES else 1
+    settings = Settings("tiny.en", tokens=tokens, store=store, load="tiny.en", epochs=epochs)
     flags = [
         "--no-sandbox",
         "--use-fake-ui-for-media-stream",
@@ -87,6 +96,8 @@ def stage(tmp_path: Path, model: Any) -> Iterator[Stage]:
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+        if tokens:  # the browser's own note of the answer 401
+            page.on("console", lambda m: faults.remove(m.text) if "401" in m.text else None)
         page.goto(url)
         milliseconds = round(len(samples) / 16) + 300 if PICTURES else SPOKEN
         yield Stage(page, url, says, milliseconds, store)
@@ -190,6 +201,23 @@ def test_where_the_browser_withholds_the_microphone_the_page_says_so(stage: Stag
     page.get_by_role("button", name="Create").click()
     playwright.expect(page.locator("#no-microphone")).to_contain_text("plain http")
     playwright.expect(page.locator("#record")).to_be_disabled()
+    stage.picture("withheld")
     file = stage.folder.parent / "microphone.wav"
     page.locator("#file").set_input_files(file)
     playwright.expect(page.get_by_label("Text", exact=True)).not_to_have_value("")
+
+
+@pytest.mark.parametrize("tokens", [{hashlib.sha256(TOKEN.encode()).hexdigest(): "ann"}])
+def test_with_tokens_the_page_asks_for_one(stage: Stage) -> None:
+    page, expect = stage.page, playwright.expect
+    expect(page.locator("#token")).to_be_focused()
+    expect(page.locator("#inside")).to_be_hidden()
+    stage.picture("token")
+    for token, is_right in (("x" * 20, False), (TOKEN, True)):
+        page.locator("#token").fill(token)
+        page.keyboard.press("Enter")
+        expect(page.locator("#inside")).to_be_visible(visible=is_right)
+        expect(page.locator("#door")).to_be_visible(visible=not is_right)
+    expect(page.get_by_text("Model: tiny.en")).to_be_visible()
+    page.reload()  # the tab remembers it
+    expect(page.get_by_text("Model: tiny.en")).to_be_visible()

@@ -16,6 +16,7 @@ from saml_models.data.corpora import load_corpus
 from saml_models.models.interface import DecodingOptions, Piece
 from saml_models.models.registry import bind
 from saml_models.models.whisper import speech_model, timed
+from saml_models.models.whisper.languages import no_speech_probability
 from saml_models.models.whisper.recording import split_window
 from saml_models.models.whisper.timed import HeardWindow
 from saml_models.speakers.pretrained import load_adaptable
@@ -149,6 +150,38 @@ def test_times_of_many_speakers_in_one_batch(mixed: Any) -> None:
     ]
     assert found == alone and all(t.segments for t in found)
     assert [t.speaker_hash for t in found] == [voices[1].hash, None, voices[2].hash]
+    processor = model[1]
+    for transcript, same in zip(found, alone, strict=True):
+        for segment, other in zip(transcript.segments, same.segments, strict=True):
+            how, again = segment.decoding, other.decoding
+            assert how.tokens == again.tokens and how.seek == again.seek
+            said = [t for t in how.tokens if t < processor.tokenizer.eos_token_id]
+            assert processor.tokenizer.decode(said).strip() == segment.text
+            assert how.temperature == 0 and -1 < how.avg_logprob < 0
+            assert how.avg_logprob == pytest.approx(again.avg_logprob, abs=1e-4)
+            assert 0.5 < how.compression_ratio < 2.4
+    first, *_, last = (segment.decoding for segment in found[0].segments)
+    assert first.seek == 0 and 2000 < last.seek <= 3000  # the second window
+    (how, *_) = (segment.decoding for segment in found[1].segments)
+    expected = no_speech_probability(*model, clips[0])
+    assert how.no_speech_prob == pytest.approx(expected, rel=1e-3)
+    assert "decoding" not in found[0].to_dict()["segments"][0]
+
+
+def test_silence_is_asked_after_the_start_whatever_follows(mixed: Any) -> None:
+    """As in a model of several languages, whose prompt goes on with language and task."""
+    model, _, clips = mixed
+    start = model[0].generation_config.decoder_start_token_id
+    prompts = ([start], [start, 7, 8], [50360, 11, 12, start], [50360, 11, 12, start, 7, 8])
+    clip = clips[0][:16000]
+    model[0].eval()
+    found = [
+        timed.hear_windows(*model, [timed.TimedWindow(clip, len(clip), prompt)])[0].no_speech
+        for prompt in prompts
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[2] == pytest.approx(found[3], rel=1e-3)
+    assert found[0] != pytest.approx(found[2], rel=1e-2) and 0 < min(found) <= max(found) < 0.6
 
 
 def test_what_is_said_again_does_not_depend_on_the_batch(
