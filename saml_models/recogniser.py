@@ -151,6 +151,7 @@ class Recogniser:
         kind: str = "experts",
         unsupervised: bool = False,
         options: TrainingOptions | None = None,
+        guard: bool = True,
         rate: int = SAMPLE_RATE,
         checkpoint: str | os.PathLike[str] | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
@@ -163,6 +164,7 @@ class Recogniser:
             kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
             unsupervised: learn from the model's own text where it is sure of it.
             options: of training; the released defaults unless given.
+            guard: use what was learnt only if it helps with clips that are held back.
             rate: samples a second of audio that is given as samples.
             checkpoint: a file to resume from if the run is killed.
             on_step: called with (steps done, steps in all, loss).
@@ -186,6 +188,7 @@ class Recogniser:
             options,
             speaker=speaker,
             kind=kind,
+            guard=guard,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             on_step=on_step,
         )
@@ -264,6 +267,7 @@ class Recogniser:
         adapt_utterances: int | None = None,
         folds: int = 2,
         options: TrainingOptions | None = None,
+        guard: bool = True,
         beam_size: int = 1,
         scoring: str = "whisper",
         on_stage: Callable[[str, int], None] | None = None,
@@ -277,6 +281,7 @@ class Recogniser:
             adapt_utterances: adapt on each speaker's first so many, and test on the rest.
             folds: of cross-validation, where `adapt_utterances` is None.
             options: of the adaptation.
+            guard: as for `adapt`.
             beam_size: of every system.
             scoring: "whisper" or "paper", as `saml evaluate --scoring`.
             on_stage, on_done: progress, as for `protocol.evaluate`.
@@ -295,6 +300,7 @@ class Recogniser:
             make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper"),
             options,
             device=bind(self.model, self.processor).device,
+            guard=guard,
             beam_size=beam_size,
             scoring=scoring,
             on_stage=on_stage,
