@@ -8,9 +8,11 @@ loss cannot: a text that runs into a loop. What is used in the end is learnt fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -93,7 +95,7 @@ class Guard:
         learnt, held = halves(len(samples))
         self.speech = speech
         self.learnt, self.held = [samples[i] for i in learnt], [samples[i] for i in held]
-        self.before = self._loss(), self._errors()
+        self.before = self._losses(), self._errors()
 
     def check(
         self,
@@ -108,49 +110,52 @@ class Guard:
             checkpoint, on_step: as for `training.fit`.
 
         Returns:
-            With the largest share of what was learnt that makes the held-back texts likelier, and
-            no more words wrong than chance does.
+            All of what was learnt is used where the held-back texts have become likelier, half of
+            it where that makes them less likely by no more than the standard error over clips (what
+            is learnt from all clips is better than this), and nothing else; each only where no more
+            words are wrong than chance makes.
         """
         own = trained_parameters(self.speech.network)
         start = {name: tensor.detach().clone() for name, tensor in own.items()}
-        loss_before, (errors_before, words) = self.before
+        losses_before, (errors_before, words) = self.before
         fit(self.speech, self.learnt, options, checkpoint, on_step)
         end = {name: tensor.detach().clone() for name, tensor in own.items()}
-        clips, tokens = len(self.held), self._tokens()
+        tokens = self._tokens()
         allowed = errors_before + max(1, int(CHANCE * words))
-        first: Verdict | None = None
+        found: dict[float, Verdict] = {}
+        used = 0.0
         for share in SHARES:
             between(self.speech, own, start, end, share)
-            loss = self._loss()
-            if first is not None and loss >= loss_before:
-                continue
+            losses = self._losses()
             errors, _ = self._errors()
-            found = Verdict(clips, tokens, words, loss_before, loss, errors_before, errors, share)
-            first = first or found
-            if loss < loss_before and errors <= allowed:
+            found[share] = Verdict(
+                len(self.held), tokens, words,
+                sum(losses_before) / tokens, sum(losses) / tokens, errors_before, errors, share,
+            )  # fmt: skip
+            rises = [after - was for was, after in zip(losses_before, losses, strict=True)]
+            likelier = sum(rises) < 0 if share == 1 else sum(rises) <= standard_error(rises)
+            if likelier and errors <= allowed:
+                used = share
                 break
-        else:
-            assert first is not None
-            found = Verdict(**vars(first) | {"share": 0.0})
         between(self.speech, own, start, end, 0.0)
-        return found
+        return replace(found[used or 1.0], share=used)
 
     def _tokens(self) -> int:
         given = (self.speech.token_ids(s.text, s.language) for s in self.held)
         return sum(len(ids) - prompt for ids, prompt in given)
 
     @torch.no_grad()
-    def _loss(self) -> float:
-        """Nats a token."""
-        total = 0.0
+    def _losses(self) -> list[float]:
+        """Nats of each clip's text."""
+        found = []
         with self.speech.evaluating():
             for sample in self.held:
                 ids, prompt = self.speech.token_ids(sample.text, sample.language)
                 given = sample.load(), ids, prompt, self.speech.margin
                 likely = self.speech.text_logits(*given).log_softmax(-1)
                 own = torch.tensor(ids[prompt:], device=likely.device).unsqueeze(-1)
-                total -= float(likely.gather(-1, own).sum())
-        return total / self._tokens()
+                found.append(-float(likely.gather(-1, own).sum()))
+        return found
 
     def _errors(self) -> tuple[int, int]:
         """Wrong words, and all words."""
@@ -158,6 +163,11 @@ class Guard:
         texts = decode_clips(self.speech, clips, language=self.held[0].language)
         found = pooled(word_errors([sample.text for sample in self.held], texts))
         return found.errors, found.words
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the sum of several values, as if others had been drawn."""
+    return math.sqrt(len(values)) * stdev(values)
 
 
 @torch.no_grad()
