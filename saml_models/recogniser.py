@@ -31,6 +31,7 @@ from saml_models.speakers.pretrained import (
 )
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import ProfileStore
+from saml_models.text.phrases import Phrases
 from saml_models.text.transcript import Transcript
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
@@ -204,6 +205,7 @@ class Recogniser:
         beam_size: int = 1,
         timestamps: bool = False,
         word_timestamps: bool = False,
+        own_words: Phrases | None = None,
         on_progress: Callable[[float, float], None] | None = None,
     ) -> Any:
         """Text of a recording of any length, or of several that are decoded together.
@@ -219,6 +221,8 @@ class Recogniser:
             timestamps: divide the text of each recording into segments with times; one of more
                 than 30 s has them always.
             word_timestamps: also find when each word was said.
+            own_words: names and terms that are likelier than the model thinks: a file with one a
+                line, or a list of them.
             on_progress: called with (seconds done, seconds in all); of a list, recordings.
 
         Returns:
@@ -247,6 +251,7 @@ class Recogniser:
             beam_size=beam_size,
             timestamps=timestamps or word_timestamps,
             word_timestamps=word_timestamps,
+            own_words=own_words,
             on_progress=on_progress,
         )
 

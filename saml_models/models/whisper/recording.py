@@ -49,7 +49,9 @@ def windows_of(
     while at < len(clip):
         window = clip[at : at + MAX_SAMPLES]
         prompt = [*([before, *history[-room:]] if history else []), *start]
-        asked = TimedWindow(window, whole, prompt, options.temperature, options.words)
+        asked = TimedWindow(
+            window, whole, prompt, options.temperature, options.words, options.own_words
+        )
         heard = yield Piece("window", window, language, asked)
         found, step = split_window(heard, len(window), first_time)
         for first, last, begin, end in found:
