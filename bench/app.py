@@ -36,6 +36,7 @@ COMMANDS = {
     "conformer": "bench.accuracy.conformer",
     "rounding": "bench.accuracy.rounding",
     "rounding-layers": "bench.accuracy.rounding_layers",
+    "own-words": "bench.accuracy.own_words",
     "identification": "bench.accuracy.identification",
     "profiles": "bench.accuracy.profiles",
     "report": "bench.report.write",

@@ -31,6 +31,7 @@ from saml_models.speakers.pretrained import (
 )
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import ProfileStore
+from saml_models.text.phrases import Phrases
 from saml_models.text.transcript import Transcript
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
@@ -151,6 +152,7 @@ class Recogniser:
         kind: str = "experts",
         unsupervised: bool = False,
         options: TrainingOptions | None = None,
+        guard: bool = True,
         rate: int = SAMPLE_RATE,
         checkpoint: str | os.PathLike[str] | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
@@ -163,6 +165,7 @@ class Recogniser:
             kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
             unsupervised: learn from the model's own text where it is sure of it.
             options: of training; the released defaults unless given.
+            guard: use what was learnt only if it helps with clips that are held back.
             rate: samples a second of audio that is given as samples.
             checkpoint: a file to resume from if the run is killed.
             on_step: called with (steps done, steps in all, loss).
@@ -186,6 +189,7 @@ class Recogniser:
             options,
             speaker=speaker,
             kind=kind,
+            guard=guard,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             on_step=on_step,
         )
@@ -201,6 +205,7 @@ class Recogniser:
         beam_size: int = 1,
         timestamps: bool = False,
         word_timestamps: bool = False,
+        own_words: Phrases | None = None,
         on_progress: Callable[[float, float], None] | None = None,
     ) -> Any:
         """Text of a recording of any length, or of several that are decoded together.
@@ -216,6 +221,8 @@ class Recogniser:
             timestamps: divide the text of each recording into segments with times; one of more
                 than 30 s has them always.
             word_timestamps: also find when each word was said.
+            own_words: names and terms that are likelier than the model thinks: a file with one a
+                line, or a list of them.
             on_progress: called with (seconds done, seconds in all); of a list, recordings.
 
         Returns:
@@ -244,6 +251,7 @@ class Recogniser:
             beam_size=beam_size,
             timestamps=timestamps or word_timestamps,
             word_timestamps=word_timestamps,
+            own_words=own_words,
             on_progress=on_progress,
         )
 
@@ -264,6 +272,7 @@ class Recogniser:
         adapt_utterances: int | None = None,
         folds: int = 2,
         options: TrainingOptions | None = None,
+        guard: bool = True,
         beam_size: int = 1,
         scoring: str = "whisper",
         on_stage: Callable[[str, int], None] | None = None,
@@ -277,6 +286,7 @@ class Recogniser:
             adapt_utterances: adapt on each speaker's first so many, and test on the rest.
             folds: of cross-validation, where `adapt_utterances` is None.
             options: of the adaptation.
+            guard: as for `adapt`.
             beam_size: of every system.
             scoring: "whisper" or "paper", as `saml evaluate --scoring`.
             on_stage, on_done: progress, as for `protocol.evaluate`.
@@ -295,6 +305,7 @@ class Recogniser:
             make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper"),
             options,
             device=bind(self.model, self.processor).device,
+            guard=guard,
             beam_size=beam_size,
             scoring=scoring,
             on_stage=on_stage,

@@ -48,7 +48,9 @@ class Talker:
     def no_speech(self, clip: Any) -> float:
         return 0.0
 
-    def decode(self, clips: Sequence[Any], beam_size: int, language: str | None) -> list[str]:
+    def decode(
+        self, clips: Sequence[Any], beam_size: int, language: str | None, own_words: Any = None
+    ) -> list[str]:
         self.batches.append(len(clips))
         self.gate.wait(60)
         time.sleep(self.pause)

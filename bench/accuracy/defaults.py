@@ -105,7 +105,9 @@ class Variant:
         path = place / f"{number}.safetensors"
         if not path.exists():
             recipe = replace(options(ADAPTATION, self.changes.get("adaptation", {})), seed=seed)
-            adapt(*loaded, folds[number].train, recipe, skip_long=True).save(path)
+            guard = bool(self.changes.get("guard", False))
+            train = folds[number].train
+            adapt(*loaded, train, recipe, skip_long=True, guard=guard).save(path)
         return SpeakerProfile.load(path)
 
 

@@ -67,8 +67,8 @@ def one_speaker(model: Any, processor: Any, fold: Fold) -> dict[str, Any]:
     add("experts", None, 0.0)
     profiles = {}
     for kind, learn in {
-        "gates": lambda: adapt(model, processor, fold.train, kind="gates"),
-        "adapted": lambda: adapt(model, processor, fold.train),
+        "gates": lambda: adapt(model, processor, fold.train, kind="gates", guard=False),
+        "adapted": lambda: adapt(model, processor, fold.train, guard=False),
         "unsupervised": lambda: adapt_unsupervised(model, processor, fold.train, rounds=1),
     }.items():
         started = time.monotonic()

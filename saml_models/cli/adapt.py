@@ -12,6 +12,7 @@ from saml_models.cli.options import (
     Device,
     Epochs,
     Experts,
+    Guarded,
     LearningRate,
     Model,
     Overwrite,
@@ -51,6 +52,7 @@ def adapt(
     unsupervised: Annotated[
         bool, typer.Option(help="Without transcripts: learn from what the model is sure of.")
     ] = False,
+    guard: Guarded = True,
     manifest: Annotated[
         Path | None,
         typer.Option(help="Instead of --data: speech of many speakers, each of whom is enrolled."),
@@ -75,6 +77,7 @@ def adapt(
     from saml_models.speakers.store import ProfileStore
     from saml_models.training.adapt import adapt as learn
     from saml_models.training.adapt import options_for
+    from saml_models.training.guard import Verdict
     from saml_models.training.pseudo_labels import adapt_unsupervised
 
     if (data is None) == (manifest is None):
@@ -86,7 +89,7 @@ def adapt(
         _adapt_many(
             manifest, ProfileStore(store), ray, adapt_utterances, overwrite, model=model, kind=kind,
             changes=given(epochs, learning_rate, seed), experts=experts and str(experts),
-            device=device_named(device), unsupervised=unsupervised,
+            device=device_named(device), unsupervised=unsupervised, guard=guard,
         )  # fmt: skip
         return
     if ray:
@@ -115,7 +118,7 @@ def adapt(
         do = adapt_unsupervised if unsupervised else learn
         profile = do(
             network, processor, utterances, options, speaker=speaker, kind=kind,
-            checkpoint=checkpoint, on_step=on_step,
+            guard=guard, checkpoint=checkpoint, on_step=on_step,
         )  # fmt: skip
         profile.save(out)
     if held:
@@ -126,7 +129,9 @@ def adapt(
         f"learnt {about['speaker']} from {about['utterances']} utterances "
         f"({about['seconds']:g} s of speech)"
     )
-    if not about.get("adapted", True):
+    if "guard" in about and not unsupervised:
+        typer.echo(Verdict.line(about["guard"]))
+    elif not about.get("adapted", True):
         typer.echo(
             "the held-back clips do not say that it helps: the profile is the unadapted one "
             f"({about['guard']})"

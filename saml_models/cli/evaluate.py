@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from saml_models.cli.options import Device, Experts, Overwrite, device_named
+from saml_models.cli.options import Device, Experts, Guarded, Overwrite, device_named
 from saml_models.runtime.quiet import quiet_libraries
 
 __all__ = ["demo", "evaluate"]
@@ -38,6 +38,7 @@ def evaluate(
         ),
     ] = None,
     experts: Experts = None,
+    guard: Guarded = True,
     beam_size: Annotated[
         int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
     ] = 1,
@@ -70,7 +71,7 @@ def evaluate(
     if curve is not None:
         if adapt_utterances is not None:
             raise SAMLError("--curve: has counts of its own; leave out --adapt-utterances")
-        _curve(by_name, curve, model, experts, beam_size, scoring, device, json_file, figure,
+        _curve(by_name, curve, model, experts, guard, beam_size, scoring, device, json_file, figure,
                overwrite)  # fmt: skip
         return
     plan = make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper")
@@ -79,7 +80,7 @@ def evaluate(
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         check_output(figure, is_figure, overwrite)
-    result = _run(model, experts, plan, beam_size, device_named(device), scoring)
+    result = _run(model, experts, plan, beam_size, device_named(device), scoring, guard)
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
@@ -105,6 +106,7 @@ def _curve(
     counts: str,
     name: str,
     experts: Path | None,
+    guard: bool,
     beam_size: int,
     scoring: str,
     device: str | None,
@@ -138,17 +140,27 @@ def _curve(
             done += parts
             show(done, total, "")
 
-        found = learning_curve(saml, plan, beam_size=beam_size, scoring=scoring, on_done=on_done)
-    result = {"model": name, "beam_size": beam_size, "scoring": scoring, **found.to_dict()}
+        found = learning_curve(
+            saml, plan, guard=guard, beam_size=beam_size, scoring=scoring, on_done=on_done
+        )
+    result = {
+        "model": name,
+        "guard": guard,
+        "beam_size": beam_size,
+        "scoring": scoring,
+        **found.to_dict(),
+    }
     console = Console()
     table = Table(title=f"{name}: WER % by utterances learnt from")
-    for column in ("utterances", "speakers", "WER %", "95 % over speakers", "unadapted"):
+    columns = "utterances", "speakers", "WER %", "95 % over speakers", "unadapted", "unused"
+    for column in columns:
         table.add_column(column, justify="right")
     for point in result["curve"]:
         span = point["interval_95"]
         table.add_row(
             str(point["utterances"]), str(point["speakers"]), f"{point['wer']:.2f}",
             f"{span[0]:.1f}-{span[1]:.1f}" if span else "", f"{point['unadapted']:.2f}",
+            str(point["unused"]),
         )  # fmt: skip
     console.print(table)
     if json_file is not None:
@@ -207,6 +219,7 @@ def _run(
     beam_size: int,
     device: str,
     scoring: str = "whisper",
+    guard: bool = True,
 ) -> dict[str, Any]:
     """The protocol with progress bars."""
     from saml_models.evaluation.systems import evaluate_systems
@@ -216,7 +229,8 @@ def _run(
     with _progress() as (stage, done):
         result = evaluate_systems(
             name, saml, plan,
-            device=device, beam_size=beam_size, scoring=scoring, on_stage=stage, on_done=done,
+            device=device, guard=guard, beam_size=beam_size, scoring=scoring, on_stage=stage,
+            on_done=done,
         )  # fmt: skip
     return {"model": name, "beam_size": beam_size, **result.to_dict()}
 
@@ -287,6 +301,12 @@ def _comparisons(result: dict[str, Any]) -> list[str]:
     if speakers > 1:
         lost = len(result["made_worse"])
         lines.append(f"made worse by adaptation: {lost} of {speakers} speakers")
+    if checked := result["guard"]:
+        unused = sum(fold["share"] == 0 for fold in checked)
+        part = sum(0 < fold["share"] < 1 for fold in checked)
+        lines.append(
+            f"guard: of {len(checked)} adaptations {unused} were not used and {part} in part"
+        )
     looped = {k: n for k, n in result["loops"].items() if n}
     if looped:
         lines.append(f"loops: {', '.join(f'{k} {n}' for k, n in looped.items())}")
@@ -304,8 +324,17 @@ def _by_speaker(result: dict[str, Any]) -> Table:
     systems = [s for s in SYSTEMS if result["wer"][s] is not None]
     for system in systems:
         table.add_column(SYSTEMS[system], justify="right")
+    shares: dict[str, list[str]] = {}
+    for fold in result["guard"]:
+        shares.setdefault(fold["speaker"], []).append(f"{fold['share']:.0%}")
+    if shares:
+        table.add_column("used", justify="right")
     for speaker, row in result["speakers"].items():
-        table.add_row(escape(speaker), *(f"{row[system]:.1f}" for system in systems))
+        table.add_row(
+            escape(speaker),
+            *(f"{row[system]:.1f}" for system in systems),
+            " ".join(shares.get(speaker, [])),
+        )
     return table
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "Device",
     "Epochs",
     "Experts",
+    "Guarded",
     "LearningRate",
     "Model",
     "Overwrite",
@@ -38,6 +39,14 @@ LearningRate = Annotated[float | None, typer.Option(min=1e-9, help="AdamW's peak
 Experts = Annotated[
     Path | None,
     typer.Option(help="Pretrained: a file, or `english` for base; default: those shipped."),
+]
+
+Guarded = Annotated[
+    bool,
+    typer.Option(
+        "--guard/--no-guard",
+        help="Use what was learnt only if it helps with clips that are held back.",
+    ),
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]

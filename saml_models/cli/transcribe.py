@@ -55,6 +55,10 @@ def transcribe(
         Path | None,
         typer.Option(help="Pretrained, as for adapt; for gates, those they were made with."),
     ] = None,
+    words: Annotated[
+        Path | None,
+        typer.Option(help="Your own: names and terms, one a line, that are often misheard."),
+    ] = None,
     store: Store = None,
     device: Device = None,
 ) -> None:
@@ -66,6 +70,7 @@ def transcribe(
     from saml_models.data.audio import load_audio
     from saml_models.recogniser import Recogniser
     from saml_models.speakers.choice import choose_speakers, read_map
+    from saml_models.text.phrases import read_phrases
     from saml_models.text.writers import write_transcript
 
     if output_format not in FORMATS:
@@ -74,6 +79,7 @@ def transcribe(
         raise SAMLError(f"{output_dir}: is a file; expected a folder to write to")
     if speaker is not None and speakers is not None:
         raise SAMLError("--speaker and --speakers: give one of them")
+    own_words = None if words is None else read_phrases(words)
     listed = read_map(speakers) if speakers is not None else None
     if not audio and listed is None:
         raise SAMLError("nothing to transcribe: give audio files, or a list with --speakers")
@@ -112,6 +118,7 @@ def transcribe(
             beam_size=beam_size,
             word_timestamps=word_timestamps,
             timestamps=timed,
+            own_words=own_words,
             on_progress=on_progress,
         )
         for file, transcript in zip(files, transcripts, strict=True):

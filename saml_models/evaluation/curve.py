@@ -23,9 +23,13 @@ TESTED = 0.25  # of a speaker's utterances, at least
 
 @dataclass
 class Curve:
-    """Errors of each speaker's test utterances, by how many others were learnt from; 0: none."""
+    """Errors of each speaker's test utterances, by how many others were learnt from; 0: none.
+
+    `unused` counts the speakers whose profile the guard did not let be used.
+    """
 
     errors: dict[int, dict[str, list[WordErrors]]] = field(default_factory=dict)
+    unused: dict[int, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: rates in per cent, and ratios to what the same speakers' unadapted rate is."""
@@ -51,6 +55,7 @@ class Curve:
         return {
             "utterances": count,
             "speakers": len(own),
+            "unused": self.unused.get(count, 0),
             "wer": round(pooled(after).wer, 3),
             "interval_95": [round(100 * end, 3) for end in rate] if several else None,
             "unadapted": round(pooled(before).wer, 3),
@@ -94,6 +99,7 @@ def learning_curve(
     plan: Mapping[int, Sequence[Fold]],
     options: TrainingOptions | None = None,
     *,
+    guard: bool = True,
     beam_size: int = 1,
     scoring: str = "whisper",
     on_done: Callable[[int], None] | None = None,
@@ -104,7 +110,7 @@ def learning_curve(
         saml: a model with SAML layers and pretrained experts, and its processor.
         plan: from `curve_folds`.
         options: of the adaptation; the defaults unless given.
-        beam_size, scoring: as for `protocol.evaluate`.
+        guard, beam_size, scoring: as for `protocol.evaluate`.
         on_done: called with the number of adaptations done, after each.
 
     Raises:
@@ -113,13 +119,14 @@ def learning_curve(
     curve = Curve({0: {}})
     speech = bind(*saml)
     for count, folds in plan.items():
-        curve.errors[count] = {}
+        curve.errors[count], curve.unused[count] = {}, 0
         for fold in folds:
             said, clips = [u.text for u in fold.test], [u.load() for u in fold.test]
             if fold.speaker not in curve.errors[0]:
                 heard = decode_clips(speech, clips, beam_size=beam_size)
                 curve.errors[0][fold.speaker] = word_errors(said, heard, scoring)
-            profile = adapt(*saml, fold.train, options, skip_long=True)
+            profile = adapt(*saml, fold.train, options, skip_long=True, guard=guard)
+            curve.unused[count] += not profile.about.get("adapted", True)
             with profile.applied(saml[0]):
                 heard = decode_clips(speech, clips, beam_size=beam_size)
             curve.errors[count][fold.speaker] = word_errors(said, heard, scoring)

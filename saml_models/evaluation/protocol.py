@@ -81,6 +81,7 @@ class Evaluation:
     audio_seconds: float = 0.0
     divergence: Divergence | None = None  # of the quantised model from full precision
     diverging: list[str] = field(default_factory=list)  # the speakers of its clips
+    guard: list[dict[str, Any]] = field(default_factory=list)  # of each fold: `guard.Verdict`
 
     def wer(self, system: str, speaker: str | None = None) -> float:
         """Pooled word error rate in per cent, of all or of one speaker."""
@@ -120,6 +121,7 @@ class Evaluation:
             "relative": relative,
             "ratios": ratios(self.speakers, self.errors),
             "made_worse": made_worse(self.speakers, self.errors) if "adapted" in detail else [],
+            "guard": self.guard,
             "loops": self.loops,
             "divergence": self._divergence(),
             "size": self.size,
@@ -223,6 +225,7 @@ def evaluate(
     folds: Sequence[Fold],
     options: TrainingOptions | None = None,
     *,
+    guard: bool = True,
     beam_size: int = 1,
     scoring: str = "whisper",
     on_stage: Callable[[str, int], None] | None = None,
@@ -239,6 +242,7 @@ def evaluate(
         folds: from `make_folds`; what is longer than 30 s is not learnt from. "other speaker"
             takes the profile of the next speaker's fold; with one speaker it is not run.
         options: of the adaptation; the defaults unless given.
+        guard: as for `adapt`; not where a fold chooses an epoch.
         beam_size: of every system.
         scoring: how words are counted, of `SCORINGS`.
         on_stage: called with the name and the number of parts of each stage that begins.
@@ -282,7 +286,10 @@ def evaluate(
     started = time.monotonic()
     profiles: list[SpeakerProfile] = []
     for fold in folds:
-        profiles.append(adapt(*saml, fold.train, options, skip_long=True, choose=fold.choose))
+        profile = adapt(*saml, fold.train, options, skip_long=True, choose=fold.choose, guard=guard)
+        if "guard" in profile.about:
+            result.guard.append({"speaker": fold.speaker, **profile.about["guard"]})
+        profiles.append(profile)
         done(1)
     result.seconds["adapting"] = time.monotonic() - started
     chosen_by = {"adapted": list(range(len(folds)))}

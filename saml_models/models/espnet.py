@@ -19,6 +19,7 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_models.models.conformer.speech_model import ConformerSpeechModel
 from saml_models.models.interface import Clip, Outputs
+from saml_models.models.own_words import BONUS, OwnWords
 
 __all__ = ["EspnetSpeechModel", "load_espnet", "with_speech2text"]
 
@@ -133,7 +134,17 @@ class EspnetSpeechModel(ConformerSpeechModel):
             mask = mask[:, :-dropped:step]
         return mask
 
-    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
+    def own_words(self, phrases: Sequence[str], bonus: float = BONUS) -> OwnWords:
+        """Refused: the search is ESPnet's."""
+        raise SAMLError("own words: ESPnet's search has none; use a Whisper or a Canary")
+
+    def decode(
+        self,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+        own_words: OwnWords | None = None,
+    ) -> list[str]:
         """ESPnet's joint beam search, clip by clip; its beam sizes are the user's own after it."""
         speech2text = self.processor
         search = speech2text.beam_search

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saml_kernels.layers.context import BatchContext
 from saml_models.data.audio import MAX_SECONDS
+from saml_models.models.own_words import BONUS, OwnWords, variants
 from saml_models.text.transcript import Segment
 
 __all__ = [
@@ -69,6 +70,7 @@ class DecodingOptions:
         words: whether words have times.
         prompt: text that comes before the recording, for its spelling and style.
         temperature: 0 takes the likeliest tokens.
+        own_words: as `SpeechModel.own_words` makes them, that are likelier than the model thinks.
     """
 
     language: str | None = None
@@ -78,6 +80,7 @@ class DecodingOptions:
     words: bool = False
     prompt: str = ""
     temperature: float = 0.0
+    own_words: OwnWords | None = None
 
     @property
     def plain(self) -> bool:
@@ -231,8 +234,30 @@ class SpeechModel(ABC):
         """The mask of `collate` at the encoder's frame rate: [B, T'] bool."""
 
     @abstractmethod
-    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
+    def decode(
+        self,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+        own_words: OwnWords | None = None,
+    ) -> list[str]:
         """The text of clips that fit the model's window, decoded together."""
+
+    def own_words(self, phrases: Sequence[str], bonus: float = BONUS) -> OwnWords:
+        """Names and terms, as `text.phrases` checks them, for this model's decoding.
+
+        Args:
+            phrases: as a person writes them.
+            bonus: nats a token.
+
+        Raises:
+            SAMLError: the model's decoding is not ours.
+        """
+        spelt = []
+        for form in (form for phrase in phrases for form in variants(phrase)):
+            tokens, prompt = self.token_ids(form)
+            spelt.append(tokens[prompt:-1])
+        return OwnWords(spelt, bonus)
 
     @abstractmethod
     def no_speech(self, clip: Clip) -> float | None:

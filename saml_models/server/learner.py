@@ -92,7 +92,8 @@ def learn(
             for u, was, now in zip(samples, before, after, strict=True)
         ]
     profile.save(voice.path)
-    rates = {key: rate for key, rate in profile.about.items() if key in ("wer_before", "wer_after")}
+    told = ("wer_before", "wer_after", "adapted")
+    rates = {key: rate for key, rate in profile.about.items() if key in told}
     voice.status = {"state": "learnt", "held": heard, **rates}
     forget(checkpoint)
 

@@ -19,9 +19,12 @@ from saml_models.models.interface import SpeechModel
 from saml_models.models.registry import bind
 from saml_models.speakers.identify import embed
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.batches import Sample, plan_batches
 from saml_models.training.choosing import BestEpoch
+from saml_models.training.guard import LEAST, Guard, Verdict, between
 from saml_models.training.loop import fit
-from saml_models.training.options import TrainingOptions
+from saml_models.training.objective import trained_parameters
+from saml_models.training.options import TrainingOptions, TrainingReport
 from saml_models.training.samples import training_samples
 
 __all__ = ["ADAPTATION", "GATE_ADAPTATION", "adapt", "options_for"]
@@ -61,6 +64,7 @@ def adapt(
     kind: str = "experts",
     skip_long: bool = False,
     choose: Sequence[Utterance] = (),
+    guard: bool = True,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
@@ -77,11 +81,15 @@ def adapt(
         choose: others of the speaker, not learnt from: of the weights after each epoch those are
             taken, in place of the last ones' average, that find most of their tokens likeliest. So
             do SAML's authors. Not with a checkpoint.
-        checkpoint: as for `training.fit`.
+        guard: from five clips on, and without `choose`: learn from half of them first, and use
+            what all teach as far as that made the other half likelier; see `guard`.
+        checkpoint: as for `training.fit`; the guard adds its name to the file's.
         on_step: called with (steps done, steps in all, loss).
 
     Returns:
-        The profile: `.save(path)`, `.apply(model)`, `with profile.applied(model): ...`.
+        The profile: `.save(path)`, `.apply(model)`, `with profile.applied(model): ...`. Where the
+        guard was asked, `about["adapted"]` says whether anything that was learnt is used, and
+        `about["guard"]` holds the numbers: see `guard.Verdict`.
 
     Raises:
         SAMLError: nothing to learn from, utterances of several speakers, or bad audio.
@@ -107,9 +115,17 @@ def adapt(
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with saml.snapshot():
         samples = training_samples(speech, utterances, skip_long=skip_long)
+        guarded = guard and not choose and len(samples) >= LEAST
+        watching = Guard(speech, samples) if guarded else None
+        unadapted = saml.short_windows
         options = _windows(speech, options)
+        notes: dict[str, Any] = {}
         with nullcontext() if kind == "experts" else _offsets_alone(model):
-            if choose:
+            if watching is not None:
+                report, verdict = _guarded(watching, samples, options, checkpoint, on_step)
+                notes = {"adapted": verdict.share > 0, "guard": verdict.to_dict()}
+                saml.short_windows = saml.short_windows if verdict.share else unadapted
+            elif choose:
                 options = replace(options, average=0.0)
                 held = training_samples(speech, choose, skip_long=skip_long)
                 best = BestEpoch(speech, held, options)
@@ -126,11 +142,44 @@ def adapt(
             utterances=len(samples),
             seconds=round(sum(s.seconds for s in samples), 1),
             steps=report.steps,
-            loss=round(report.last_loss, 4),
+            loss=round(report.last_loss, 4) if report.steps else None,
+            **notes,
         )
     if not hasattr(model, "get_encoder"):  # ESPnet's: cannot be told apart by voice
         return profile
     return replace(profile, embedding=embed(speech, [s.load() for s in samples]))
+
+
+def _guarded(
+    watching: Guard,
+    samples: Sequence[Sample],
+    options: TrainingOptions,
+    checkpoint: Path | None,
+    on_step: Callable[[int, int, float], None] | None,
+) -> tuple[TrainingReport, Verdict]:
+    """What is learnt from all clips, as far as the guard lets it be used."""
+    ahead, last = (
+        len(plan_batches([s.seconds for s in part], options)) for part in (watching.learnt, samples)
+    )
+
+    def at(before: int) -> Callable[[int, int, float], None]:
+        def told(done: int, _: int, loss: float) -> None:
+            if on_step:
+                on_step(before + done, ahead + last, loss)
+
+        return told
+
+    beside = checkpoint and checkpoint.with_name(f"{checkpoint.name}.guard")
+    verdict = watching.check(options, beside, at(0))
+    if not verdict.share:
+        return TrainingReport(), verdict
+    own = trained_parameters(watching.speech.network)
+    start = {name: tensor.detach().clone() for name, tensor in own.items()}
+    report = fit(watching.speech, samples, options, checkpoint, at(ahead))
+    if verdict.share < 1:
+        end = {name: tensor.detach().clone() for name, tensor in own.items()}
+        between(watching.speech, own, start, end, verdict.share)
+    return report, verdict
 
 
 def _windows(speech: SpeechModel, options: TrainingOptions) -> TrainingOptions:

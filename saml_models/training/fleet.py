@@ -44,6 +44,7 @@ class Job:
     options: TrainingOptions | None
     changes: dict[str, Any]
     unsupervised: bool
+    guard: bool = True
 
     @property
     def fingerprint(self) -> str:
@@ -53,7 +54,7 @@ class Job:
         ]
         start = self.experts and pretrained_experts(self.model, self.experts).hash
         options = self.options and asdict(self.options)
-        how = [self.model, start, self.kind, options, self.changes, self.unsupervised]
+        how = [self.model, start, self.kind, options, self.changes, self.unsupervised, self.guard]
         return hashlib.sha256(json.dumps([clips, how]).encode()).hexdigest()
 
 
@@ -81,11 +82,12 @@ def make_jobs(
     experts: str | None = None,
     device: str = "cpu",
     unsupervised: bool = False,
+    guard: bool = True,
 ) -> list[Job]:
     """One job for each speaker of a manifest, in order of appearance; paths become absolute.
 
     Args:
-        utterances, model, store, experts, device, unsupervised: see `Job`.
+        utterances, model, store, experts, device, unsupervised, guard: see `Job`.
         kind: of the profiles.
         options: `adaptation.options_for` the model unless given.
         changes: to those, by field.
@@ -99,6 +101,7 @@ def make_jobs(
         Job(
             speaker, tuple(replace(u, audio=u.audio.absolute()) for u in found), model, experts,
             device, str(store.folder.resolve()), kind, options, dict(changes or {}), unsupervised,
+            guard,
         )
         for speaker, found in by_speaker(utterances).items()
     ]  # fmt: skip
@@ -167,7 +170,7 @@ def _run(job: Job) -> str:
     do = adapt_unsupervised if job.unsupervised else adapt
     profile = do(
         model, processor, job.utterances, options, speaker=job.speaker, kind=job.kind,
-        checkpoint=checkpoint,
+        guard=job.guard, checkpoint=checkpoint,
     )  # fmt: skip
     store.save(replace(profile, about=profile.about | {"job": job.fingerprint}), job.speaker)
     forget(checkpoint)

@@ -119,6 +119,7 @@ def adapt_unsupervised(
     kind: str = "experts",
     rounds: int = 2,
     rule: Filter | None = None,
+    guard: bool = True,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
@@ -127,10 +128,11 @@ def adapt_unsupervised(
     Args:
         model: treated by `apply_saml`, with pretrained experts; left as it was.
         processor: of that model.
-        utterances: of one speaker, at least five, each at most 30 s long; every fifth is held back.
+        utterances: of one speaker, at least five, each at most 30 s long.
         options, speaker, kind, on_step: as for `adaptation.adapt`.
         rounds: of labelling and learning.
         rule: which labels are believed.
+        guard: hold back every fifth clip, and use what was learnt if it helps there.
         checkpoint: as for `training.fit`; each round adds its number to the name.
 
     Returns:
@@ -146,8 +148,8 @@ def adapt_unsupervised(
             "clips and one round"
         )
     speech = bind(model, processor)
-    held = [u.load() for u in utterances[LEAST - 1 :: LEAST]]
-    learnt = [u for i, u in enumerate(utterances) if i % LEAST != LEAST - 1]
+    held = [u.load() for u in utterances[LEAST - 1 :: LEAST]] if guard else []
+    learnt = [u for i, u in enumerate(utterances) if not held or i % LEAST != LEAST - 1]
     clips = [u.load() for u in learnt]
     profile: SpeakerProfile | None = None
     used = []
@@ -164,17 +166,22 @@ def adapt_unsupervised(
             options,
             speaker=speaker,
             kind=kind,
+            guard=False,  # labels that are held back would be the model's own
             checkpoint=checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}"),
             on_step=on_step,
         )
     assert profile is not None
-    before, words_before = disagreement(speech, held, None)
-    after, words_after = disagreement(speech, held, profile)
-    helps = after < before and words_after >= 0.8 * words_before
-    notes = {
+    notes: dict[str, Any] = {
         "method": "unsupervised SAML adaptation",
         "rounds": rounds,
         "clips_believed": used,
+    }
+    if not held:
+        return replace(profile, about=profile.about | notes)
+    before, words_before = disagreement(speech, held, None)
+    after, words_after = disagreement(speech, held, profile)
+    helps = after < before and words_after >= 0.8 * words_before
+    notes |= {
         "adapted": helps,
         "guard": {
             "clips": len(held),

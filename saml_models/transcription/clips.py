@@ -15,6 +15,7 @@ import torch
 
 from saml_models.data.silence import has_speech
 from saml_models.models.interface import SpeechModel
+from saml_models.models.own_words import OwnWords
 from saml_models.runtime.threads import look, shared_cores
 from saml_models.speakers.mixing import Speaker, hears_short_windows, mixed_batch
 
@@ -30,6 +31,7 @@ def decode_clips(
     language: str | None = None,
     batch_size: int = 24,
     speakers: Sequence[Speaker] | None = None,
+    own_words: OwnWords | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Transcribe clips without timestamps, in the order given; "" where there is no speech.
@@ -42,6 +44,7 @@ def decode_clips(
         language: of a multilingual model; None lets it detect.
         batch_size: clips decoded together; divided by the beam size.
         speakers: a profile, or None, for each clip; they share batches where the model can.
+        own_words: as `SpeechModel.own_words` makes them, that are likelier than the model thinks.
         on_done: called with the number of clips done, after each batch.
 
     Raises:
@@ -56,7 +59,8 @@ def decode_clips(
             spoken = [i for i in index if has_speech(clips[i], partial(speech.no_speech, clips[i]))]
             if spoken:
                 with mixed_batch(network, [speakers[i] for i in spoken]):
-                    decoded = speech.decode([clips[i] for i in spoken], beam_size, language)
+                    heard = [clips[i] for i in spoken]
+                    decoded = speech.decode(heard, beam_size, language, own_words)
                 for i, text in zip(spoken, decoded, strict=True):
                     texts[i] = text
             if on_done:

@@ -20,6 +20,7 @@ from saml_models.models.registry import bind
 from saml_models.runtime.prefetch import ahead
 from saml_models.runtime.quiet import quiet_transformers
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.phrases import Phrases, phrases_of
 from saml_models.text.transcript import Segment, Transcript, Word
 from saml_models.transcription.together import Passage, Together
 
@@ -42,6 +43,7 @@ def transcribe(
     beam_size: int = 1,
     word_timestamps: bool = False,
     timestamps: bool | None = None,
+    own_words: Phrases | None = None,
     on_progress: Callable[[float, float], None] | None = None,
 ) -> Any:
     """Transcribe one recording, or a list of them together, each with the words it has alone.
@@ -60,6 +62,8 @@ def transcribe(
         word_timestamps: also find when each word was said, by the decoder's attention.
         timestamps: False leaves the times out where a clip fits one window of 30 s; experts are
             trained so, and hear best so. None asks for times of a single recording, not of a list.
+        own_words: names and terms that are likelier than the model thinks: a file with one a line,
+            or a list of them; see `text.phrases`.
         on_progress: called with (seconds done, seconds in all), of a list with recordings.
 
     Returns:
@@ -93,6 +97,7 @@ def transcribe(
         beam_size=beam_size,
         word_timestamps=word_timestamps,
         timestamps=not many if timestamps is None else timestamps,
+        own_words=own_words,
         batch_size=min(TOGETHER, max(1, len(recordings)) * beam_size),
         on_progress=show,
     )
@@ -110,6 +115,7 @@ def transcribe_many(
     beam_size: int = 1,
     word_timestamps: bool = False,
     timestamps: bool = True,
+    own_words: Phrases | None = None,
     batch_size: int = 8,
     on_progress: Callable[[int, float, float], None] | None = None,
 ) -> Iterator[Transcript]:
@@ -135,6 +141,7 @@ def transcribe_many(
         beam_size=beam_size,
         timestamps=timestamps,
         words=word_timestamps,
+        own_words=None if own_words is None else speech.own_words(phrases_of(own_words)),
     )
     together = Together(speech, batch_size)
 

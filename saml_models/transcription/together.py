@@ -189,9 +189,10 @@ class Together:
         mixed = saml is not None and saml.can_mix
         profile = passage.profile
         voice = hears_short_windows(network, profile) if mixed else id(profile)
+        options = passage.options
         if piece.kind == "plain":
-            return (piece.kind, voice, piece.language, passage.options.beam_size)
-        return (piece.kind, voice)
+            return (piece.kind, voice, id(options.own_words), piece.language, options.beam_size)
+        return (piece.kind, voice, id(options.own_words))
 
     def _heard(self, batch: Sequence[Passage]) -> None:
         """Answer the passages; where the batch fails, each by itself."""
@@ -221,6 +222,7 @@ class Together:
             language=pieces[0].language,
             batch_size=len(batch) * beams,
             speakers=profiles,
+            own_words=batch[0].options.own_words,
         )
 
 

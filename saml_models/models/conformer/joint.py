@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saml_models.models.own_words import OwnWords
+
 __all__ = ["CTC_WEIGHT", "best_of", "ctc_greedy"]
 
 CTC_WEIGHT = 0.5
@@ -39,6 +41,7 @@ def best_of(
     ctc: Tensor,
     frames: Tensor,
     prompt: list[int],
+    own_words: OwnWords | None = None,
     weight: float = CTC_WEIGHT,
 ) -> list[list[int]]:
     """For each clip, the text with the best weighted sum of both branches' log-probabilities.
@@ -50,6 +53,7 @@ def best_of(
         ctc: [B, T, V] log-probabilities.
         frames: [B], how many of T hold audio.
         prompt: what each text begins with.
+        own_words: whose bonus a text that holds some has here too.
         weight: CTC's share.
     """
     many = len(candidates[0])
@@ -79,5 +83,8 @@ def best_of(
         blank,
         reduction="none",
     )
-    best = ((1 - weight) * attention + weight * ctc_scores).view(-1, many).argmax(-1).tolist()
+    scores = (1 - weight) * attention + weight * ctc_scores
+    if own_words is not None:
+        scores = scores + scores.new_tensor([own_words.worth(text) for text in texts])
+    best = scores.view(-1, many).argmax(-1).tolist()
     return [list(row[i]) for row, i in zip(candidates, best, strict=True)]

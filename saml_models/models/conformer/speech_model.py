@@ -31,6 +31,7 @@ from saml_models.models.interface import (
     causal_mask,
 )
 from saml_models.models.loops import is_loop, once, said_again
+from saml_models.models.own_words import OwnWords, processors
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits
 from saml_models.text.transcript import Segment
@@ -126,7 +127,13 @@ class ConformerSpeechModel(SpeechModel):
             lengths, longest = (lengths + odd) // stride + 1, (longest + odd) // stride + 1
         return torch.arange(longest, device=mask.device) < lengths[:, None]
 
-    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
+    def decode(
+        self,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+        own_words: OwnWords | None = None,
+    ) -> list[str]:
         """The best of the decoder's texts and, where there is a CTC head, of its own.
 
         A CTC head cannot run into a loop: its text, and the loop said once, stand in for it.
@@ -145,6 +152,7 @@ class ConformerSpeechModel(SpeechModel):
                 num_return_sequences=beam_size,
                 max_new_tokens=int(frames.max()) + 1,
                 stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+                **processors(own_words, beam_size),
             )
             special = {model.config.pad_token_id, model.config.eos_token_id}
             texts = [
@@ -157,7 +165,7 @@ class ConformerSpeechModel(SpeechModel):
                 ctc = model.ctc_head(encoded.last_hidden_state).float().log_softmax(-1)
                 for row, alone in enumerate(ctc_greedy(ctc, frames, model.config.pad_token_id)):
                     candidates[row].append(alone)
-                chosen = best_of(candidates, model, encoded, ctc, frames, prompt)
+                chosen = best_of(candidates, model, encoded, ctc, frames, prompt, own_words)
             else:
                 chosen = [row[0] for row in candidates]
                 for i in range(len(chosen)):

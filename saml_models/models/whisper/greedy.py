@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from saml_models.models.loops import TEMPERATURES, Tried, best_of, draws, is_loop, once, repeated
+from saml_models.models.own_words import OwnWords, Spelt
 from saml_models.models.whisper.decoder import Decoder, Window, encode
 from saml_models.runtime.threads import look
 
@@ -35,7 +36,11 @@ def can_decode(model: Any) -> bool:
 
 @torch.inference_mode()
 def greedy(
-    model: Any, windows: Iterable[Window], limits: Sequence[int], language: str | None = None
+    model: Any,
+    windows: Iterable[Window],
+    limits: Sequence[int],
+    language: str | None = None,
+    own_words: OwnWords | None = None,
 ) -> list[list[int]]:
     """The likeliest token at each step, without timestamps; a loop is said again (loops.py).
 
@@ -45,12 +50,13 @@ def greedy(
             True where there is audio. Asked for one by one, as the encoder gets to them.
         limits: tokens of each clip's text at most; with the prompt no more than 448.
         language: code, of a multilingual model; None detects it, clip by clip.
+        own_words: that are likelier than the model thinks.
 
     Returns:
         Token ids of each clip, without the prompt and the end.
     """
     prompt, decoder = _listen(model, windows, language, max(limits))
-    step = Step(model.generation_config, decoder, prompt)
+    step = Step(model.generation_config, decoder, prompt, own_words)
     loops: dict[int, Step] = {}
     texts = _say(step, limits, loops)
     for clip, again in loops.items():
@@ -125,7 +131,9 @@ class Step:
         can_replay: whether to try a CUDA graph.
     """
 
-    def __init__(self, generation: Any, decoder: Decoder, prompt: Tensor) -> None:
+    def __init__(
+        self, generation: Any, decoder: Decoder, prompt: Tensor, own_words: OwnWords | None = None
+    ) -> None:
         self.decoder, device = decoder, prompt.device
         self.never = _ids(generation.suppress_tokens, device)
         self.not_first = _ids(generation.begin_suppress_tokens, device)
@@ -136,6 +144,7 @@ class Step:
         self.places = torch.arange(decoder.positions, device=device)
         self.can_replay = _replays(device)
         self.sampling: _Sampling | None = None
+        self.spelt = None if own_words is None else Spelt(own_words, len(prompt), device)
 
     def __call__(self, end: int | None = None) -> None:
         """Add a token after the `end` tokens there are; None is a graph, which cannot know.
@@ -160,9 +169,20 @@ class Step:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token of each row, [B, 1], from logits [B, V]."""
+        likely = self.likely(logits)
         if self.sampling is None:
-            return logits.argmax(-1, keepdim=True)
-        return self.sampling(logits, self.place)
+            return self.spell(likely.argmax(-1, keepdim=True))
+        return self.spell(self.sampling(logits, likely, self.place))
+
+    def likely(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] that say which token comes next: own words have their bonus."""
+        return logits if self.spelt is None else self.spelt.biased(logits)
+
+    def spell(self, tokens: Tensor) -> Tensor:
+        """The tokens [B, 1] that were chosen; own words go on with them."""
+        if self.spelt is not None:
+            self.spelt.move(tokens)
+        return tokens
 
     def said(self, start: int, count: int) -> list[list[int]]:
         """The tokens of each row from `start` on: waits for them."""
@@ -172,6 +192,8 @@ class Step:
         """Go on with these rows of the batch alone."""
         self.text = self.text[rows]
         self.decoder.keep(rows)
+        if self.spelt is not None:
+            self.spelt.keep(rows)
 
     @property
     def shrinks(self) -> bool:
@@ -185,6 +207,7 @@ class Step:
         prompt = self.text[row : row + 1, : self.first].repeat(times, 1)
         one.text = F.pad(prompt, (0, self.text.shape[1] - self.first))
         one.place = torch.zeros_like(self.place)
+        one.spelt = None if self.spelt is None else self.spelt.anew(times)
         one.can_replay = _replays(prompt.device)
         return one
 
@@ -210,10 +233,10 @@ class _Sampling:
         self.given[0, first : first + len(given)] = text.new_tensor(given)
         self.first, self.log_probs = first, torch.zeros_like(self.uniform)
 
-    def __call__(self, logits: Tensor, place: Tensor) -> Tensor:
-        """logits [B, V] of the token at `place` [1] -> token ids [B, 1]."""
+    def __call__(self, logits: Tensor, likely: Tensor, place: Tensor) -> Tensor:
+        """Token ids [B, 1] at `place` [1]: drawn by `likely` [B, V], worth what `logits` say."""
         logits = logits.double()
-        below = (logits / self.temperatures).softmax(-1).cumsum(-1)
+        below = (likely.double() / self.temperatures).softmax(-1).cumsum(-1)
         drawn = self.uniform.index_select(1, place) * below[:, -1:]
         tokens = torch.searchsorted(below, drawn, right=True).clamp_(max=logits.shape[1] - 1)
         given = self.given.index_select(1, place)

@@ -23,6 +23,7 @@ from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE
 from saml_models.data.silence import has_speech
 from saml_models.models.interface import context_of
 from saml_models.models.loops import TEMPERATURES, is_loop, once
+from saml_models.models.own_words import OwnWords, processors
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper.languages import is_multilingual, no_speech_probability
 from saml_models.models.whisper.windows import (
@@ -122,10 +123,11 @@ def generate_segments(
     beam_size: int,
     words: bool,
     on_progress: Callable[[float, float], None],
+    own_words: OwnWords | None = None,
 ) -> list[dict[str, Any]]:
     """Segments as transformers gives them; a recording beyond 30 s is decoded window by window."""
     mask: Tensor | None = None
-    options: dict[str, Any] = dict(FALLBACK)
+    options: dict[str, Any] = FALLBACK | processors(own_words, beam_size)
     if is_multilingual(model):
         options |= {"language": language, "task": task}
     frames = FULL_WINDOW

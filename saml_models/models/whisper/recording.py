@@ -52,7 +52,9 @@ def windows_of(
     while at < len(clip):
         window = clip[at : at + MAX_SAMPLES]
         prompt = [*([before, *history[-room:]] if history else []), *start]
-        asked = TimedWindow(window, whole, prompt, options.temperature, options.words)
+        asked = TimedWindow(
+            window, whole, prompt, options.temperature, options.words, options.own_words
+        )
         heard = yield Piece("window", window, language, asked)
         found, step = split_window(heard, len(window), first_time)
         text = tokenizer.decode([t for t in heard.ids if t < end_of_text]).strip()

@@ -31,6 +31,7 @@ from saml_models.models.interface import (
     context_of,
 )
 from saml_models.models.loops import is_loop, said_again
+from saml_models.models.own_words import OwnWords, processors
 from saml_models.models.targets import plain_tokens
 from saml_models.models.token_limits import OwnLimits, token_limit
 from saml_models.models.whisper.conformer import ConformerWhisper, ConformerWhisperConfig
@@ -122,7 +123,13 @@ class WhisperSpeechModel(SpeechModel):
         """The mask itself: it is of encoder frames already."""
         return mask
 
-    def decode(self, clips: Sequence[Clip], beam_size: int, language: str | None) -> list[str]:
+    def decode(
+        self,
+        clips: Sequence[Clip],
+        beam_size: int,
+        language: str | None,
+        own_words: OwnWords | None = None,
+    ) -> list[str]:
         """Clips of up to 30 s, without timestamps, each with a window of its own."""
         model, context = self.network, self.context
         frames = [clip_window(model, len(clip)) for clip in clips]
@@ -130,7 +137,9 @@ class WhisperSpeechModel(SpeechModel):
         texts: list[str] = []
         for part in _parts(frames):
             with context.narrowed(part):
-                tokens = decode(model, self.processor, clips[part], frames[part], language)
+                tokens = decode(
+                    model, self.processor, clips[part], frames[part], language, own_words
+                )
             texts += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -180,8 +189,9 @@ class WhisperSpeechModel(SpeechModel):
 
         def generate() -> list[dict[str, Any]]:
             return generate_segments(
-                self.network, self.processor, clip, language, task, beams, words, on_progress
-            )
+                self.network, self.processor, clip, language, task, beams, words, on_progress,
+                options.own_words,
+            )  # fmt: skip
 
         parts = yield Piece("alone", clip, language, generate)
         return read_segments(parts, self.processor.tokenizer, len(clip) / SAMPLE_RATE, language)
@@ -235,6 +245,7 @@ def _greedy(
     clips: Sequence[Clip],
     frames: Sequence[int],
     language: str | None,
+    own_words: OwnWords | None,
 ) -> list[list[int]]:
     # On a CPU clip by clip: what one leaves in the processor's caches the next finds there.
     most = 1 if model.device.type == "cpu" else len(clips)
@@ -249,7 +260,8 @@ def _greedy(
         features = log_mel(processor, [clips[i] for i in run], own)
         return features, audio_mask([len(clips[i]) for i in run], own)
 
-    return greedy(model, ahead(window, runs), [token_limit(len(c)) for c in clips], language)
+    limits = [token_limit(len(c)) for c in clips]
+    return greedy(model, ahead(window, runs), limits, language, own_words)
 
 
 def _beams(
@@ -259,6 +271,7 @@ def _beams(
     clips: Sequence[Clip],
     frames: Sequence[int],
     language: str | None,
+    own_words: OwnWords | None,
 ) -> list[list[int]]:
     """Through transformers' `generate`, in one batch; a loop is said again without beams."""
     limits = [token_limit(len(c)) for c in clips]
@@ -268,6 +281,7 @@ def _beams(
         num_beams=beam_size,
         max_new_tokens=max(limits),
         stopping_criteria=StoppingCriteriaList([OwnLimits(limits)]),
+        **processors(own_words, beam_size),
     )  # fmt: skip
     texts = [[t for t in row if t < end] for row in generated.tolist()]
     context = context_of(model)
@@ -278,7 +292,7 @@ def _beams(
         one = (model, processor, clips[alone], frames[alone], language)
         with context.narrowed(alone):
             if can_decode(model):
-                texts[i] = _greedy(*one)[0]
+                texts[i] = _greedy(*one, own_words)[0]
             else:
                 generate = partial(_generate, *one, max_new_tokens=limit)
                 texts[i] = said_again(generate, texts[i], limit, end, model.device)

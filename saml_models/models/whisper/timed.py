@@ -23,6 +23,7 @@ from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.silence import has_speech
 from saml_models.models.interface import Clip, context_of
 from saml_models.models.loops import TEMPERATURES, draws, is_loop, once, repeated
+from saml_models.models.own_words import OwnWords
 from saml_models.models.token_limits import token_limit
 from saml_models.models.whisper.decoder import Decoder, Window, encode
 from saml_models.models.whisper.greedy import Step, can_decode
@@ -50,6 +51,7 @@ class TimedWindow:
         prompt: token ids from <|startofprev|> or <|startoftranscript|> on.
         temperature: 0 takes the likeliest tokens, and is raised where that fails.
         words: whether to find when each token was said.
+        own_words: that are likelier than the model thinks.
     """
 
     clip: Clip
@@ -57,6 +59,7 @@ class TimedWindow:
     prompt: Sequence[int]
     temperature: float = 0.0
     words: bool = False
+    own_words: OwnWords | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def hear_windows(
     Args:
         model: Whisper in evaluation mode, for which `can_time` holds.
         processor: of that model.
-        windows: in the order of the context's speakers.
+        windows: in the order of the context's speakers, all with the same own words.
     """
     context = context_of(model)
     heard = [HeardWindow([])] * len(windows)
@@ -152,7 +155,7 @@ class _Batch:
         decoder = Decoder(
             model, cross, longest + max(self.room), padding if int(padding.max()) else None
         )
-        self.step = _TimedStep(generation, decoder, prompt)
+        self.step = _TimedStep(generation, decoder, prompt, windows[0].own_words)
 
     def _features(self, given: tuple[TimedWindow, int]) -> Window:
         (window, frames) = given
@@ -293,8 +296,10 @@ class _TimedStep(Step):
         no_speech: of each row of the batch as it began, as `HeardWindow.no_speech`.
     """
 
-    def __init__(self, generation: Any, decoder: Decoder, prompt: Tensor) -> None:
-        super().__init__(generation, decoder, prompt)
+    def __init__(
+        self, generation: Any, decoder: Decoder, prompt: Tensor, own_words: OwnWords | None
+    ) -> None:
+        super().__init__(generation, decoder, prompt, own_words)
         self.can_replay = False  # the rules are Python, and ask for the tokens
         self.rules = WhisperTimeStampLogitsProcessor(generation, self.first)
         self.worth: list[float] = []
@@ -326,15 +331,16 @@ class _TimedStep(Step):
         """The next token of each row, [B, 1], from logits [B, V]."""
         at = int(self.place)
         logits = self.rules(self.text[:, :at], logits.float())
-        tokens = logits.argmax(-1, keepdim=True)
+        likely = self.likely(logits)
+        tokens = likely.argmax(-1, keepdim=True)
         if bool((self.temperatures > 0).any()):
             heat = torch.where(self.temperatures > 0, self.temperatures, 1.0)
-            below = (logits.double() / heat).softmax(-1).cumsum(-1)
+            below = (likely.double() / heat).softmax(-1).cumsum(-1)
             drawn = self.uniform[:, at - self.first, None] * below[:, -1:]
             drawn = torch.searchsorted(below, drawn, right=True).clamp_(max=logits.shape[1] - 1)
             tokens = torch.where(self.temperatures > 0, drawn, tokens)
         self.worth = logits.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
-        return tokens
+        return self.spell(tokens)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch alone."""

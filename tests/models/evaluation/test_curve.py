@@ -73,7 +73,7 @@ def test_each_count_adapts_anew_and_is_heard_with_its_profile(
 
     class Profile:
         def __init__(self, count: int) -> None:
-            self.count = count
+            self.count, self.about = count, {"adapted": count > 5}
 
         def applied(self, model: Any) -> Any:
             from contextlib import contextmanager
@@ -89,7 +89,9 @@ def test_each_count_adapts_anew_and_is_heard_with_its_profile(
     monkeypatch.setattr(module, "bind", lambda *saml: saml)
     monkeypatch.setattr(Utterance, "load", lambda own: own.id)
     monkeypatch.setattr(
-        module, "adapt", lambda model, processor, train, options, skip_long: Profile(len(train))
+        module,
+        "adapt",
+        lambda model, processor, train, options, skip_long, guard: Profile(len(train)),
     )
     monkeypatch.setattr(
         module,
@@ -104,4 +106,5 @@ def test_each_count_adapts_anew_and_is_heard_with_its_profile(
     assert [(p["utterances"], p["wer"]) for p in found["curve"]] == [
         (0, 66.667), (5, 66.667), (10, 0.0),
     ]  # fmt: skip
+    assert [p["unused"] for p in found["curve"]] == [0, 1, 0]
     assert done == [1, 1]

@@ -106,7 +106,7 @@ def test_clips_are_decoded_so(monkeypatch):
         network = torch.nn.Linear(1, 1)
         evaluating = staticmethod(nullcontext)
 
-        def decode(self, clips, beam_size, language):
+        def decode(self, clips, beam_size, language, own_words=None):
             seen.append(torch.get_num_threads())
             others_take(monkeypatch, 2.0)
             return ["" for _ in clips]
