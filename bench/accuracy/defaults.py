@@ -44,7 +44,6 @@ from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.adapt import ADAPTATION, adapt
-from saml_models.training.calibration import starts_from_error
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pretrain import PER_SPEAKER, PRETRAINING, pretrain
 from saml_models.transcription.clips import decode_clips
@@ -94,7 +93,7 @@ class Variant:
             options(PRETRAINING, self.changes.get("pretraining", {})),
             per_speaker=self.changes.get("per_speaker", PER_SPEAKER),
             checkpoint=out.with_suffix(".checkpoint"),
-            original=load_model(self.model)[0] if starts_from_error(network) else None,
+            original=load_model(self.model)[0],
         )
         profile.save(out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from saml_models.training.teacher import taught
 __all__ = ["PER_SPEAKER", "PRETRAINING", "pretrain"]
 
 # What made the experts that ship for tiny.en: docs, "Pretrained experts".
-PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=1, noise=0.5)
+PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=2, noise=0.5, teacher=0.5)
 PER_SPEAKER = 200  # utterances at most: one voice of many hours is not many voices
 
 
@@ -50,7 +51,7 @@ def pretrain(
         model: treated by `apply_saml`.
         processor: of that model.
         utterances: each with text; what is longer than 30 s is left out.
-        options: `PRETRAINING` unless given.
+        options: `PRETRAINING` unless given, without its teacher where there is no `original`.
         per_speaker: utterances of one speaker at most, drawn by the options' seed.
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
@@ -70,7 +71,7 @@ def pretrain(
     speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN
-    options = options or PRETRAINING
+    options = options or (PRETRAINING if original else replace(PRETRAINING, teacher=0.0))
     if options.teacher and original is None:
         raise SAMLError("pretrain: a teacher is asked for; give original, the full-precision model")
 
