@@ -2,6 +2,7 @@ import { record, tooLong, withheld } from "./microphone.js";
 import { PROMPTS } from "./prompts.js";
 
 const ENOUGH = 5; // clips, of which every fifth is held back
+const UNUSED = "What was learnt did not help with clips it had not heard, so it is not used: more clips may.";
 const NOBODY = "";
 const by = (id) => document.getElementById(id);
 const state = { model: "", voices: [], recorder: null, again: null, own: "", events: null };
@@ -134,7 +135,8 @@ function showClips(voice, running) {
 }
 
 function showResult(status) {
-  by("rates").textContent = `Word error rate: ${status.wer_before} % before, ${status.wer_after} % after.`;
+  const rates = `Word error rate: ${status.wer_before} % before, ${status.wer_after} % after.`;
+  by("rates").textContent = status.adapted === false ? `${rates} ${UNUSED}` : rates;
   by("held").tBodies[0].replaceChildren(...status.held.map((clip) => {
     const row = document.createElement("tr");
     for (const text of [clip.text, clip.before, clip.after]) row.insertCell().textContent = text;
@@ -177,7 +179,7 @@ async function follow(name) {
   await refresh();
   if (current()?.name === name && current().status.state === "learnt") {
     by("heard-as").value = name;
-    say(`${name} is learnt.`);
+    say(current().status.adapted === false ? UNUSED : `${name} is learnt.`);
     if (!by("result").hidden) by("result-title").focus();
   }
 }

@@ -7,6 +7,7 @@ again and again, and leaves a picture of each state: those of the documentation.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -170,6 +171,11 @@ def test_a_voice_is_taught_and_heard(stage: Stage) -> None:
     expect(page.locator("#held tbody tr")).to_have_count(1)
     expect(page.locator("#rates")).to_contain_text("% before")
     stage.picture("learnt")
+
+    status = folder / "status.json"  # as it is where the guard turned down what was learnt
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"adapted": False}))
+    page.reload()
+    expect(page.locator("#rates")).to_contain_text("it is not used")
 
     page.get_by_label("Heard as").select_option("Ann")
     dictate = page.locator("#dictate")
