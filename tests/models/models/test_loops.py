@@ -157,7 +157,7 @@ def test_generate(looping, tiny_en, router):
     limits = [token_limit(len(c)) for c in clips]
     with torch.inference_mode():
         for beams in (1, 2):
-            one = (beams, model, tiny_en[1], clips, [200, 350], None)
+            one = (beams, model, tiny_en[1], clips, [200, 350], None, None)
             found = whisper_speech._beams(*one)
             assert found == whisper_speech._beams(*one)
             assert not any(map(repeated, found)) and len(found) == len(limits)

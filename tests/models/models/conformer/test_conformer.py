@@ -253,7 +253,7 @@ def test_the_better_of_two_texts_by_both_branches(pair: Any, clips: list[np.ndar
 
     for weight in (0.0, 0.5, 1.0):
         with torch.no_grad():
-            chosen = joint.best_of(texts, model, encoded, ctc, frames, [1], weight)
+            chosen = joint.best_of(texts, model, encoded, ctc, frames, [1], weight=weight)
         for row in range(3):
             assert chosen[row] == max(texts[row], key=lambda t: by_hand(row, t, weight))
 
