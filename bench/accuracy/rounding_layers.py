@@ -1,6 +1,6 @@
 """KL as one part of a Whisper after the other is rounded.
 
-    python -m bench rounding-layers --data DATA --json bench/results/rounding-layers-tiny.en.json \
+    python -m bench rounding-layers --data DATA --json bench/results/kl-by-part-tiny.en.json \
         --figure docs/images/rounding-layers.png
 
 Parts are rounded in the order in which sound passes them, the embedding, which is the output head
