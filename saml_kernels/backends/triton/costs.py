@@ -25,7 +25,7 @@ CODED = 0.5 + 4 / 64  # bytes of a weight as it is read: its code, its part of a
 WIDE = 4  # bytes of a partial sum
 
 LAUNCH_US = 2.0  # a small kernel within a CUDA graph
-LIBRARY = 0.72  # of the stated rate, by a large product of cuBLAS
+CUBLAS = 0.72  # of the stated rate, by a large product of cuBLAS
 SCRATCH = 0.6  # by one of Triton's on a dequantised weight
 DECODED = 0.32  # by one that decodes the weight in its loop
 DECODED_BACK = 0.2  # by one that decodes it transposed
@@ -69,7 +69,7 @@ class Device:
         self,
         moved: float,
         flop: float = 0.0,
-        reached: float = LIBRARY,
+        reached: float = CUBLAS,
         programs: float = math.inf,
         steps: float = 0.0,
     ) -> float:
@@ -86,7 +86,7 @@ class Device:
         seconds = max(moved / self.bandwidth, compute)
         return LAUNCH_US + max(1e6 * seconds, waves * steps * STEP_US)
 
-    def library(self, m: int, n: int, k: int) -> float:
+    def cublas(self, m: int, n: int, k: int) -> float:
         """A product [M, K] [K, N] by cuBLAS, both operands in 16 bits.
 
         By large tiles at the full rate, or by small ones at half of it, which share the reduction
@@ -96,7 +96,7 @@ class Device:
         large = math.ceil(m / 128) * math.ceil(n / 128)
         small = math.ceil(m / 64) * math.ceil(n / 64) * min(4, math.ceil(k / 512))
         return min(
-            self.launch(moved, flop, LIBRARY, large), self.launch(moved, flop, LIBRARY / 2, small)
+            self.launch(moved, flop, CUBLAS, large), self.launch(moved, flop, CUBLAS / 2, small)
         )
 
 
@@ -121,7 +121,7 @@ def device_of(capability: str, processors: int) -> Device:
 
 def dense(device: Device, m: int, n: int, k: int) -> float:
     """A linear layer in 16 bits without experts."""
-    return device.library(m, n, k)
+    return device.cublas(m, n, k)
 
 
 def forward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
@@ -135,7 +135,7 @@ def forward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
     project = device.launch(x + HALF * m * c + HALF * c * k, 2 * m * k * c)
     if tiles.route == "scratch":
         project = device.launch(2 * x + HALF * m * c + HALF * c * k, 2 * m * k * c)
-        return project + _fill(device, n, k, r) + device.library(m, n, k + r)
+        return project + _fill(device, n, k, r) + device.cublas(m, n, k + r)
     read, reached = CODED * n * k, DECODED
     if tiles.route == "dense":
         project += _fill(device, n, k, 0)
@@ -159,7 +159,7 @@ def backward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
     if tiles.route == "scratch":
         wide = HALF * m * (k + r)
         finish = device.launch(wide + HALF * m * c + WIDE * m * r + x, 2 * m * k * c)
-        return _fill(device, n, k, r) + device.library(m, k + r, n) + finish + gradients
+        return _fill(device, n, k, r) + device.cublas(m, k + r, n) + finish + gradients
     read, reached, fill = CODED * n * k, DECODED_BACK, 0.0
     if tiles.route == "dense":
         fill = _fill(device, n, k, 0)
