@@ -24,7 +24,7 @@ from saml_kernels.backends.triton.single import (
     piece_depth,
     piece_shares,
 )
-from saml_kernels.backends.triton.steps import FLOAT32_TILE, MIXED_ROWS
+from saml_kernels.backends.triton.steps import product_tiles
 
 __all__ = ["ExpertGradients", "Finish", "OneLaunch"]
 
@@ -44,15 +44,7 @@ class OneLaunch:
     def __init__(self, facts: Facts, config: Config, *, dx: bool, through: bool) -> None:
         """`dx` says that dX is wanted, `through` that the gates' gradient is, if only for dZ."""
         f = self.facts = facts
-        block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
-        warps = config.warps
-        if f.exact:
-            block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
-        if f.speakers and f.columns:
-            if block_m > MIXED_ROWS:
-                block_m, warps = MIXED_ROWS, 4
-            if f.exact:
-                block_m = 16
+        block_m, block_o, block_d, warps = product_tiles(f, config)
         decoding = DENSE
         if config.route != "dense":
             block_o = min(block_o, f.block_size)

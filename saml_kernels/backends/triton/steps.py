@@ -17,10 +17,24 @@ from saml_kernels.backends.triton.facts import (
 from saml_kernels.backends.triton.launcher import Launcher
 from saml_kernels.backends.triton.signature import Varying
 
-__all__ = ["FLOAT32_TILE", "MIXED_ROWS", "Decode", "Fill", "Product", "Projection"]
+__all__ = ["FLOAT32_TILE", "Decode", "Fill", "Product", "Projection", "product_tiles"]
 
 FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
 MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
+
+
+def product_tiles(facts: Facts, config: Config) -> tuple[int, int, int, int]:
+    """`block_m`, `block_o`, `block_d` and warps of a product that experts add to."""
+    f, warps = facts, config.warps
+    block_m, block_o, block_d = config.block_m, config.block_o, config.block_d
+    if f.exact:
+        block_m, block_o, block_d = (min(b, FLOAT32_TILE) for b in (block_m, block_o, block_d))
+    if f.speakers and f.columns:
+        if block_m > MIXED_ROWS:
+            block_m, warps = MIXED_ROWS, 4
+        if f.exact:
+            block_m = 16
+    return block_m, block_o, block_d, warps
 
 
 class Product:
@@ -29,15 +43,7 @@ class Product:
     def __init__(self, facts: Facts, config: Config) -> None:
         f = self.facts = facts
         self.split = config.split
-        block_m, block_o, along = config.block_m, config.block_o, config.block_d
-        if f.exact:
-            block_m, block_o, along = (min(b, FLOAT32_TILE) for b in (block_m, block_o, along))
-        warps = config.warps
-        if f.speakers and f.columns:
-            if block_m > MIXED_ROWS:
-                block_m, warps = MIXED_ROWS, 4
-            if f.exact:
-                block_m = 16
+        block_m, block_o, along, warps = product_tiles(f, config)
         decoding = DENSE
         if config.route != "dense":
             along = min(along, f.block_size)
