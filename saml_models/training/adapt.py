@@ -20,6 +20,7 @@ from saml_models.models.registry import bind
 from saml_models.speakers.identify import embed
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.batches import Sample, plan_batches
+from saml_models.training.checkpoint import beside
 from saml_models.training.choosing import BestEpoch
 from saml_models.training.guard import LEAST, Guard, Verdict, between
 from saml_models.training.loop import fit
@@ -169,8 +170,7 @@ def _guarded(
 
         return told
 
-    beside = checkpoint and checkpoint.with_name(f"{checkpoint.name}.guard")
-    verdict = watching.check(options, beside, at(0))
+    verdict = watching.check(options, beside(checkpoint, "guard"), at(0))
     if not verdict.share:
         return TrainingReport(), verdict
     own = trained_parameters(watching.speech.network)

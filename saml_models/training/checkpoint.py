@@ -18,13 +18,18 @@ from saml_models.runtime.tensors import read_tensors, write_tensors
 from saml_models.training.batches import Sample
 from saml_models.training.options import TrainingOptions
 
-__all__ = ["checkpoints", "forget"]
+__all__ = ["beside", "checkpoints", "forget"]
 
 # Options that are gone, as runs had them: checkpoints of then are resumed.
 REMOVED = {
     "anchor": 0.0, "distil": 0.0, "flat_start": 0, "smoothing": 0.0, "corrupt": 0.0,
     "keep_prepared": False,
 }  # fmt: skip
+
+
+def beside(checkpoint: Path | None, name: str) -> Path | None:
+    """A file of the same run, which `forget` removes too; None without a checkpoint."""
+    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{name}")
 
 
 def forget(checkpoint: Path) -> None:

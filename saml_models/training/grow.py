@@ -20,6 +20,7 @@ from saml_models.models.interface import SHORT_WINDOW_MARGIN
 from saml_models.models.registry import bind
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
+from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions, TrainingReport
 from saml_models.training.samples import training_samples
@@ -91,7 +92,7 @@ def grow_conformer(
         utterances,
         keep_audio=False,
         skip_long=True,
-        heard=None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.heard.json"),
+        heard=beside(checkpoint, "heard.json"),
         on_done=on_heard,
     )
     grown: Any
@@ -111,7 +112,7 @@ def grow_conformer(
     reports = []
     for number, (names, options) in enumerate(trainings, start=1):
         _learn_only(grown, names)
-        file = checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}")
+        file = beside(checkpoint, str(number))
         reports.append(fit(bind(grown, processor), samples, options, file, on_step))
     grown.config.window_margin = max(SHORT_WINDOW_MARGIN, min(growth.encoder.margins))
     return grown.requires_grad_(False).eval(), reports

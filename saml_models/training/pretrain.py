@@ -16,6 +16,7 @@ from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.calibration import input_moments, start_experts, starts_from_error
+from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
@@ -75,20 +76,17 @@ def pretrain(
     if options.teacher and original is None:
         raise SAMLError("pretrain: a teacher is asked for; give original, the full-precision model")
 
-    def beside(kept: str) -> Path | None:
-        return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{kept}")
-
     samples = training_samples(
         speech,
         _balanced(utterances, per_speaker, options.seed),
         keep_audio=False,
         skip_long=True,
-        heard=beside("heard.json"),
+        heard=beside(checkpoint, "heard.json"),
         on_done=on_heard,
     )
     teacher = None if original is None else bind(original, processor)
     if teacher is not None and options.teacher:
-        kept = beside("teacher.safetensors")
+        kept = beside(checkpoint, "teacher.safetensors")
         samples = taught(teacher, samples, options.teacher, kept, on_taught)
     saml.short_windows = True
     if teacher is not None and starts_from_error(model):

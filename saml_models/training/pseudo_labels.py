@@ -23,6 +23,7 @@ from saml_models.speakers.mixing import mixed_batch
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
 from saml_models.training.adapt import adapt
+from saml_models.training.checkpoint import beside
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
 from saml_models.transcription.confidence import confidence
@@ -167,7 +168,7 @@ def adapt_unsupervised(
             speaker=speaker,
             kind=kind,
             guard=False,  # labels that are held back would be the model's own
-            checkpoint=checkpoint and checkpoint.with_name(f"{checkpoint.name}.{number}"),
+            checkpoint=beside(checkpoint, str(number)),
             on_step=on_step,
         )
     assert profile is not None
