@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress.layers import hash_of_weights
 
-__all__ = ["Calibration", "check_calibration"]
+__all__ = ["Calibration", "check_calibration", "finer_of", "split_finer", "stored_finer"]
+
+_FINER = ".finer."
 
 
 @dataclass
@@ -38,6 +40,43 @@ class Calibration:
         parts = {f"{name}.finer": one.weight for name, one in self.finer.items()}
         rows = {name: one.rows for name, one in self.finer.items()}
         return hash_of_weights(self.weights | parts, rows)
+
+
+def stored_finer(finer: Mapping[str, FinerRows]) -> dict[str, Tensor]:
+    """Finer rows as tensors of a file, under `<table>.finer.` and the parts' names."""
+    return {
+        f"{name}{_FINER}{part}": value
+        for name, rows in finer.items()
+        for part, value in rows.state_dict().items()
+    }
+
+
+def split_finer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Take what `stored_finer` made out of a file's tensors: parts by the table's name."""
+    apart: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if _FINER in key]:
+        name, _, part = key.partition(_FINER)
+        apart.setdefault(name, {})[part] = tensors.pop(key)
+    return apart
+
+
+def finer_of(
+    apart: Mapping[str, dict[str, Tensor]], tables: Mapping[str, QuantizedTensor]
+) -> dict[str, FinerRows]:
+    """Finer rows of tables, from what `split_finer` took.
+
+    Raises:
+        SAMLError: they do not fit their table.
+    """
+    finer = {}
+    for name, parts in apart.items():
+        try:
+            finer[name] = FinerRows.empty(len(parts["rows"]), tables[name])
+            finer[name].load_state_dict(parts)
+            finer[name].check(tables[name], name)
+        except (KeyError, SAMLError, TypeError, RuntimeError) as error:
+            raise SAMLError(f"{name}: finer rows are damaged") from error
+    return finer
 
 
 def check_calibration(

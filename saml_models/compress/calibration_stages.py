@@ -12,12 +12,13 @@ from torch import Tensor
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.embedding import FinerRows
+from saml_models.compress.calibration import finer_of, split_finer, stored_finer
 from saml_models.compress.calibration_walk import Found
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["fingerprint", "read_stage", "write_stage"]
 
-_CODES, _FINER = ".weight.codes", ".finer."
+_CODES = ".weight.codes"
 
 
 def fingerprint(model: Any, about: dict[str, Any]) -> str:
@@ -38,8 +39,7 @@ def write_stage(
 ) -> None:
     """Leave a finished stage at `path`, whole or not at all."""
     tensors = dict(parameters)
-    for name, rows in finer.items():
-        tensors |= {f"{name}{_FINER}{part}": value for part, value in rows.named_buffers()}
+    tensors |= stored_finer(finer)
     for name, weight in weights.items():
         tensors |= {f"{name}.weight.{part}": value for part, value in weight.named_buffers()}
     write_tensors(path, tensors, {"fingerprint": mark})
@@ -54,7 +54,7 @@ def read_stage(path: Path, mark: str, model: Any, config: SAMLConfig) -> Found |
     if about.get("fingerprint") != mark:
         return None
     weights, layers = {}, dict(model.named_modules())
-    apart = {key: tensors.pop(key) for key in [*tensors] if _FINER in key}
+    apart = split_finer(tensors)
     names = [k.removesuffix(_CODES) for k in tensors if k.endswith(_CODES)]
     for name in names:
         if name not in layers:
@@ -73,12 +73,7 @@ def read_stage(path: Path, mark: str, model: Any, config: SAMLConfig) -> Found |
     known = {name: value.shape for name, value in model.named_parameters()}
     if any(known.get(name) != value.shape for name, value in tensors.items()):
         return None
-    finer = {}
-    for name in {key.partition(_FINER)[0] for key in apart}:
-        prefix = f"{name}{_FINER}"
-        own = {k.removeprefix(prefix): v for k, v in apart.items() if k.startswith(prefix)}
-        if name not in weights or "rows" not in own:
-            return None
-        finer[name] = FinerRows.empty(len(own["rows"]), weights[name])
-        finer[name].load_state_dict(own)
-    return weights, tensors, finer
+    try:
+        return weights, tensors, finer_of(apart, weights)
+    except SAMLError:
+        return None

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from saml_kernels import QuantizedTensor, quantize
 from saml_kernels.errors import SAMLError, one_line
+from saml_models.compress.layers import parameters_hash
 from saml_models.compress.packing import pack_experts, unpack_expert
-from saml_models.compress.rounding_file import model_hash
 from saml_models.models.whisper.conformer import (
     ConformerWhisper,
     ConformerWhisperConfig,
@@ -95,8 +95,8 @@ def write_difference(path: Path, model: ConformerWhisper, whisper: nn.Module, na
         "kind": KIND,
         "version": VERSION,
         "base": name,
-        "base_sha256": model_hash(whisper),
-        "result_sha256": model_hash(back),
+        "base_sha256": parameters_hash(whisper),
+        "result_sha256": parameters_hash(back),
         "sizes": sizes,
     }
     write_tensors(path, tensors, {"saml": json.dumps(about)})
@@ -120,7 +120,7 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
     if name not in OPENAI_NAMES or not isinstance(sizes, dict) or set(sizes) != set(SIZES):
         raise SAMLError(f"{path}: damaged description; copy the file again")
     whisper, processor = load_whisper(name)
-    if model_hash(whisper) != about.get("base_sha256"):
+    if parameters_hash(whisper) != about.get("base_sha256"):
         raise SAMLError(f"{path}: grew from another {name} than the one that is found here")
     try:
         values: Any = whisper.config.to_dict() | sizes
@@ -135,7 +135,7 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
         _filled(model, tensors, dict(whisper.named_parameters()))
     except Exception as error:  # transformers, too, of values it does not expect
         raise SAMLError(f"{path}: {one_line(error)}; copy the file again") from error
-    if model_hash(model) != about.get("result_sha256"):
+    if parameters_hash(model) != about.get("result_sha256"):
         raise SAMLError(f"{path}: does not match its description; copy the file again")
     return model.eval(), processor
 

@@ -26,6 +26,7 @@ __all__ = [
     "compression_of",
     "hash_of_weights",
     "model_hash",
+    "parameters_hash",
     "quantised_tensors",
     "weight_hash",
 ]
@@ -216,7 +217,16 @@ def model_hash(model: nn.Module) -> str:
     saml = getattr(model, "saml", None)
     if isinstance(saml, Compression):
         return saml.weight_hash()
-    return tensors_hash({name: p.detach() for name, p in model.named_parameters()})
+    return parameters_hash(model)
+
+
+def parameters_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the names, shapes and values of all parameters in float16."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().half().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:

@@ -16,7 +16,6 @@ model and result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -28,19 +27,18 @@ from torch import Tensor, nn
 
 from saml_kernels import QuantizedTensor, SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.layers.embedding import FinerRows
 from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import pack_codes
-from saml_models.compress.calibration import Calibration
+from saml_models.compress.calibration import Calibration, finer_of, split_finer, stored_finer
+from saml_models.compress.layers import parameters_hash
 from saml_models.runtime.tensors import read_description, read_tensors, write_tensors
 
-__all__ = ["model_hash", "read_rounding", "write_rounding"]
+__all__ = ["read_rounding", "write_rounding"]
 
 KIND, VERSION = "saml-rounding", 1
 ROWS = 4096  # of weights whose columns' means are kept
 PART = 1 << 12  # blocks at a time, in float64
 SCALES = ("nested_absmax", "offset")
-FINER = ".finer."
 
 
 def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> int:
@@ -74,8 +72,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         tensors[f"{name}.codes"] = _deflated(pack_codes(differences))
         tensors[f"{name}.absmax"] = _deflated(weight.absmax)
         tensors |= {f"{name}.{s}": getattr(weight, s) for s in SCALES if double_quant}
-    for name, finer in calibration.finer.items():
-        tensors |= {f"{name}{FINER}{part}": value for part, value in finer.state_dict().items()}
+    tensors |= stored_finer(calibration.finer)
     about = {
         "kind": KIND,
         "version": VERSION,
@@ -83,7 +80,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         "block_size": block_size,
         "double_quant": double_quant,
         "parameters": _count(model),
-        "model_sha256": model_hash(model),
+        "model_sha256": parameters_hash(model),
         "weight_hash": calibration.hash(),
         "calibration": calibration.about,
     }
@@ -117,12 +114,9 @@ def read_rounding(
     }
     if any(about.get(key) != value for key, value in asked.items()):
         return None
-    if about.get("model_sha256") != model_hash(model):
+    if about.get("model_sha256") != parameters_hash(model):
         return None
-    apart: dict[str, dict[str, Tensor]] = {}
-    for key in [key for key in tensors if FINER in key]:
-        name, _, part = key.partition(FINER)
-        apart.setdefault(name, {})[part] = tensors.pop(key)
+    apart = split_finer(tensors)
     weights = {}
     for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
         parts = {key: tensors.pop(f"{name}.{key}", None) for key in ("codes", "absmax", *SCALES)}
@@ -132,7 +126,10 @@ def read_rounding(
             weights[name] = _weight(original, moved, parts, config)
         except (SAMLError, AttributeError, TypeError, RuntimeError, zlib.error) as error:
             raise SAMLError(f"{path}: {name} is damaged; copy the file again") from error
-    finer = {name: _finer(path, name, weights.get(name), own) for name, own in apart.items()}
+    try:
+        finer = finer_of(apart, weights)
+    except SAMLError as error:
+        raise SAMLError(f"{path}: {error}; copy the file again") from error
     origin = about.get("calibration")
     found = Calibration(
         weights,
@@ -160,19 +157,6 @@ def _weight(
     ranks = (_nearest(original, moved, weight) + differences) % 16
     weight.codes.copy_(pack_codes(order[ranks]))
     return weight
-
-
-def _finer(
-    path: str | os.PathLike[str], name: str, table: QuantizedTensor | None, parts: dict[str, Tensor]
-) -> FinerRows:
-    """Finer rows of a table that the file holds, too."""
-    try:
-        assert table is not None
-        finer = FinerRows.empty(len(parts["rows"]), table)
-        finer.load_state_dict(parts)
-        return finer.check(table, name)
-    except (AssertionError, KeyError, SAMLError, TypeError, RuntimeError) as error:
-        raise SAMLError(f"{path}: {name}: finer rows are damaged; copy the file again") from error
 
 
 def _original(model: nn.Module, name: str) -> Tensor:
@@ -233,12 +217,3 @@ def _inflated(stream: Tensor | None, like: Tensor) -> Tensor:
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of the names, shapes and values of all parameters in float16."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().half().contiguous().numpy().data)
-    return digest.hexdigest()
