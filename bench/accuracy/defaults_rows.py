@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from saml_models.text.wer import WordErrors, bootstrap_speakers, word_errors
+from bench.accuracy.over_speakers import made_worse, ratio
+from saml_models.text.wer import WordErrors, word_errors
 
 __all__ = ["HEADS", "counted", "rows"]
 
@@ -90,21 +90,10 @@ def _errors(runs: list[Counts]) -> list[float]:
 def _ratio(owners: list[str], runs: list[Counts], others: list[Counts]) -> str:
     if not runs or not others:
         return ""
-    ratio, low, high = bootstrap_speakers(owners, _errors(runs), _errors(others))
-    return f"{ratio:.3f} ({low:.3f} to {high:.3f})" if len(set(owners)) > 1 else f"{ratio:.3f}"
+    return ratio(owners, _errors(runs), _errors(others))
 
 
 def _worse(owners: list[str], own: list[Counts], alone: list[Counts]) -> str:
     if not own or not alone:
         return ""
-    totals = list(_totals(owners, _errors(own), _errors(alone)))
-    return f"{sum(after > before for after, before in totals)} of {len(totals)}"
-
-
-def _totals(
-    owners: list[str], own: list[float], alone: list[float]
-) -> Iterator[tuple[float, float]]:
-    """Errors of each speaker after and before."""
-    for owner in dict.fromkeys(owners):
-        mine = [i for i, name in enumerate(owners) if name == owner]
-        yield sum(own[i] for i in mine), sum(alone[i] for i in mine)
+    return made_worse(owners, _errors(own), _errors(alone))

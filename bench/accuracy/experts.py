@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.accuracy.over_speakers import made_worse, ratio
 from bench.accuracy.speech import VOICES
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
@@ -35,7 +36,7 @@ from saml_models.models.interface import QUANTISED_MARGIN, SpeechModel
 from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
-from saml_models.text.wer import bootstrap_speakers, word_errors
+from saml_models.text.wer import pooled, word_errors
 from saml_models.transcription.clips import decode_clips
 
 FULL, QUANTISED, SHIPPED = "full precision", "quantised", "shipped experts"
@@ -91,34 +92,21 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     """A row for each set and system."""
     found = []
     for key, speech in results["speech"].items():
-        errors = {
+        counted = {
             system: word_errors(speech["said"], heard[key])
             for system, heard in results["systems"].items()
             if key in heard
         }
+        errors = {system: [e.errors for e in own] for system, own in counted.items()}
         for system, own in errors.items():
-            wer = 100 * sum(e.errors for e in own) / sum(e.words for e in own)
-            row = [key, system, f"{wer:.2f}"]
+            row = [key, system, f"{pooled(counted[system]).wer:.2f}"]
             full = errors.get(FULL) if system != FULL else None
             quantised = errors.get(QUANTISED) if system not in (FULL, QUANTISED) else None
-            row.append(_ratio(speech["speakers"], own, full) if full else "")
-            row.append(_ratio(speech["speakers"], own, quantised) if quantised else "")
-            row.append(_worse(speech["speakers"], own, quantised) if quantised else "")
+            row.append(ratio(speech["speakers"], own, full) if full else "")
+            row.append(ratio(speech["speakers"], own, quantised) if quantised else "")
+            row.append(made_worse(speech["speakers"], own, quantised) if quantised else "")
             found.append(row)
     return found
-
-
-def _ratio(speakers: list[str], own: list[Any], other: list[Any]) -> str:
-    amounts, counts = ([e.errors for e in errors] for errors in (own, other))
-    ratio, low, high = bootstrap_speakers(speakers, amounts, counts)
-    return f"{ratio:.3f} ({low:.3f} to {high:.3f})" if len(set(speakers)) > 1 else f"{ratio:.3f}"
-
-
-def _worse(speakers: list[str], own: list[Any], other: list[Any]) -> str:
-    more: dict[str, int] = {}
-    for speaker, one, before in zip(speakers, own, other, strict=True):
-        more[speaker] = more.get(speaker, 0) + one.errors - before.errors
-    return f"{sum(amount > 0 for amount in more.values())} of {len(more)}"
 
 
 def main(

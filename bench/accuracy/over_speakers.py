@@ -1,0 +1,30 @@
+"""Two systems on the same utterances, compared over speakers, as a table says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from saml_models.text.wer import bootstrap_speakers
+
+__all__ = ["made_worse", "ratio"]
+
+
+def ratio(speakers: Sequence[str], errors: Sequence[float], others: Sequence[float]) -> str:
+    """Errors of one system to another's, with a 95 % interval unless there is a single speaker.
+
+    Args:
+        speakers: of each utterance, as are the others.
+        errors, others: word errors of both.
+    """
+    found, low, high = bootstrap_speakers(speakers, errors, others)
+    several = len(set(speakers)) > 1
+    return f"{found:.3f} ({low:.3f} to {high:.3f})" if several else f"{found:.3f}"
+
+
+def made_worse(speakers: Sequence[str], errors: Sequence[float], others: Sequence[float]) -> str:
+    """For how many speakers the first makes more errors; arguments as for `ratio`."""
+    totals: dict[str, tuple[float, float]] = {}
+    for speaker, one, other in zip(speakers, errors, others, strict=True):
+        mine, theirs = totals.get(speaker, (0, 0))
+        totals[speaker] = mine + one, theirs + other
+    return f"{sum(mine > theirs for mine, theirs in totals.values())} of {len(totals)}"
