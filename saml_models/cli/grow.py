@@ -80,6 +80,7 @@ def grow_conformer(
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),
+            on_taught=lambda done, clips: show(done, clips, "asking the Whisper"),
         )
         with atomic_folder(out) as temporary:
             grown.save_pretrained(temporary)

@@ -1,7 +1,8 @@
 """A Conformer grown from a Whisper: its new branches learn first, then its whole encoder gently.
 
-The decoder stays as it is, and so does what it expects of the encoder. As a control, the Whisper's
-own encoder learns from the same clips for as many epochs.
+The decoder stays as it is, and so does what it expects of the encoder: what the Whisper answers to
+a clip as it is, where that is right, is half of what the Conformer learns to answer to the same clip
+in noise. As a control, the Whisper's own encoder learns from the same for as many epochs.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions, TrainingReport
 from saml_models.training.samples import training_samples
+from saml_models.training.teacher import taught
 
 __all__ = ["Growth", "grow_conformer"]
 
 # It will hear clips with a second after them; now and then it hears more, as within a recording.
 WINDOWS = (0.5, 1.0, 1.0, 1.0, 2.0, 2.0, 10.0, 30.0)
 
-BRANCHES = TrainingOptions(learning_rate=1e-3, epochs=2, noise=0.5, margins=WINDOWS)
+BRANCHES = TrainingOptions(
+    learning_rate=5e-4, epochs=2, noise=0.5, margins=WINDOWS, teacher=0.5
+)
 # Another seed: the same clips come in other batches, other noise and other windows.
 ENCODER = replace(BRANCHES, learning_rate=5e-5, average=0.3, seed=1)
 
@@ -41,7 +45,8 @@ class Growth:
 
     Attributes:
         branches: of the new branches; no epochs of it train none.
-        encoder: of the whole encoder after that, and of a control throughout.
+        encoder: of the whole encoder after that, and of a control throughout; its `teacher` is the
+            Whisper's share in both.
         sizes: `ConformerWhisperConfig`'s own values.
     """
 
@@ -60,6 +65,7 @@ def grow_conformer(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int, int], None] | None = None,
+    on_taught: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, list[TrainingReport]]:
     """Train a Conformer that starts as `model`, on utterances of many speakers.
 
@@ -73,6 +79,7 @@ def grow_conformer(
             number to the name.
         on_step: called with (steps done, steps in all, loss), in all of one training.
         on_heard: called before that with (clips whose style was found, clips in all).
+        on_taught: called then with (clips that the Whisper heard as a teacher, clips in all).
 
     Returns:
         The trained model in evaluation mode, and a report of each training.
@@ -95,6 +102,10 @@ def grow_conformer(
         heard=beside(checkpoint, "heard.json"),
         on_done=on_heard,
     )
+    share = growth.encoder.teacher
+    if share:
+        kept = beside(checkpoint, "teacher.safetensors")
+        samples = taught(speech, samples, share, kept, on_taught)
     grown: Any
     if control:
         grown = copy.deepcopy(model)

@@ -319,7 +319,8 @@ def test_a_recogniser_says_the_same_words(speech_root: Path, tmp_path: Path) -> 
     features = first.processor(samples, sampling_rate=16000, return_tensors="pt")
     ids = first.model.generate(features.input_features)
     (wanted,) = first.processor.batch_decode(ids, skip_special_tokens=True)
-    assert recognise(samples)["text"] == wanted
+    # Left alone, this pipeline searches with five beams.
+    assert recognise(samples, generate_kwargs={"num_beams": 1})["text"] == wanted
 
 
 # ---- training

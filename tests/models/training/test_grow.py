@@ -94,7 +94,18 @@ def test_a_killed_growth_goes_on(
     again, _ = grow_conformer(*pair, spoken, GROWTH, checkpoint=path, on_step=kill)
     assert steps == [1, 2, 3, 1, 2, 3]
     assert not changed(grown, again)
-    assert [file.name for file in checkpoints(path)] == ["run.1", "run.2"]
+    assert [file.name for file in checkpoints(path)] == ["run.1", "run.2", "run.teacher.safetensors"]
+
+
+def test_the_whisper_teaches(pair: Any, spoken: list[Utterance]) -> None:
+    asked: list[tuple[int, int]] = []
+    alone = replace(GROWTH, encoder=replace(GROWTH.encoder, teacher=0.0))
+    for growth, heard in ((GROWTH, [(1, 3), (2, 3), (3, 3)]), (alone, [])):
+        asked.clear()
+        grow_conformer(
+            *pair, spoken, growth, control=True, on_taught=lambda *count: asked.append(count)
+        )
+        assert asked == heard
 
 
 def test_the_control_is_a_whisper_whose_encoder_learnt(pair: Any, spoken: list[Utterance]) -> None:
