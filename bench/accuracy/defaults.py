@@ -45,7 +45,8 @@ from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.training.adapt import ADAPTATION, adapt
 from saml_models.training.options import TrainingOptions
-from saml_models.training.pretrain import PER_SPEAKER, PRETRAINING, pretrain
+from saml_models.training.pretrain import PRETRAINING, pretrain
+from saml_models.training.samples import PER_SPEAKER
 from saml_models.transcription.clips import decode_clips
 
 # What differs from the defaults. Ranks are chosen so that the bytes come out alike.

@@ -61,8 +61,9 @@ def pretrain(
     from saml_models.data.corpora import load_corpus
     from saml_models.speakers.profile import is_profile
     from saml_models.training.calibration import starts_from_error
-    from saml_models.training.pretrain import PER_SPEAKER, PRETRAINING
+    from saml_models.training.pretrain import PRETRAINING
     from saml_models.training.pretrain import pretrain as learn
+    from saml_models.training.samples import PER_SPEAKER
 
     check_output(out, is_profile, overwrite)
     kept_out = {name.strip() for name in exclude_speakers.split(",")}

@@ -1,8 +1,8 @@
 """A Conformer grown from a Whisper: its new branches learn first, then its whole encoder gently.
 
-The decoder stays as it is, and so does what it expects of the encoder: what the Whisper answers to
-a clip as it is, where that is right, is half of what the Conformer learns to answer to the same clip
-in noise. As a control, the Whisper's own encoder learns from the same for as many epochs.
+The decoder stays as it is, and so does what it expects of the encoder: half of what is learnt is
+the Whisper's own answer to the clip without noise, where that is right. As a control, the Whisper's
+own encoder learns from the same for as many epochs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions, TrainingReport
-from saml_models.training.samples import training_samples
+from saml_models.training.samples import PER_SPEAKER, balanced, training_samples
 from saml_models.training.teacher import taught
 
 __all__ = ["Growth", "grow_conformer"]
@@ -32,9 +32,7 @@ __all__ = ["Growth", "grow_conformer"]
 # It will hear clips with a second after them; now and then it hears more, as within a recording.
 WINDOWS = (0.5, 1.0, 1.0, 1.0, 2.0, 2.0, 10.0, 30.0)
 
-BRANCHES = TrainingOptions(
-    learning_rate=5e-4, epochs=2, noise=0.5, margins=WINDOWS, teacher=0.5
-)
+BRANCHES = TrainingOptions(learning_rate=5e-4, epochs=2, noise=0.5, margins=WINDOWS, teacher=0.5)
 # Another seed: the same clips come in other batches, other noise and other windows.
 ENCODER = replace(BRANCHES, learning_rate=5e-5, average=0.3, seed=1)
 
@@ -72,7 +70,8 @@ def grow_conformer(
     Args:
         model: a Whisper at full precision; left as it is.
         processor: of that model.
-        utterances: each with text; what is longer than 30 s is left out.
+        utterances: each with text; what is longer than 30 s is left out, and so are those of one
+            speaker beyond `PER_SPEAKER`.
         growth: `Growth()` unless given.
         control: train a copy of the Whisper instead, its encoder alone, for as many epochs.
         checkpoint: a file to resume from if the run is killed; each of the two trainings adds its
@@ -96,7 +95,7 @@ def grow_conformer(
         raise SAMLError("grow: no utterances; give speech of many speakers with its text")
     samples = training_samples(
         speech,
-        utterances,
+        balanced(utterances, PER_SPEAKER, growth.branches.seed),
         keep_audio=False,
         skip_long=True,
         heard=beside(checkpoint, "heard.json"),

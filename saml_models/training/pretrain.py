@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +18,13 @@ from saml_models.training.calibration import input_moments, start_experts, start
 from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
-from saml_models.training.samples import training_samples
+from saml_models.training.samples import PER_SPEAKER, balanced, training_samples
 from saml_models.training.teacher import taught
 
-__all__ = ["PER_SPEAKER", "PRETRAINING", "pretrain"]
+__all__ = ["PRETRAINING", "pretrain"]
 
 # What made the experts that ship for tiny.en: docs, "Pretrained experts".
 PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=2, noise=0.5, teacher=0.5)
-PER_SPEAKER = 200  # utterances at most: one voice of many hours is not many voices
 
 
 def pretrain(
@@ -78,7 +76,7 @@ def pretrain(
 
     samples = training_samples(
         speech,
-        _balanced(utterances, per_speaker, options.seed),
+        balanced(utterances, per_speaker, options.seed),
         keep_audio=False,
         skip_long=True,
         heard=beside(checkpoint, "heard.json"),
@@ -104,11 +102,3 @@ def pretrain(
         steps=report.steps,
         loss=round(report.last_loss, 4),
     )
-
-
-def _balanced(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
-    """At most so many of each speaker, in their order."""
-    draw, kept = random.Random(seed), set[str]()
-    for own in by_speaker(utterances).values():
-        kept |= {u.id for u in draw.sample(own, min(count, len(own)))}
-    return [u for u in utterances if u.id in kept]

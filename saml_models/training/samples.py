@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,16 +12,25 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.files import read_json, write_json
 from saml_models.compress.layers import model_hash
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
-from saml_models.data.corpora import Utterance
+from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.models.interface import SpeechModel
 from saml_models.models.targets import check_target
 from saml_models.text.style import in_model_style, is_bare
 from saml_models.training.batches import Sample
 from saml_models.transcription.clips import decode_clips
 
-__all__ = ["training_samples"]
+__all__ = ["PER_SPEAKER", "balanced", "training_samples"]
 
 TOGETHER = 256  # clips in memory, where they are not kept
+PER_SPEAKER = 200  # utterances at most: one voice of many hours is not many voices
+
+
+def balanced(utterances: Sequence[Utterance], count: int, seed: int) -> list[Utterance]:
+    """At most `count` of each speaker, drawn by the seed, in their order."""
+    draw, kept = random.Random(seed), set[str]()
+    for own in by_speaker(utterances).values():
+        kept |= {u.id for u in draw.sample(own, min(count, len(own)))}
+    return [u for u in utterances if u.id in kept]
 
 
 def training_samples(

@@ -94,7 +94,11 @@ def test_a_killed_growth_goes_on(
     again, _ = grow_conformer(*pair, spoken, GROWTH, checkpoint=path, on_step=kill)
     assert steps == [1, 2, 3, 1, 2, 3]
     assert not changed(grown, again)
-    assert [file.name for file in checkpoints(path)] == ["run.1", "run.2", "run.teacher.safetensors"]
+    assert [file.name for file in checkpoints(path)] == [
+        "run.1",
+        "run.2",
+        "run.teacher.safetensors",
+    ]
 
 
 def test_the_whisper_teaches(pair: Any, spoken: list[Utterance]) -> None:
