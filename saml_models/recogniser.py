@@ -151,6 +151,7 @@ class Recogniser:
         speaker: str | None = None,
         kind: str = "experts",
         unsupervised: bool = False,
+        unlabelled: Speech | None = None,
         options: TrainingOptions | None = None,
         guard: bool = True,
         rate: int = SAMPLE_RATE,
@@ -164,6 +165,8 @@ class Recogniser:
             speaker: who of a corpus of several; else the name for the profile.
             kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
             unsupervised: learn from the model's own text where it is sure of it.
+            unlabelled: more of the speaker's speech, of any length and without text; learnt from
+                as if `unsupervised`, beside `data`.
             options: of training; the released defaults unless given.
             guard: use what was learnt only if it helps with clips that are held back.
             rate: samples a second of audio that is given as samples.
@@ -181,18 +184,18 @@ class Recogniser:
         utterances = utterances_of(data, rate, need_text=not unsupervised)
         source = data if isinstance(data, str | os.PathLike) else "speech"
         utterances = only_speaker(utterances, speaker, source)
+        how: dict[str, Any] = {
+            "speaker": speaker, "kind": kind, "guard": guard, "on_step": on_step,
+            "checkpoint": None if checkpoint is None else Path(checkpoint),
+        }  # fmt: skip
+        own = self.model, self.processor
+        if unlabelled is not None:
+            if unsupervised:
+                raise SAMLError("unlabelled: is beside clips with text; leave unsupervised out")
+            more = utterances_of(unlabelled, rate, need_text=False)
+            return adapt_unsupervised(*own, more, options, known=utterances, **how)
         learn = adapt_unsupervised if unsupervised else adapt
-        return learn(
-            self.model,
-            self.processor,
-            utterances,
-            options,
-            speaker=speaker,
-            kind=kind,
-            guard=guard,
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            on_step=on_step,
-        )
+        return learn(*own, utterances, options, **how)
 
     def transcribe(
         self,

@@ -52,6 +52,10 @@ def adapt(
     unsupervised: Annotated[
         bool, typer.Option(help="Without transcripts: learn from what the model is sure of.")
     ] = False,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(help="More of the speaker's speech, without text: a folder, or a recording."),
+    ] = None,
     guard: Guarded = True,
     manifest: Annotated[
         Path | None,
@@ -84,14 +88,18 @@ def adapt(
         raise SAMLError("adapt: give --data for one speaker or --manifest for many")
     options_for(kind)  # an unknown one is said at once
     if manifest is not None:
-        if out is not None or speaker is not None or test_utterances:
-            raise SAMLError("--manifest: takes no --out, --speaker or --test-utterances")
+        if out is not None or speaker is not None or test_utterances or unlabelled is not None:
+            raise SAMLError(
+                "--manifest: takes no --out, --speaker, --test-utterances or --unlabelled"
+            )
         _adapt_many(
             manifest, ProfileStore(store), ray, adapt_utterances, overwrite, model=model, kind=kind,
             changes=given(epochs, learning_rate, seed), experts=experts and str(experts),
             device=device_named(device), unsupervised=unsupervised, guard=guard,
         )  # fmt: skip
         return
+    if unlabelled is not None and unsupervised:
+        raise SAMLError("--unlabelled: is beside clips with text; leave --unsupervised out")
     if ray:
         raise SAMLError("--ray: is for many speakers; give --manifest")
     assert data is not None
@@ -101,6 +109,8 @@ def adapt(
         out = ProfileStore(store).path(speaker or utterances[0].speaker)
         overwrite = True
     check_output(out, is_profile, overwrite)
+    more = [] if unlabelled is None else load_corpus(unlabelled, need_text=False)
+    more = more and only_speaker(more, speaker, unlabelled)
     if test_utterances >= len(utterances):
         raise SAMLError(
             f"--test-utterances {test_utterances}: there are {len(utterances)}, none is left"
@@ -115,11 +125,15 @@ def adapt(
         def on_step(done: int, steps: int, loss: float) -> None:
             show(done, steps, f"loss {loss:.3f}")
 
-        do = adapt_unsupervised if unsupervised else learn
-        profile = do(
-            network, processor, utterances, options, speaker=speaker, kind=kind,
-            guard=guard, checkpoint=checkpoint, on_step=on_step,
-        )  # fmt: skip
+        how: dict[str, Any] = {
+            "speaker": speaker, "kind": kind, "guard": guard, "checkpoint": checkpoint,
+            "on_step": on_step,
+        }  # fmt: skip
+        if more:
+            profile = adapt_unsupervised(network, processor, more, options, known=utterances, **how)
+        else:
+            do = adapt_unsupervised if unsupervised else learn
+            profile = do(network, processor, utterances, options, **how)
         profile.save(out)
     if held:
         profile = with_word_errors(profile, network, processor, held)

@@ -85,7 +85,8 @@ def load_corpus(
             one split; a JSON-lines manifest, whose audio is relative to it; or a folder (or a
             folder of one folder a speaker) with a text file beside each clip.
         speakers: keep only these.
-        need_text: else a clip or a manifest's row without text is one whose text is "".
+        need_text: else a clip or a manifest's row without text is one whose text is "", and a file
+            of audio is one recording.
         need_audio: else a manifest's audio that is not on disk is found out when it is loaded.
         faults: what is wrong with an utterance is put here instead of being raised, the first for
             each speaker, who is left out; what cannot be told to be anybody's, by its place.
@@ -147,6 +148,8 @@ def _read(
 ) -> Iterator[Utterance]:
     """Find out the layout and read it."""
     if path.is_file():
+        if not need_text and path.suffix.lower() in AUDIO_SUFFIXES:
+            return iter([Utterance(path.stem, SOMEBODY, "", path)])
         if path.suffix.lower() not in (".jsonl", ".json"):
             raise SAMLError(f"{path}: not a corpus; expected {_LAYOUTS}")
         return _read_manifest(path, need_text, need_audio, faults)

@@ -64,6 +64,7 @@ def adapt(
     speaker: str | None = None,
     kind: str = "experts",
     skip_long: bool = False,
+    unsure: Sequence[Utterance] = (),
     choose: Sequence[Utterance] = (),
     guard: bool = True,
     checkpoint: Path | None = None,
@@ -79,11 +80,13 @@ def adapt(
         speaker: name for the profile; the utterances' own unless given.
         kind: "experts" learns experts and routers, "gates" an offset to each router's logits.
         skip_long: leave out what is longer than 30 s instead of refusing it.
+        unsure: others of the speaker, whose texts may be wrong: learnt from too, but the guard
+            holds none of them back.
         choose: others of the speaker, not learnt from: of the weights after each epoch those are
             taken, in place of the last ones' average, that find most of their tokens likeliest. So
             do SAML's authors. Not with a checkpoint.
-        guard: from five clips on, and without `choose`: learn from half of them first, and use
-            what all teach as far as that made the other half likelier; see `guard`.
+        guard: from five of `utterances` on, and without `choose`: learn from half of them first,
+            and use what all teach as far as that made the other half likelier; see `guard`.
         checkpoint: as for `training.fit`; the guard adds its name to the file's.
         on_step: called with (steps done, steps in all, loss).
 
@@ -117,7 +120,9 @@ def adapt(
     with saml.snapshot():
         samples = training_samples(speech, utterances, skip_long=skip_long)
         guarded = guard and not choose and len(samples) >= LEAST
-        watching = Guard(speech, samples) if guarded else None
+        more = training_samples(speech, unsure, skip_long=skip_long) if unsure else []
+        watching = Guard(speech, samples, more) if guarded else None
+        samples += more
         unadapted = saml.short_windows
         options = _windows(speech, options)
         notes: dict[str, Any] = {}

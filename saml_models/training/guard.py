@@ -84,8 +84,15 @@ def halves(count: int) -> tuple[list[int], list[int]]:
 class Guard:
     """Hears held-back clips with the model as it is when this is made, and once it has learnt."""
 
-    def __init__(self, speech: SpeechModel, samples: Sequence[Sample]) -> None:
+    def __init__(
+        self, speech: SpeechModel, samples: Sequence[Sample], unsure: Sequence[Sample] = ()
+    ) -> None:
         """Take a speaker's clips.
+
+        Args:
+            speech: as it is before it learns.
+            samples: with texts that are right.
+            unsure: others, none of which is held back.
 
         Raises:
             SAMLError: they are fewer than `LEAST`.
@@ -94,7 +101,8 @@ class Guard:
             raise SAMLError(f"guard: {len(samples)} clips; expected at least {LEAST}")
         learnt, held = halves(len(samples))
         self.speech = speech
-        self.learnt, self.held = [samples[i] for i in learnt], [samples[i] for i in held]
+        self.learnt = [*(samples[i] for i in learnt), *unsure]
+        self.held = [samples[i] for i in held]
         self.before = self._losses(), self._errors()
 
     def check(

@@ -1,10 +1,13 @@
 """A speaker's voice without transcripts: the model's own, where it is sure of them.
 
 Each round labels the clips by beam search with the latest profile, keeps those that it is sure of,
-and adapts anew from the pretrained experts. Nobody knows the words of the held-back clips either,
-so the guard asks for the next best thing: a profile that helps hears the same words at slightly
-other speeds. That is evidence, not a word error rate: it can keep a profile that does not help, and
-a model that says nothing at all would agree with itself, which is why words must not be lost.
+and adapts anew from the pretrained experts. Clips whose text is known are learnt from beside them:
+they make the profile that labels first, and the guard is that of `adapt`.
+
+Without such clips nobody knows the words of the held-back ones either, so the guard asks for the
+next best thing: a profile that helps hears the same words at slightly other speeds. That is
+evidence, not a word error rate: it can keep a profile that does not help, and a model that says
+nothing at all would agree with itself, which is why words must not be lost.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import MAX_SAMPLES, at_speed
+from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE, at_speed
 from saml_models.data.corpora import Utterance
+from saml_models.data.pauses import cut_at_pauses
 from saml_models.models.interface import Clip, SpeechModel
 from saml_models.models.registry import bind
 from saml_models.speakers.mixing import mixed_batch
@@ -43,12 +49,15 @@ class Filter:
         entropy: mean entropy of its tokens at most, in nats.
         agreement: share of words on which greedy and beam search agree at least.
         share: where fewer clips pass, this share of the most probable labels is taken instead.
+        seconds: of clips at most, the most probable labels first: learning takes its time in
+            proportion.
     """
 
     log_prob: float = -0.5
     entropy: float = 1.0
     agreement: float = 0.8
     share: float = 0.5
+    seconds: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,11 @@ def pseudo_labels(
     return labels
 
 
-def believed(labels: Sequence[Label], rule: Filter) -> list[int]:
-    """The clips whose labels are learnt from, in order; none without words is."""
+def believed(labels: Sequence[Label], seconds: Sequence[float], rule: Filter) -> list[int]:
+    """Of clips that last so long, those whose labels are learnt from, in order.
+
+    None without words is. The first one is, however long.
+    """
     spoken = [i for i, label in enumerate(labels) if label.text.strip()]
     passing = [
         i
@@ -93,7 +105,9 @@ def believed(labels: Sequence[Label], rule: Filter) -> list[int]:
     least = max(1, int(len(spoken) * rule.share)) if spoken else 0
     if len(passing) < least:
         passing = sorted(spoken, key=lambda i: -labels[i].log_prob)[:least]
-    return sorted(passing)
+    surest = sorted(passing, key=lambda i: -labels[i].log_prob)
+    ends = np.cumsum([seconds[i] for i in surest])
+    return sorted(i for n, i in enumerate(surest) if n == 0 or ends[n] <= rule.seconds)
 
 
 def disagreement(
@@ -116,24 +130,28 @@ def adapt_unsupervised(
     utterances: Sequence[Utterance],
     options: TrainingOptions | None = None,
     *,
+    known: Sequence[Utterance] = (),
     speaker: str | None = None,
     kind: str = "experts",
-    rounds: int = 2,
+    rounds: int | None = None,
     rule: Filter | None = None,
     guard: bool = True,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> SpeakerProfile:
-    """Learn one speaker from clips alone; their texts, if any, are not looked at.
+    """Learn one speaker from recordings alone, or beside a few clips whose text is known.
 
     Args:
         model: treated by `apply_saml`, with pretrained experts; left as it was.
         processor: of that model.
-        utterances: of one speaker, at least five, each at most 30 s long.
-        options, speaker, kind, on_step: as for `adaptation.adapt`.
-        rounds: of labelling and learning.
+        utterances: of one speaker, at least five where none is known; their texts, if any, are not
+            looked at. What is over 30 s long is cut at its pauses.
+        options, speaker, kind, on_step: as for `adapt`.
+        known: of the same speaker, each with its text and at most 30 s long.
+        rounds: of labelling and learning; None is two, or one after the known clips were learnt.
         rule: which labels are believed.
-        guard: hold back every fifth clip, and use what was learnt if it helps there.
+        guard: from five known clips on, that of `adapt`; with none, every fifth clip is held back,
+            and what was learnt is used if it helps there; with one to four there is none.
         checkpoint: as for `training.fit`; each round adds its number to the name.
 
     Returns:
@@ -143,46 +161,61 @@ def adapt_unsupervised(
     Raises:
         SAMLError: too few clips, no words in any of them, or as `adapt`.
     """
-    if len(utterances) < LEAST or rounds < 1:
+    rounds = (1 if known else 2) if rounds is None else rounds
+    pieces = [piece for one in utterances for piece in cut_at_pauses(one)]
+    if rounds < 1 or len(pieces) < (1 if known else LEAST):
         raise SAMLError(
-            f"unsupervised: {len(utterances)} clips, {rounds} rounds; expected at least {LEAST} "
-            "clips and one round"
+            f"unsupervised: {len(pieces)} clips, {rounds} rounds; expected at least {LEAST} "
+            "clips, or one beside some whose text is known, and one round"
         )
     speech = bind(model, processor)
-    held = [u.load() for u in utterances[LEAST - 1 :: LEAST]] if guard else []
-    learnt = [u for i, u in enumerate(utterances) if not held or i % LEAST != LEAST - 1]
+    held = [u.load() for u in pieces[LEAST - 1 :: LEAST]] if guard and not known else []
+    learnt = [u for i, u in enumerate(pieces) if not held or i % LEAST != LEAST - 1]
     clips = [u.load() for u in learnt]
-    profile: SpeakerProfile | None = None
+    seconds = [len(clip) / SAMPLE_RATE for clip in clips]
     used = []
+
+    def learn(
+        number: int, sure: Sequence[Utterance], unsure: Sequence[Utterance], guarded: bool
+    ) -> SpeakerProfile:
+        at = beside(checkpoint, str(number))
+        return adapt(
+            model, processor, sure, options, unsure=unsure, speaker=speaker, kind=kind,
+            guard=guarded, checkpoint=at, on_step=on_step,
+        )  # fmt: skip
+
+    profile = learn(0, known, (), False) if known else None
     for number in range(1, rounds + 1):
         labels = pseudo_labels(speech, clips, profile)
-        chosen = believed(labels, rule or Filter())
+        chosen = believed(labels, seconds, rule or Filter())
         if not chosen:
             raise SAMLError("unsupervised: no words were heard in any clip; give clearer speech")
         used.append(len(chosen))
-        profile = adapt(
-            model,
-            processor,
-            [replace(learnt[i], text=labels[i].text) for i in chosen],
-            options,
-            speaker=speaker,
-            kind=kind,
-            guard=False,  # labels that are held back would be the model's own
-            checkpoint=beside(checkpoint, str(number)),
-            on_step=on_step,
+        labelled = [replace(learnt[i], text=labels[i].text) for i in chosen]
+        # Without known clips, what would be held back are labels of the model's own.
+        profile = (
+            learn(number, known, labelled, guard and number == rounds)
+            if known
+            else learn(number, labelled, (), False)
         )
     assert profile is not None
     notes: dict[str, Any] = {
-        "method": "unsupervised SAML adaptation",
+        "method": f"{'semi-supervised' if known else 'unsupervised'} SAML adaptation",
         "rounds": rounds,
         "clips_believed": used,
     }
-    if not held:
-        return replace(profile, about=profile.about | notes)
+    profile = replace(profile, about=profile.about | notes)
+    return _unless_useless(speech, profile, held) if held else profile
+
+
+def _unless_useless(
+    speech: SpeechModel, profile: SpeakerProfile, held: Sequence[Clip]
+) -> SpeakerProfile:
+    """The profile where held-back clips change less with their speed, else the unadapted one."""
     before, words_before = disagreement(speech, held, None)
     after, words_after = disagreement(speech, held, profile)
     helps = after < before and words_after >= 0.8 * words_before
-    notes |= {
+    about = profile.about | {
         "adapted": helps,
         "guard": {
             "clips": len(held),
@@ -190,9 +223,8 @@ def adapt_unsupervised(
             "changed_words_after": round(after, 2),
         },
     }
-    about = profile.about | notes
     if helps:
         return replace(profile, about=about)
     del about["short_windows"]  # what the unadapted model hears
-    make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
-    return replace(make(model, **about), embedding=profile.embedding)
+    make = SpeakerProfile.of if profile.kind == "experts" else SpeakerProfile.of_gates
+    return replace(make(speech.network, **about), embedding=profile.embedding)

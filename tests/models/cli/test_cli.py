@@ -151,6 +151,17 @@ def test_a_folder_of_clips_is_enrolled_under_a_name_and_needs_no_text_where_none
     assert asked["speaker"] == "ann" and asked["texts"] == [""] * 5
     assert [p.name for p in (tmp_path / "store").iterdir()] == ["ann.safetensors"]
     assert_refused(saml("adapt", "--data", folder, "--ray", *at), "--manifest")
+    # A recording beside clips with text: whose it is, is said once.
+    assert "known" not in asked
+    talk, read = folder / "0.flac", clips[0]
+    (folder / "0.txt").write_text(read.text)
+    for number in range(1, 5):
+        (folder / f"{number}.flac").unlink()
+    more = ("adapt", "--data", folder, "--unlabelled", talk)
+    assert saml(*more, *at).exit_code == 0
+    assert asked["texts"] == [""] and [u.text for u in asked["known"]] == [read.text]
+    assert_refused(saml(*more, "--unsupervised", *at), "--unlabelled", "--unsupervised")
+    assert_refused(saml("adapt", "--manifest", talk, "--unlabelled", talk), "--unlabelled")
 
 
 def test_adapt_wants_one_speaker(tmp_path, clips, manifest):

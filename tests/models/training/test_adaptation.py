@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -91,9 +92,17 @@ def test_which_labels_are_believed():
     torn, vague, silent = (
         replace(sure, agreement=0.5), replace(sure, entropy=2.0), replace(sure, text=" "),
     )  # fmt: skip
-    assert believed([sure, unsure, torn, vague, silent, sure, sure], Filter(share=0.2)) == [0, 5, 6]
-    assert believed([unsure, replace(unsure, log_prob=-2.0)], Filter()) == [0]
-    assert believed([silent], Filter()) == []
+    labels = [sure, unsure, torn, vague, silent, sure, sure]
+    second = [1.0] * len(labels)
+    assert believed(labels, second, Filter(share=0.2)) == [0, 5, 6]
+    assert believed([unsure, replace(unsure, log_prob=-2.0)], second, Filter()) == [0]
+    assert believed([silent], second, Filter()) == []
+
+
+def test_the_most_probable_labels_where_there_is_too_much_speech():
+    labels = [Label("a b", -0.1 * i, 0.2, 1.0) for i in (3, 1, 2)]
+    for seconds, chosen in ((15.0, [0, 1, 2]), (14.0, [1, 2]), (9.0, [1]), (1.0, [1])):
+        assert believed(labels, [5.0] * 3, Filter(seconds=seconds)) == chosen
 
 
 def test_without_transcripts(experts, utterances, monkeypatch):
@@ -110,6 +119,34 @@ def test_without_transcripts(experts, utterances, monkeypatch):
         assert not kept.about["adapted"] and kept.hash == start
     with pytest.raises(SAMLError, match="at least 5 clips"):
         adapt_unsupervised(*experts, chosen[:4], QUICK)
+
+
+def test_recordings_beside_clips_with_text(experts, utterances, monkeypatch):
+    known = utterances["1688"][:6]
+    long = np.resize(known[0].load(), 31 * 16000)
+    heard, asked = [], []
+
+    def learn(*given, **how):
+        asked.append((given[2], how))
+        return adapt(*given, **how)
+
+    def labels(speech, clips, profile):
+        heard.append((len(clips), profile))
+        return [Label("Some words.", -0.1, 0.2, 1.0)] * len(clips)
+
+    monkeypatch.setattr(unsupervised, "adapt", learn)
+    monkeypatch.setattr(unsupervised, "pseudo_labels", labels)
+    recording = replace(known[0], speaker="folder", samples=long, text="")
+    profile = adapt_unsupervised(*experts, [recording], QUICK, known=known)
+    ((pieces, first),) = heard
+    assert pieces >= 2 and first.about["utterances"] == 6 and "guard" not in first.about
+    assert profile.about["clips_believed"] == [pieces]
+    assert profile.about["guard"]["clips"] == 3  # every second of those with text
+    (_, alone), (sure, both) = asked
+    assert not alone["guard"] and both["guard"] and sure == known
+    assert [u.text for u in both["unsure"]] == ["Some words."] * pieces
+    assert profile.about["utterances"] == 6 + pieces or not profile.about["adapted"]
+    assert profile.about["method"].startswith("semi")
 
 
 def test_the_guard_counts_words_that_change_with_the_speed(experts, utterances):
