@@ -15,7 +15,7 @@ from bench.place import RESULTS
 from bench.report.environment import result_path
 from bench.report.figures import plot_layers
 from bench.report.file import Results
-from bench.report.tables import tables
+from bench.report.timed import tables
 from saml_kernels.errors import SAMLError
 
 

@@ -259,7 +259,8 @@ def _layers(work: str, setting: Setting) -> tuple[int, str]:
 
 def _ratios(rows: list[dict[str, Any]], cases: int, whole: bool) -> str:
     """Of a work, by mode: our time over the dense layer's and over the user's composition's."""
-    from bench.report.tables import BARS, geometric
+    from bench.report.markdown import geometric
+    from bench.report.timed import BARS
 
     told = []
     for mode in dict.fromkeys(r["mode"] for r in rows):

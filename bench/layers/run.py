@@ -18,7 +18,7 @@ from bench.layers.cases import WORKS, Case, cases_of
 from bench.layers.harness import Setting, run_cases
 from bench.report.figures import plot_layers
 from bench.report.file import Results
-from bench.report.tables import tables
+from bench.report.timed import tables
 from saml_kernels.backends.cpu import native
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import check_output, is_figure, is_json

@@ -24,7 +24,7 @@ from rich.console import Console
 from bench.place import as_module, environment
 from bench.report.environment import result_path
 from bench.report.file import Results
-from bench.report.tables import tables
+from bench.report.timed import tables
 
 __all__ = ["answer", "forget_peak", "in_turn", "record", "stopwatch"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report.tables import geometric
+from bench.report.markdown import geometric
 from saml_kernels.files import write_figure
 from saml_models.evaluation.figures import new_figure
 

@@ -22,7 +22,8 @@ import typer
 from bench.place import REPOSITORY, RESULTS
 from bench.report.environment import about
 from bench.report.figures import plot_layers, plot_wer
-from bench.report.tables import has_tables, load, timed_files, write_tables
+from bench.report.tables import has_tables, write_tables
+from bench.report.timed import load, timed_files
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import read_json, write_json
 

@@ -17,7 +17,7 @@ from bench.layers.registry import contenders
 from bench.layers.roofline import Roofs
 from bench.layers.stage import Stage
 from bench.report.file import Results
-from bench.report.tables import load, subjects
+from bench.report.timed import load, subjects
 from saml_kernels import SAMLError
 from saml_kernels.timing import sample
 

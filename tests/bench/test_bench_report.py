@@ -6,17 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.report.figures import _bars, plot_layers, plot_wer
-from bench.report.tables import (
-    TABLES,
-    _cells,
-    geometric,
-    has_tables,
-    load,
-    markdown,
-    subjects,
-    tables,
-    write_tables,
-)
+from bench.report.markdown import geometric
+from bench.report.tables import TABLES, has_tables, write_tables
+from bench.report.timed import _cells, load, markdown, subjects, tables
 from bench.report.write import add
 from saml_kernels import SAMLError
 

@@ -1,0 +1,125 @@
+"""Tables of accuracy as Markdown: word errors, profiles, sizes and rounding."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.accuracy import rounding_rows
+from bench.report.markdown import markdown_table, read
+
+__all__ = ["SPEECH", "profiles", "rounding", "sizes", "wer"]
+
+# The sets of speech that wer-*.json is about: who speaks, and the protocol.
+SPEECH = {
+    "train-clean-5": ("readers", "20 utterances to adapt"),
+    "test-other": ("readers", "two-fold, 5 utterances to adapt"),
+    "speechocean762": ("learners of English", "two-fold, 10 utterances to adapt"),
+}
+SYSTEMS = {
+    "full_precision": "full precision", "quantised": "quantised", "experts": "+ experts",
+    "adapted": "+ adaptation", "other_speaker": "another's profile",
+}  # fmt: skip
+
+
+def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
+    """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
+    found = {name: read(results / f"{prefix}-{name}.json") for name in sets}
+    rows, heads = [], ["speech", *SYSTEMS.values(), "adapted / full (95 %)"]
+    over_speakers = all("ratios" in data for data in found.values())
+    if over_speakers:
+        heads += ["adapted / experts (95 %)", "by the paper's scoring: full, adapted"]
+    for name, data in found.items():
+        who, how = SPEECH[name]
+        cells = [f"{data['wer'][system]:.2f}" for system in SYSTEMS]
+        if over_speakers:
+            for key in ("adapted_to_full_precision", "adapted_to_experts"):
+                cells.append(_interval(data["ratios"][key]["ratio"], data["ratios"][key]))
+            own = data["wer_by_scoring"]["paper"]
+            cells.append(f"{own['full_precision']:.2f}, {own['adapted']:.2f}")
+        else:
+            one = data["relative"]
+            cells.append(_interval(one["adapted_to_full_precision"], one))
+        rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
+    lines = markdown_table(heads, rows)
+    about, size = data, data["size"]
+    lines.append(
+        f"Whisper {about['model']}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
+        f"{size['quantised_bytes'] / 1e6:.1f} MB quantised, {size['saml_bytes'] / 1e6:.1f} MB with "
+        f"experts ({size['ratio']:.2f}x smaller). {_measured(found)}"
+    )
+    return "\n".join(lines)
+
+
+def _measured(found: dict[str, dict[str, Any]]) -> str:
+    """On what; by set of speech where the sets were measured apart."""
+    on: dict[str, list[str]] = {}
+    for name, data in found.items():
+        told = f"{data['device']}; torch {data['versions']['torch']}; {data['date']}"
+        on.setdefault(told, []).append(name)
+    if len(on) == 1:
+        return f"Measured on: {next(iter(on))}."
+    return " ".join(f"{', '.join(names)}: measured on {told}." for told, names in on.items())
+
+
+def _interval(ratio: float, data: dict[str, Any]) -> str:
+    low, high = data["interval_95"]
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def sizes(results: Path) -> str:
+    """Megabytes of a model on disk, by how much of it is there."""
+    found = [read(results / f"{file}-test-other.json") for file in ("wer", "wer-base")]
+    keys = ("full_bytes", "quantised_bytes", "saml_bytes")
+    rows = [
+        [f"Whisper {d['model']}", *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found
+    ]
+    return "\n".join(markdown_table(["model", "float32", "quantised", "with experts"], rows))
+
+
+PROFILES = {
+    "experts": "pretrained experts",
+    "gates": "gates alone",
+    "adapted": "own experts",
+    "unsupervised": "own experts, without transcripts (one round)",
+    "pruned": "own experts, half of them",
+}
+
+
+def profiles(results: Path) -> str:
+    """WER and bytes by kind of profile, and what many speakers in a batch cost."""
+    data = read(results / "voices-tiny.en.json")
+    rows = []
+    for kind, label in PROFILES.items():
+        own = [speaker[kind] for speaker in data["speakers"].values()]
+        size = statistics.mean(row["bytes"] for row in own)
+        seconds = statistics.median(row["seconds"] for row in own)
+        took = f"{seconds:.0f}" if kind in ("gates", "adapted", "unsupervised") else "-"
+        rows.append([label, f"{data['wer'][kind]:.2f}", f"{size:,.0f}", took])
+    lines = markdown_table(["profile", "WER %", "bytes", "seconds to adapt (median)"], rows)
+    speed = data["throughput"]
+    lines.append(
+        f"Sixteen clips of sixteen speakers in one batch: "
+        f"{speed['throughput_of_sixteen_to_one']:.2f} of the throughput of sixteen clips of one "
+        f"speaker ({speed['device']}). Loading a profile: "
+        f"{speed['milliseconds_to_load_a_profile']:.0f} ms."
+    )
+    return "\n".join(lines)
+
+
+def rounding(results: Path) -> str:
+    """WER and KL of full precision, plain and calibrated rounding, from rounding-*.json."""
+    found = [read(path) for path in sorted(results.glob("rounding-*.json"))]
+    lines = []
+    for data in found:
+        about = data["about"]
+        clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
+        first, last = rounding_rows.HEADS
+        lines += markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
+        lines.append(
+            f"Whisper {about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
+            f"{about['versions']['torch']}; {about['date']}."
+        )
+    return "\n".join(lines)
