@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 from saml_kernels.backends.cpu.backend import keep_dense
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import SpeechModel
-from saml_models.runtime.allocator import keep_freed_memory
+from saml_models.runtime.allocator import keep_freed_memory, return_freed_memory
 from saml_models.runtime.devices import mixed_precision
 from saml_models.runtime.prefetch import ahead
 from saml_models.training.attention import attention_as_products
@@ -157,6 +157,7 @@ def fit(
                     losses.read()
                 if saving:
                     state.save(i + 1, losses.known[-1])
+                    return_freed_memory()  # gaps that batches of many lengths have left
                 if on_step:
                     on_step(i + 1, steps, losses.known[-1])
                 if on_epoch and i + 1 in ends:
