@@ -38,7 +38,7 @@ __all__ = ["find_difference", "read_difference", "write_difference"]
 KIND, VERSION = "saml-difference", 1
 FORMAT, BLOCK = "nf4", 64  # of differences
 PARTS = ("codes", "absmax", "nested_absmax", "offset")
-SIZES = ("conv_kernel_size", "half_step_ffn_dim")
+SETTINGS = ("conv_kernel_size", "half_step_ffn_dim", "window_margin")  # that Whisper's lack
 
 
 def find_difference(name_or_path: str | os.PathLike[str]) -> Path | Traversable | None:
@@ -89,15 +89,15 @@ def write_difference(path: Path, model: ConformerWhisper, whisper: nn.Module, na
         else:
             delta = quantize(value - before, FORMAT, BLOCK, name=key)
             tensors |= {f"{key}.delta.{part}": getattr(delta, part) for part in PARTS}
-    sizes = {size: getattr(model.config, size) for size in SIZES}
-    back = _filled(ConformerWhisper.grown_from(whisper, **sizes), dict(tensors), public)  # type: ignore[arg-type]
+    own = {name: getattr(model.config, name) for name in SETTINGS}
+    back = _filled(ConformerWhisper.grown_from(whisper, **own), dict(tensors), public)  # type: ignore[arg-type]
     about = {
         "kind": KIND,
         "version": VERSION,
         "base": name,
         "base_sha256": parameters_hash(whisper),
         "result_sha256": parameters_hash(back),
-        "sizes": sizes,
+        "config": own,
     }
     write_tensors(path, tensors, {"saml": json.dumps(about)})
     return path.stat().st_size
@@ -116,14 +116,14 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
     """
     tensors, metadata = read_tensors(path)
     about = read_description(path, metadata, KIND, VERSION, "difference to a Whisper")
-    sizes, name = about.get("sizes"), about.get("base")
-    if name not in OPENAI_NAMES or not isinstance(sizes, dict) or set(sizes) != set(SIZES):
+    own, name = about.get("config"), about.get("base")
+    if name not in OPENAI_NAMES or not isinstance(own, dict) or set(own) != set(SETTINGS):
         raise SAMLError(f"{path}: damaged description; copy the file again")
     whisper, processor = load_whisper(name)
     if parameters_hash(whisper) != about.get("base_sha256"):
         raise SAMLError(f"{path}: grew from another {name} than the one that is found here")
     try:
-        values: Any = whisper.config.to_dict() | sizes
+        values: Any = whisper.config.to_dict() | own
         values.pop("model_type")
         with torch.device("meta"):
             skeleton = ConformerWhisper(ConformerWhisperConfig(**values))
@@ -131,7 +131,7 @@ def read_difference(path: str | os.PathLike[str]) -> tuple[ConformerWhisper, Any
             stored = tensors.get(key, tensors.get(f"{key}.int8"))
             if stored is None or stored.numel() != parameter.numel():
                 raise SAMLError(f"{key}: missing, or of another size")
-        model = ConformerWhisper.grown_from(whisper, **sizes)
+        model = ConformerWhisper.grown_from(whisper, **own)
         _filled(model, tensors, dict(whisper.named_parameters()))
     except Exception as error:  # transformers, too, of values it does not expect
         raise SAMLError(f"{path}: {one_line(error)}; copy the file again") from error

@@ -192,13 +192,13 @@ class ConformerWhisper(WhisperForConditionalGeneration):
 
     @classmethod
     def grown_from(
-        cls, whisper: WhisperForConditionalGeneration, **sizes: int | None
+        cls, whisper: WhisperForConditionalGeneration, **own: float | None
     ) -> ConformerWhisper:
         """A copy of a Whisper with new branches, whose logits are the Whisper's bit for bit.
 
         Args:
             whisper: at full precision; left as it is.
-            sizes: `ConformerWhisperConfig`'s own values.
+            own: values of `ConformerWhisperConfig` that Whisper's has not.
 
         Raises:
             SAMLError: the Whisper has low-bit weights, or Conformer blocks already.
@@ -206,13 +206,12 @@ class ConformerWhisper(WhisperForConditionalGeneration):
         kind = type(whisper).__name__
         if isinstance(whisper, cls) or hasattr(whisper, "saml"):
             raise SAMLError(f"{kind}: a Conformer grows from a Whisper at full precision")
-        values: dict[str, Any] = whisper.config.to_dict() | sizes
+        values: dict[str, Any] = whisper.config.to_dict() | own
         for key in ("model_type", "architectures", "transformers_version"):
             values.pop(key, None)
         model: Any = cls(ConformerWhisperConfig(**values))
         missing, unexpected = model.load_state_dict(whisper.state_dict(), strict=False)
-        own = set(new_branches(model))
-        if unexpected or set(missing) - own:
+        if unexpected or set(missing) - set(new_branches(model)):
             raise SAMLError(f"{kind}: its weights are not those of its configuration")
         model.generation_config = copy.deepcopy(whisper.generation_config)
         parameter = next(whisper.parameters())

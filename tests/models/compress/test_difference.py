@@ -15,6 +15,7 @@ from saml_kernels import SAMLError
 from saml_models.compress import difference as module
 from saml_models.compress.difference import find_difference, read_difference, write_difference
 from saml_models.compress.loading import load_model
+from saml_models.models.interface import margin_of
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
@@ -50,7 +51,8 @@ def trained(model: Any) -> Any:
 @pytest.fixture(scope="module")
 def grown(whisper: Any) -> Any:
     loud = small_conformer_whisper()
-    model = ConformerWhisper.grown_from(whisper, conv_kernel_size=7, half_step_ffn_dim=96)
+    own = {"conv_kernel_size": 7, "half_step_ffn_dim": 96, "window_margin": 1.0}
+    model = ConformerWhisper.grown_from(whisper, **own)
     with torch.no_grad():
         for name, parameter in new_branches(model).items():
             parameter.copy_(loud.get_parameter(name))
@@ -65,6 +67,7 @@ def test_what_comes_back(whisper: Any, grown: Any, tmp_path: Path) -> None:
     model, processor = read_difference(path)
     assert processor == NAME and not model.training and model.dtype == torch.float32
     assert model.config.conv_kernel_size == 7 and model.config.half_step_ffn_dim == 96
+    assert margin_of(model) == 1.0
     public, new = dict(whisper.named_parameters()), new_branches(model)
     for name, value in model.named_parameters():
         wanted, error = grown.get_parameter(name), value - grown.get_parameter(name)
@@ -125,12 +128,15 @@ def test_damage_is_named(
             read_difference(path)
 
     refused(f"{branch}: missing", {f"{branch}.int8": None})
-    refused(
-        f"{branch}: missing", {}, {"sizes": {"conv_kernel_size": 7, "half_step_ffn_dim": 60000}}
-    )
-    refused("half_step_ffn_dim", {}, {"sizes": {"conv_kernel_size": 7, "half_step_ffn_dim": 10**9}})
-    refused("copy the file", {}, {"sizes": {"conv_kernel_size": "7", "half_step_ffn_dim": 96}})
-    refused("damaged description", {}, {"sizes": {"d_model": 10**9}})
+    own_config = {"conv_kernel_size": 7, "half_step_ffn_dim": 96, "window_margin": 1.0}
+    for match, config in (
+        (f"{branch}: missing", own_config | {"half_step_ffn_dim": 60000}),
+        ("half_step_ffn_dim", own_config | {"half_step_ffn_dim": 10**9}),
+        ("window_margin", own_config | {"window_margin": 1e9}),
+        ("copy the file", own_config | {"conv_kernel_size": "7"}),
+        ("damaged description", {"d_model": 10**9}),
+    ):
+        refused(match, {}, {"config": config})
     refused("damaged description", {}, {"base": "../tiny.en"})
     refused("absmax", {own: tensors[own][:-1]})
     refused("NaN", {f"{branch}.scale": tensors[f"{branch}.scale"] * torch.nan})
