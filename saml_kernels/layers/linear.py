@@ -19,6 +19,7 @@ from saml_kernels.layers.init import balanced, roots
 from saml_kernels.layers.routers import Router, SpeakerRouter, TokenRouter, UtteranceRouter
 from saml_kernels.ops.api import saml_linear, saml_linear_routed
 from saml_kernels.ops.arguments import autocast_dtype, readable
+from saml_kernels.ops.call import eager, grad_enabled, is_compiling
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 
 __all__ = ["SAMLLinear"]
@@ -166,6 +167,9 @@ class SAMLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
+        found = self._few_rows(x)
+        if found is not None:
+            return found
         if self.speaker_experts is not None:
             rows = x if x.dim() > 2 else x.unsqueeze(-2)
             y = self._of_many(rows, self.speaker_experts)
@@ -196,6 +200,33 @@ class SAMLLinear(nn.Module):
         seen = F.dropout(x, self.config.dropout, self.training)
         experts = _merged if self.config.mix == "merged" else _summed
         return base + scaling * experts(seen, lora_a.to(x.dtype), lora_b.to(x.dtype), gates)
+
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """`forward` of a few rows on a CPU: what it would find out for the same native call.
+
+        None where something is out of the ordinary, or another way is faster. A token is a matter
+        of microseconds there, of which a module's look-up of its parameters takes one each.
+        """
+        if is_compiling() or grad_enabled():
+            return None
+        modules, own = self._modules, self._parameters
+        weight: Any = modules["weight"]
+        native = weight.native
+        if native is None or native.many or self.speaker_experts is not None or not eager(x):
+            return None
+        router, gates, gating, scaling = modules["router"], None, None, 1.0
+        if router is not None:
+            c = self.config
+            if type(router) is not TokenRouter or router.offset is not None:
+                return None
+            if self.training and (c.dropout > 0 or c.balance > 0):
+                return None
+            gates, scaling = router._parameters["weight"], c.scaling
+            gating = (c.top_k, c.temperature)
+        elif native.experts:
+            return None
+        described = (own["lora_a"], own["lora_b"], gates, own["bias"], scaling, gating)
+        return native(x, None) if native.holds(weight, *described) else None
 
     def _plain_router(self, x: Tensor) -> Tensor | None:
         """The weight of a token router that the kernels can run themselves, as x wants it."""

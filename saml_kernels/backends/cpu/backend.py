@@ -176,7 +176,7 @@ def _of_many(
     except RuntimeError:  # does not broadcast: said better by the checks
         return None
     y = None
-    if x.numel() > layer.most_elements:
+    if x.numel() > layer.most_rows * layer.columns:
         y = F.linear(x, _dense(weight, FLOAT32), bias)
     return layer(x, gates, index, y)
 

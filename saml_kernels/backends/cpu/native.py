@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -36,6 +36,7 @@ __all__ = [
 ABI = 3  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
 UNIT, SPANS = 64, (1, 2, 4, 8, 16, 32, 64)  # of a speaker's lora_b; as native_speakers.h has them
+MOST_SHAPES = 256  # inputs that a layer remembers
 FLOAT32 = torch.float32
 LEVELS = ("portable C", "AVX2", "AVX-512", "NEON")
 FORMATS = {"nf4": 0, "fp4": 0, "int4": 0, "int8": 1, "float32": 2}
@@ -161,7 +162,7 @@ class Layer:
     Attributes:
         many: whether the experts are those of many speakers, or of one in int8.
         one_by_one: whether every row has a speaker.
-        most_elements: of x, up to which this is the fastest way.
+        most_rows: of x, up to which this is the fastest way.
     """
 
     def __init__(
@@ -220,15 +221,17 @@ class Layer:
         parts: dict[str, Any] = weight._buffers
         self.tensors = (*(parts[n] for n in PARTS), lora_a, lora_b, router, bias)
         self.stored = [(t._buffers, t.codes, t.absmax) for t in stored]
-        kept = [t for t in self.tensors if isinstance(t, Tensor)]
-        kept += [t for _, *parts_of in self.stored for t in parts_of]
-        self.places = [t.data_ptr for t in kept]
-        self.addresses = [place() for place in self.places]
+        present = (t if isinstance(t, Tensor) else weight.codes for t in self.tensors)
+        self.places = tuple(t.data_ptr for t in present)
+        self.addresses = tuple(place() for place in self.places)
+        self.stored_places = [t.data_ptr for _, *parts_of in self.stored for t in parts_of]
+        self.stored_addresses = [place() for place in self.stored_places]
         self.scaling, self.gating = scaling, gating
         self.selection = _selections
         self.rows, self.columns, self.experts = rows, columns, experts
-        self.most_elements = _library().saml_most_rows() * columns
-        self.call = _library().saml_linear
+        self.most_rows = _library().saml_most_rows()
+        self.shapes: dict[torch.Size, tuple[int, tuple[int, ...]]] = {}
+        self.call = _library().saml_linear  # x86-64 and aarch64; untyped, which takes half as long
         self.speakers = lead[0] if lead else 1
         plain: list[int | None] = [None, None]
         speakers = _Speakers()
@@ -264,6 +267,7 @@ class Layer:
         """Whether it was made for these very tensors, which lie where they lay."""
         # Spelled out: a loop over the eight takes as long as all the rest.
         codes, absmax, nested, offset, own_a, own_b, own_router, own_bias = self.tensors
+        p0, p1, p2, p3, p4, p5, p6, p7 = self.places
         parts: dict[str, Any] = weight._buffers
         return (
             lora_a is own_a
@@ -277,12 +281,22 @@ class Layer:
             and scaling == self.scaling
             and gating == self.gating
             and self.selection == _selections
-            and [place() for place in self.places] == self.addresses
+            and (p0(), p1(), p2(), p3(), p4(), p5(), p6(), p7()) == self.addresses
             and (not self.stored or self._stored_holds())
         )
 
     def _stored_holds(self) -> bool:
-        return all(p["codes"] is c and p["absmax"] is s for p, c, s in self.stored)
+        same = all(p["codes"] is c and p["absmax"] is s for p, c, s in self.stored)
+        return same and [place() for place in self.stored_places] == self.stored_addresses
+
+    def _shape(self, shape: torch.Size) -> tuple[int, tuple[int, ...]]:
+        """The rows of an x of this shape, 0 where it does not fit, and the shape of its y."""
+        fits = shape and shape[-1] == self.columns
+        found = (math.prod(shape[:-1]) if fits else 0, (*shape[:-1], self.rows))
+        if len(self.shapes) >= MOST_SHAPES:
+            self.shapes.clear()
+        self.shapes[shape] = found
+        return found
 
     def __call__(
         self,
@@ -308,10 +322,10 @@ class Layer:
         """
         if x.dtype is not FLOAT32 or not x.is_cpu or not x.is_contiguous():
             return None
-        shape, size = x.shape, x.numel()
-        if not size or shape[-1] != self.columns or (size > self.most_elements and y is None):
+        shape = x.shape
+        m, out = self.shapes.get(shape) or self._shape(shape)
+        if not m or (m > self.most_rows and y is None):
             return None
-        m = size // self.columns
         address = stride = 0
         if gates is not None:
             if gates.dtype is not FLOAT32 or not gates.is_cpu or not gates.is_contiguous():
@@ -325,9 +339,8 @@ class Layer:
                 stride = experts
             address = gates.data_ptr()
         added, whose, each = y is not None, 0, 1
-        if y is None:  # sizes one by one: a tuple is slower to read
-            two = len(shape) == 2
-            y = x.new_empty(m, self.rows) if two else x.new_empty(*shape[:-1], self.rows)
+        if y is None:
+            y = x.new_empty(*out)  # sizes one by one: a tuple is slower to read
         if index is not None:
             whose, each = index.data_ptr(), m // index.numel()
         threads = torch.get_num_threads()
@@ -461,8 +474,6 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     library.saml_dequantise.argtypes = [POINTER(_Weight), c_int64, c_int64, c_void_p, c_int, c_int]
     library.saml_dequantise.restype = None
     library.saml_most_rows.restype = c_int64
-    if hasattr(library, "saml_linear"):  # x86-64 and aarch64
-        library.saml_linear.argtypes = [c_void_p, c_char_p]
     pool = _torch_threads()
     if pool is None:
         return library, "one thread (torch's OpenMP runtime has no GOMP entry points)"
