@@ -44,7 +44,7 @@ class PlatformWheel(bdist_wheel):
 native = Extension(
     "saml_kernels.backends.cpu._native",
     sources=["saml_kernels/backends/cpu/native.c"],
-    depends=[f"saml_kernels/backends/cpu/native_{part}.h" for part in ("x86", "neon", "speakers")],
+    depends=[f"saml_kernels/backends/cpu/native_{part}.h" for part in ("x86", "neon", "experts", "speakers")],
     libraries=["m"],
     extra_compile_args=["-O3", "-g0", "-std=gnu11", "-ffp-contract=off"],
     optional=True,

@@ -172,6 +172,9 @@ static int all(void) {
                     check(m, 5, columns, block, format, nested, 3, 5, 2, 1, 0);
                     check(m, 4, columns, block, format, nested, 0, 1, 0, 0, i % 2);
                 }
+    for (int64_t rank = 1; rank <= 32; rank *= 2) /* B in one stream */
+        for (int64_t m = 1; m <= 3; m++, done++)
+            check(m, 64, 192, 64, FOUR_BIT, 1, 4, rank, 4, m % 2, 1);
     check(300, 9, 1536, 64, FOUR_BIT, 1, 2, 20, 2, 0, 1); /* more than one slab of x */
     for (int format = INT8; format <= FLOAT32; format++)
         for (int64_t span = 2; span <= 64; span *= 2)

@@ -21,6 +21,7 @@
 enum { ABI = 3, MAX_SCALES = 1024 }; /* both stand in native.py too */
 enum { ALONE = 48 * 1024 };          /* products that a thread makes rather than wait for another */
 enum { CACHE = 384 * 1024 };         /* bytes of x at a time: half of a common second-level cache */
+enum { STREAMED = 2 };               /* rows of x up to which B is best read in one stream */
 enum { SMALL = 8 * 1024 };           /* floats of scratch that are taken from the stack */
 enum { PORTABLE = 0, HAS_AVX2 = 1, HAS_AVX512 = 2, HAS_NEON = 3 };
 enum { FOUR_BIT = 0, INT8 = 1, FLOAT32 = 2 };
@@ -263,6 +264,8 @@ typedef struct {
     int64_t count, groups, span;
 } Speakers;
 
+#include "native_experts.h"
+
 typedef struct {
     Weight weight;       /* [rows, columns] */
     const float *lora_a; /* [experts * rank, columns] */
@@ -299,6 +302,7 @@ typedef struct {
     float *own_gates;   /* [slab, experts]: made by the router */
     float *open;        /* [experts]: 0 where an expert's gate is zero in the whole slab */
     float *beside;      /* [4, experts * rank]: rows of B with the experts side by side */
+    float *spread;      /* [STREAMED, experts, UNIT]: hidden as `repeat` makes it */
     float *decoded;     /* [4, columns]: rows of W */
     int64_t m, slab;
     int threads, apart; /* apart: each has rows of x of its own */
@@ -307,8 +311,30 @@ typedef struct {
 
 static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; } /* 64 bytes */
 
+/* Whether codes of W are decoded in registers, as m rows of x are multiplied. */
+static int in_registers(int64_t m) {
+#ifdef SAML_X86
+    return m <= (level == HAS_AVX512 ? 24 : 16); /* as measured, python -m bench cpu-operator */
+#else
+    (void)m;
+    return 0;
+#endif
+}
+
+/* Whether the experts of m rows of x are added in a pass of their own, as B lies. */
+static int streams_experts(const Layer *l, int64_t m) {
+#ifdef SAML_X86
+    return l->experts && m <= STREAMED && UNIT % l->rank == 0 && l->rows * l->rank % UNIT == 0;
+#else
+    (void)l, (void)m;
+    return 0;
+#endif
+}
+
 static int64_t private_floats(const Layer *l, int64_t slab) {
-    return aligned(4 * l->weight.columns + 4 * l->experts * l->rank + (slab + 1) * l->experts);
+    const int64_t decoded = in_registers(slab) ? 0 : 4 * l->weight.columns;
+    const int64_t spread = l->experts * UNIT * (slab < STREAMED ? slab : STREAMED);
+    return aligned(decoded + spread + 4 * l->experts * l->rank + (slab + 1) * l->experts);
 }
 
 /* Rows of W and of x that a tile takes: what the registers hold. */
@@ -321,6 +347,7 @@ static Shape tile_shape(int64_t m, int fused) {
     const Shape many = level == HAS_AVX512 ? (Shape){4, 6}
                        : level == HAS_AVX2 ? (Shape){2, 4}
                                            : (Shape){4, 4};
+    if (level == HAS_AVX2 && m == 1) return (Shape){4, 1};
     return fused && m > many.most && m <= 8 ? few : many; /* codes are decoded once */
 }
 
@@ -339,16 +366,6 @@ static void any_tile(const Tile *t, int rows, int64_t ms, int format, float *sum
 #else
     (void)format; /* codes are decoded first */
     any_tile_neon(t, rows, (int)ms, sums);
-#endif
-}
-
-/* Whether codes are decoded in registers, as they are multiplied. */
-static int in_registers(const LinearJob *job) {
-#ifdef SAML_X86
-    return job->m <= (level == HAS_AVX512 ? 24 : 16); /* as measured, python -m bench cpu-operator */
-#else
-    (void)job;
-    return 0;
 #endif
 }
 
@@ -477,7 +494,7 @@ static void lay_beside(const LinearJob *job, int64_t row, int64_t rows) {
 static void multiply(const LinearJob *job) {
     const Layer *l = job->layer;
     const Weight *w = &l->weight;
-    const int fused = in_registers(job);
+    const int fused = in_registers(job->m);
     const Shape shape = tile_shape(job->m, fused);
     const int height = shape.rows, most = tile_width(job->m, shape.most);
     const int64_t width = l->experts * l->rank;
@@ -489,7 +506,8 @@ static void multiply(const LinearJob *job) {
     t.planes = planes;
     for (int i = 0; i < 64 && w->table; i++)
         planes[i] = ((const uint8_t *)w->table)[i % 16 * 4 + i / 16];
-    t.experts = l->experts;
+    const int streams = streams_experts(l, job->m);
+    t.experts = streams ? 0 : l->experts;
     t.rank = l->rank;
     t.hidden_stride = width;
     t.lora_stride = l->rows * l->rank;
@@ -503,7 +521,8 @@ static void multiply(const LinearJob *job) {
     t.stride = !fused ? w->columns * 4 : w->format == INT8 ? w->columns : w->columns / 2;
     for (int64_t size = w->block; size >= 64; size /= 2) t.shift++;
     int64_t begin, end;
-    share(l->rows, height, job->threads, &begin, &end);
+    const int64_t grain = streams && UNIT / l->rank > height ? UNIT / l->rank : height;
+    share(l->rows, grain, job->threads, &begin, &end);
     for (int64_t row = begin, rows; row < end; row += rows) {
         rows = end - row >= height ? height : 1;
         if (fused) {
@@ -530,6 +549,15 @@ static void multiply(const LinearJob *job) {
                         sums[r * ms + i] + (l->bias ? l->bias[row + r] : 0.0f);
         }
     }
+    if (streams) {
+        const Weight lora_b = plain(l->lora_b, l->rank);
+        const Expansion b = {.lora_b = &lora_b, .rows = l->rows, .groups = l->experts,
+                             .span = l->rank, .begin = begin, .end = end, .open = job->open};
+        float *y[STREAMED];
+        for (int64_t i = 0; i < job->m; i++) y[i] = job->y + i * l->rows;
+        repeat(&b, job->hidden, job->m, job->spread);
+        add_expansion(&b, job->spread, job->m, y);
+    }
 }
 
 /* Slabs of x that stay in the cache, one after the other. With many rows each thread takes its own
@@ -549,10 +577,11 @@ static void linear_region(void *argument) {
         job.packed += index * whole->slab * columns;
         job.hidden += index * whole->slab * width;
     }
-    job.decoded += index * private_floats(l, whole->slab);
-    job.beside = job.decoded + 4 * columns;
+    job.spread += index * private_floats(l, whole->slab);
+    job.beside = job.spread + l->experts * UNIT * (whole->slab < STREAMED ? whole->slab : STREAMED);
     job.own_gates = job.beside + 4 * width;
     job.open = job.own_gates + whole->slab * l->experts;
+    job.decoded = job.open + l->experts;
     float *const packed = job.packed;
     for (int64_t m = begin; m < end; m += whole->slab) {
         job.m = end - m < whole->slab ? end - m : whole->slab;
@@ -560,7 +589,7 @@ static void linear_region(void *argument) {
         job.gates = whole->gates + m * whole->gate_stride;
         job.gate_stride = whole->gate_stride;
         job.y = whole->y + m * l->rows;
-        job.packed = in_registers(&job) && l->weight.format == FOUR_BIT ? packed : (float *)job.x;
+        job.packed = in_registers(job.m) && l->weight.format == FOUR_BIT ? packed : (float *)job.x;
         if (m > begin && job.preparing > 1) pool_barrier();
         prepare(&job);
         if (job.preparing > 1) pool_barrier();
@@ -596,7 +625,7 @@ static void place(LinearJob *job, float *scratch) {
     const int copies = job->preparing == 1 ? job->threads : 1;
     job->packed = scratch;
     job->hidden = scratch + job->slab * columns * copies;
-    job->decoded = scratch + aligned(job->slab * (columns + width) * copies);
+    job->spread = scratch + aligned(job->slab * (columns + width) * copies);
 }
 
 static int served(const Weight *w) {

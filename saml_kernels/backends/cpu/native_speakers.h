@@ -7,8 +7,6 @@
  * Included by native.c.
  */
 
-enum { TOGETHER = 8 }; /* rows of one speaker that a thread works on at a time */
-enum { UNIT = 64 };    /* elements of lora_b at a time; `span` divides it */
 
 typedef struct {
     int64_t speaker, first, count; /* rows order[first], ... */
@@ -30,194 +28,6 @@ static int64_t speaker_floats(const Layer *l) {
     return aligned((TOGETHER + 4) * columns + TOGETHER * (width + l->experts) + l->experts) +
            TOGETHER * l->speakers.groups * UNIT;
 }
-
-/* y[i][n] += sum over groups g, k < span of lora_b[g][n][k] * hidden, lora_b from element `first`;
- * `spread` [count, groups, UNIT] is the hidden of a group, over and over. */
-static void add_portable(const Layer *l, int64_t first, const float *spread, int64_t count,
-                         float *const *y) {
-    const Speakers *s = &l->speakers;
-    const Weight *b = &s->lora_b;
-    const int64_t size = l->rows * s->span;
-    float w[UNIT], sums[TOGETHER][UNIT];
-    for (int64_t at = 0; at < size; at += UNIT) {
-        memset(sums, 0, sizeof sums);
-        for (int64_t g = 0; g < s->groups; g++) {
-            const int64_t from = first + g * size + at;
-            if (b->format == INT8)
-                run(b, from, UNIT, ((const float *)b->absmax)[from / b->block], w);
-            else
-                memcpy(w, (const float *)b->codes + from, sizeof w);
-            for (int64_t i = 0; i < count; i++)
-                for (int64_t k = 0; k < UNIT; k++)
-                    sums[i][k] += w[k] * spread[(i * s->groups + g) * UNIT + k];
-        }
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t n = 0; n < UNIT / s->span; n++) {
-                float total = 0.0f;
-                for (int64_t k = 0; k < s->span; k++) total += sums[i][n * s->span + k];
-                y[i][at / s->span + n] += total;
-            }
-    }
-}
-
-#ifdef SAML_X86
-
-/* What is left of a unit: sums[n] = the total of its `span` elements, added to y. */
-static void add_totals(const float *sums, int64_t elements, int64_t span, float *y) {
-    for (int64_t n = 0; n < elements / span; n++) {
-        float total = 0.0f;
-        for (int64_t k = 0; k < span; k++) total += sums[n * span + k];
-        y[n] += total;
-    }
-}
-
-/* 16 outputs, each the sum of four elements that lie side by side. */
-AVX512 INLINE __m512 fours_avx512(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512i order =
-        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512d ab = _mm512_castps_pd(
-        _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    const __m512d cd = _mm512_castps_pd(
-        _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-    return _mm512_permutexvar_ps(order, all);
-}
-
-AVX512 INLINE void add_rows_avx512(const Layer *l, int64_t first, const float *spread, const int ms,
-                                   const int format, float *const *y) {
-    const Speakers *s = &l->speakers;
-    const int64_t span = s->span, size = l->rows * span;
-    const uint8_t *codes = s->lora_b.codes;
-    const float *absmax = s->lora_b.absmax;
-    const int shift = format == INT8 ? __builtin_ctzll((uint64_t)s->lora_b.block) : 0;
-    for (int64_t at = 0; at < size; at += UNIT) {
-        __m512 acc[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 4 * ms; i++) acc[i] = _mm512_setzero_ps();
-        for (int64_t g = 0; g < s->groups; g++) {
-            const int64_t from = first + g * size + at;
-            const __m512 scale = format == INT8
-                                     ? _mm512_set1_ps(absmax[from >> shift] * (1.0f / 127.0f))
-                                     : _mm512_setzero_ps();
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m512 w;
-                if (format == INT8) {
-                    __m128i bytes = _mm_loadu_si128((const void *)(codes + from + 16 * j));
-                    w = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale);
-                } else {
-                    w = _mm512_loadu_ps((const float *)codes + from + 16 * j);
-                }
-#pragma GCC unroll 4
-                for (int m = 0; m < ms; m++) {
-                    const float *h = spread + (m * s->groups + g) * UNIT + 16 * j;
-                    acc[4 * m + j] = _mm512_fmadd_ps(w, _mm512_loadu_ps(h), acc[4 * m + j]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < ms; m++) {
-            const __m512 *sum = acc + 4 * m;
-            float *to = y[m] + at / span, totals[UNIT];
-            if (span == 4) {
-                const __m512 all = fours_avx512(sum[0], sum[1], sum[2], sum[3]);
-                _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), all));
-            } else if (span == 16) {
-                store_totals(halves(sum[0]), halves(sum[1]), halves(sum[2]), halves(sum[3]), 4,
-                             totals);
-                for (int n = 0; n < 4; n++) to[n] += totals[n];
-            } else {
-                for (int j = 0; j < 4; j++) _mm512_storeu_ps(totals + 16 * j, sum[j]);
-                add_totals(totals, UNIT, span, to);
-            }
-        }
-    }
-}
-
-/* Eight outputs, each the sum of four elements that lie side by side. */
-AVX2 INLINE __m256 fours_avx2(__m256 a, __m256 b, __m256 c, __m256 d) {
-    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-AVX2 INLINE void add_rows_avx2(const Layer *l, int64_t first, const float *spread, const int ms,
-                               const int format, float *const *y) {
-    const Speakers *s = &l->speakers;
-    const int64_t span = s->span, size = l->rows * span;
-    const uint8_t *codes = s->lora_b.codes;
-    const float *absmax = s->lora_b.absmax;
-    const int shift = format == INT8 ? __builtin_ctzll((uint64_t)s->lora_b.block) : 0;
-    float totals[2][UNIT];
-    for (int64_t half = 0; half < size; half += UNIT / 2) {
-        const int64_t in_unit = half % UNIT;
-        __m256 acc[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 4 * ms; i++) acc[i] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < s->groups; g++) {
-            const int64_t from = first + g * size + half;
-            const __m256 scale = format == INT8
-                                     ? _mm256_set1_ps(absmax[from >> shift] * (1.0f / 127.0f))
-                                     : _mm256_setzero_ps();
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m256 w;
-                if (format == INT8) {
-                    __m128i bytes = _mm_loadl_epi64((const void *)(codes + from + 8 * j));
-                    w = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), scale);
-                } else {
-                    w = _mm256_loadu_ps((const float *)codes + from + 8 * j);
-                }
-#pragma GCC unroll 2
-                for (int m = 0; m < ms; m++) {
-                    const float *h = spread + (m * s->groups + g) * UNIT + in_unit + 8 * j;
-                    acc[4 * m + j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(h), acc[4 * m + j]);
-                }
-            }
-        }
-#pragma GCC unroll 2
-        for (int m = 0; m < ms; m++) {
-            const __m256 *sum = acc + 4 * m;
-            float *to = y[m] + half / span;
-            if (span == 4) {
-                const __m256 all = fours_avx2(sum[0], sum[1], sum[2], sum[3]);
-                _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), all));
-                continue;
-            }
-            for (int j = 0; j < 4; j++) _mm256_storeu_ps(totals[m] + in_unit + 8 * j, sum[j]);
-            if (in_unit) add_totals(totals[m], UNIT, span, y[m] + (half - in_unit) / span);
-        }
-    }
-}
-
-#define ADD(ROWS, MS, FORMAT)                    \
-    case (FORMAT) * 10 + (MS):                   \
-        ROWS(l, first, spread, MS, FORMAT, y);   \
-        break;
-
-AVX512 static void add_avx512(const Layer *l, int64_t first, const float *spread, int64_t count,
-                              float *const *y) {
-    for (int64_t ms; count > 0; count -= ms, spread += ms * l->speakers.groups * UNIT, y += ms) {
-        ms = count >= 4 ? 4 : count >= 2 ? 2 : 1;
-        switch (l->speakers.lora_b.format * 10 + ms) {
-            ADD(add_rows_avx512, 1, INT8) ADD(add_rows_avx512, 2, INT8)
-            ADD(add_rows_avx512, 4, INT8) ADD(add_rows_avx512, 1, FLOAT32)
-            ADD(add_rows_avx512, 2, FLOAT32) ADD(add_rows_avx512, 4, FLOAT32)
-        }
-    }
-}
-
-AVX2 static void add_avx2(const Layer *l, int64_t first, const float *spread, int64_t count,
-                          float *const *y) {
-    for (int64_t ms; count > 0; count -= ms, spread += ms * l->speakers.groups * UNIT, y += ms) {
-        ms = count >= 2 ? 2 : 1;
-        switch (l->speakers.lora_b.format * 10 + ms) {
-            ADD(add_rows_avx2, 1, INT8) ADD(add_rows_avx2, 2, INT8)
-            ADD(add_rows_avx2, 1, FLOAT32) ADD(add_rows_avx2, 2, FLOAT32)
-        }
-    }
-}
-#endif
 
 /* The experts' part of one group's rows. */
 static void add_group(const SpeakersJob *job, const Group *group, float *scratch) {
@@ -265,26 +75,13 @@ static void add_group(const SpeakersJob *job, const Group *group, float *scratch
                 hidden[i * width + r] = open[e] != 0.0f ? hidden[i * width + r] *
                                                               gates[i * l->experts + e] * l->scaling
                                                         : 0.0f;
-    for (int64_t i = 0; i < m * s->groups; i++) { /* hidden is [m, groups, span] as well */
-        float *to = spread + i * UNIT;
-        memcpy(to, hidden + i * s->span, (size_t)s->span * sizeof *to);
-        for (int64_t have = s->span; have < UNIT; have *= 2)
-            memcpy(to + have, to, (size_t)have * sizeof *to);
-    }
-    const int64_t first = group->speaker * width * l->rows;
+    const Expansion b = {.lora_b = &s->lora_b, .first = group->speaker * width * l->rows,
+                         .rows = l->rows, .groups = s->groups, .span = s->span, .end = l->rows,
+                         .open = s->groups == l->experts ? open : NULL};
     float *y[TOGETHER];
     for (int64_t i = 0; i < m; i++) y[i] = job->call->y + order[i] * l->rows;
-#ifdef SAML_X86
-    if (level == HAS_AVX512) {
-        add_avx512(l, first, spread, m, y);
-        return;
-    }
-    if (level == HAS_AVX2) {
-        add_avx2(l, first, spread, m, y);
-        return;
-    }
-#endif
-    add_portable(l, first, spread, m, y);
+    repeat(&b, hidden, m, spread);
+    add_expansion(&b, spread, m, y);
 }
 
 /* Ask for what a group reads before it is needed: short stretches, each of which the processor

@@ -95,10 +95,12 @@ AVX2 INLINE void store_totals(__m256 a, __m256 b, __m256 c, __m256 d, int count,
     for (int i = 0; i < count; i++) sums[i] = four[i];
 }
 
+AVX512 INLINE __m256 high_half(__m512 v) {
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+}
+
 AVX512 INLINE __m256 halves(__m512 v) {
-    const __m512d wide = _mm512_castps_pd(v);
-    return _mm256_add_ps(_mm512_castps512_ps256(v),
-                         _mm256_castpd_ps(_mm512_extractf64x4_pd(wide, 1)));
+    return _mm256_add_ps(_mm512_castps512_ps256(v), high_half(v));
 }
 
 /* The dense form: rows of floats, and x in order. */
@@ -196,7 +198,7 @@ AVX2 INLINE void dense_avx2(const Tile *t, const int rows, const int ms, __m256 
         __m256 x[4];
 #pragma GCC unroll 4
         for (int m = 0; m < ms; m++) x[m] = _mm256_loadu_ps(t->x + m * t->columns + k);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const __m256 w = _mm256_loadu_ps((const float *)(t->codes + r * t->stride) + k);
 #pragma GCC unroll 4
@@ -234,7 +236,7 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
     for (int i = 0; i < rows * ms; i++) acc[i] = _mm256_setzero_ps();
     if (format == FLOAT32) dense_avx2(t, rows, ms, acc);
     for (int64_t g = 0; format != FLOAT32 && g < t->columns / 64; g++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const uint8_t *codes = t->codes + r * t->stride;
             const float *scales = t->scales + r * t->scale_stride;
@@ -272,10 +274,12 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
                         if (!late)
                             acc[r * ms + m] = _mm256_fmadd_ps(w[j], v, acc[r * ms + m]);
                         else
-                            part[m] = j ? _mm256_fmadd_ps(w[j], v, part[m]) : _mm256_mul_ps(w[j], v);
+                            part[m] = j || (format == FOUR_BIT && half)
+                                          ? _mm256_fmadd_ps(w[j], v, part[m])
+                                          : _mm256_mul_ps(w[j], v);
                     }
                 }
-                if (late)
+                if (late && (format == INT8 || half))
                     for (int m = 0; m < ms; m++)
                         acc[r * ms + m] = _mm256_fmadd_ps(part[m], scale, acc[r * ms + m]);
             }
@@ -285,7 +289,7 @@ AVX2 INLINE void tile_avx2(const Tile *t, const int rows, const int ms, const in
             const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             const int left = t->rank - k < 8 ? (int)(t->rank - k) : 8;
             const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(left), lane);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 const float *b = t->lora_b + e * t->lora_stride + r * t->lora_row + k;
                 const __m256 w = _mm256_maskload_ps(b, mask);
@@ -332,7 +336,7 @@ AVX512 static void any_tile_avx512(const Tile *t, int rows, int ms, int format, 
 
 AVX2 static void any_tile_avx2(const Tile *t, int rows, int ms, int format, float *sums) {
     switch (format * 100 + rows * 10 + ms) {
-        CASES_256(2, FOUR_BIT) CASES_256(1, FOUR_BIT) CASES_256(2, INT8) CASES_256(1, INT8)
+        CASE(tile_avx2, 4, 1, FOUR_BIT) CASE(tile_avx2, 4, 1, INT8) CASE(tile_avx2, 4, 1, FLOAT32) CASES_256(2, FOUR_BIT) CASES_256(1, FOUR_BIT) CASES_256(2, INT8) CASES_256(1, INT8)
         WIDER_256(1, FOUR_BIT) WIDER_256(1, INT8)
         CASES_256(2, FLOAT32) CASES_256(1, FLOAT32)
     }
