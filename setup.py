@@ -40,11 +40,13 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+PARTS = ("x86", "neon", "experts", "speakers")
+
 # No -fopenmp: threads are borrowed from torch at run time. No contraction: bit-equal to PyTorch.
 native = Extension(
     "saml_kernels.backends.cpu._native",
     sources=["saml_kernels/backends/cpu/native.c"],
-    depends=[f"saml_kernels/backends/cpu/native_{part}.h" for part in ("x86", "neon", "experts", "speakers")],
+    depends=[f"saml_kernels/backends/cpu/native_{part}.h" for part in PARTS],
     libraries=["m"],
     extra_compile_args=["-O3", "-g0", "-std=gnu11", "-ffp-contract=off"],
     optional=True,

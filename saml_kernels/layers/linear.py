@@ -209,24 +209,26 @@ class SAMLLinear(nn.Module):
         """
         if is_compiling() or grad_enabled():
             return None
-        modules, own = self._modules, self._parameters
-        weight: Any = modules["weight"]
-        native = weight.native
+        module, parameter = self._modules.get, self._parameters.get
+        weight: Any = module("weight")
+        native = None if weight is None else weight.native
         if native is None or native.many or self.speaker_experts is not None or not eager(x):
             return None
-        router, gates, gating, scaling = modules["router"], None, None, 1.0
+        router: Any = module("router")
+        gates, gating, scaling = None, None, 1.0
         if router is not None:
             c = self.config
             if type(router) is not TokenRouter or router.offset is not None:
                 return None
             if self.training and (c.dropout > 0 or c.balance > 0):
                 return None
-            gates, scaling = router._parameters["weight"], c.scaling
+            gates, scaling = router._parameters.get("weight"), c.scaling
             gating = (c.top_k, c.temperature)
         elif native.experts:
             return None
-        described = (own["lora_a"], own["lora_b"], gates, own["bias"], scaling, gating)
-        return native(x, None) if native.holds(weight, *described) else None
+        experts = parameter("lora_a"), parameter("lora_b")
+        same = native.holds(weight, *experts, gates, parameter("bias"), scaling, gating)
+        return native(x, None) if same else None
 
     def _plain_router(self, x: Tensor) -> Tensor | None:
         """The weight of a token router that the kernels can run themselves, as x wants it."""

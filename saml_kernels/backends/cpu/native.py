@@ -35,7 +35,7 @@ __all__ = [
 
 ABI = 3  # the same number stands in native.c
 MAX_SCALES = 1024  # of one row of the weight; the same number stands in native.c
-UNIT, SPANS = 64, (1, 2, 4, 8, 16, 32, 64)  # of a speaker's lora_b; as native_speakers.h has them
+UNIT, SPANS = 64, (1, 2, 4, 8, 16, 32, 64)  # of a speaker's lora_b; as native_experts.h has them
 MOST_SHAPES = 256  # inputs that a layer remembers
 FLOAT32 = torch.float32
 LEVELS = ("portable C", "AVX2", "AVX-512", "NEON")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,14 @@ from routed_cases import make_router
 from routed_cases import truth as routed_truth
 from torch import Tensor
 
-from saml_kernels import SAMLConfig, SAMLError, SAMLLinear, saml_linear, saml_linear_routed
+from saml_kernels import (
+    SAMLConfig,
+    SAMLError,
+    SAMLLinear,
+    quantize,
+    saml_linear,
+    saml_linear_routed,
+)
 from saml_kernels.backends.cpu import native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -150,3 +158,67 @@ def test_one_token_of_a_layer_is_one_call(way, monkeypatch):
         monkeypatch.setattr("saml_kernels.ops.call.check", None)
         torch.testing.assert_close(layer(x), expected)
         torch.testing.assert_close(layer(x.double().float()[0]), expected[0])
+
+
+def _closes_an_expert(layer):
+    layer.router.offset = torch.tensor([0.0, -torch.inf])
+
+
+def _moves_the_router(layer):
+    layer.router.weight.data = layer.router.weight.data + torch.eye(2, 128)
+
+
+def _replaces_an_expert(layer):
+    layer.lora_b = torch.nn.Parameter(layer.lora_b.detach() * 2)
+
+
+def _asks_for_one_expert(layer):
+    layer.config = layer.router.config = replace(layer.config, top_k=1)
+
+
+def _loads_another_weight(layer):
+    layer.weight = quantize(torch.randn(64, 128))
+
+
+@only_native
+@pytest.mark.parametrize(
+    "change",
+    [_closes_an_expert, _moves_the_router, _replaces_an_expert, _asks_for_one_expert,
+     _loads_another_weight],
+)  # fmt: skip
+def test_a_change_to_a_layer_is_noticed(way, change):
+    """A layer that answers by its description gives what `saml_linear` gives after a change."""
+    torch.manual_seed(0)
+    layer = SAMLLinear.from_linear(torch.nn.Linear(128, 64), SAMLConfig(num_experts=2, rank=2))
+    torch.nn.init.normal_(layer.lora_b)
+    torch.nn.init.normal_(layer.router.weight, std=0.05)
+    x = torch.randn(1, 1, 128)
+    with torch.inference_mode():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+    change(layer)
+    with torch.inference_mode():
+        after = layer(x)
+        expected = saml_linear(
+            x, layer.weight, layer.lora_a, layer.lora_b, layer.router(x), layer.bias,
+            layer.config.scaling, "reference",
+        )  # fmt: skip
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+
+
+@only_native
+def test_a_layer_without_experts_and_one_that_drops_out(way):
+    """Neither has gates that its description could make; the second not while it is trained."""
+    linear = torch.nn.Linear(128, 64, bias=False)
+    plain = SAMLLinear.from_linear(linear, SAMLConfig(num_experts=0))
+    dropping = SAMLLinear.from_linear(torch.nn.Linear(128, 64), SAMLConfig(rank=2, dropout=0.5))
+    torch.nn.init.normal_(dropping.lora_b)
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        for _ in range(2):
+            expected = x @ plain.weight.dequantize().T
+            torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
+        same = dropping.eval()(x)
+        assert torch.equal(dropping(x), same)
+        assert not torch.allclose(dropping.train()(x), same, rtol=1e-3, atol=1e-3)
