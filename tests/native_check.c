@@ -172,6 +172,7 @@ static int all(void) {
                     check(m, 5, columns, block, format, nested, 3, 5, 2, 1, 0);
                     check(m, 4, columns, block, format, nested, 0, 1, 0, 0, i % 2);
                 }
+    check(1, 64, 128, 64, FOUR_BIT, 1, 2, 0, 2, 1, 1);
     for (int64_t rank = 1; rank <= 32; rank *= 2) /* B in one stream */
         for (int64_t m = 1; m <= 3; m++, done++)
             check(m, 64, 192, 64, FOUR_BIT, 1, 4, rank, 4, m % 2, 1);

@@ -212,7 +212,9 @@ class SAMLLinear(nn.Module):
         module, parameter = self._modules.get, self._parameters.get
         weight: Any = module("weight")
         native = None if weight is None else weight.native
-        if native is None or native.many or self.speaker_experts is not None or not eager(x):
+        if native is None or native.many or weight.prepared is not None:
+            return None
+        if self.speaker_experts is not None or not eager(x):
             return None
         router: Any = module("router")
         gates, gating, scaling = None, None, 1.0

