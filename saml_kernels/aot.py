@@ -59,6 +59,7 @@ class Built:
         parameters: bytes of each argument, in order; constants: compile-time values.
         warps, stages: of a program.
         registers: per thread; spilled: bytes of local memory per thread; shared: bytes per program.
+        memory: bytes per program that the kernel makes its tensor descriptors in.
         size: of the cubin in bytes.
     """
 
@@ -73,6 +74,7 @@ class Built:
     registers: int
     spilled: int
     shared: int
+    memory: int
     size: int
 
 
@@ -294,7 +296,8 @@ def _compile(launch: Launch, key: str, arch: str, out: Path) -> Built:
     return Built(
         key, launch.name, path.name, compiled.metadata.name, _parameters(compiled.asm["ptx"]),
         {n: v for n, v in launch.constants.items() if n != "PTX"},
-        launch.warps, launch.stages, registers, spilled, compiled.metadata.shared, len(cubin),
+        launch.warps, launch.stages, registers, spilled, compiled.metadata.shared,
+        compiled.metadata.global_scratch_size, len(cubin),
     )  # fmt: skip
 
 

@@ -105,7 +105,10 @@ def layer(
 
 def nothing_of_triton(launch: Launch) -> Callable[..., None]:
     """A launch as Triton's compiled kernel gets it, up to that kernel."""
-    made = SimpleNamespace(run=lambda *arguments: None, function=None, packed_metadata=None)
+    plain = SimpleNamespace(global_scratch_size=0)
+    made = SimpleNamespace(
+        run=lambda *arguments: None, function=None, packed_metadata=None, metadata=plain
+    )
     return dispatch.started(made, launch, 0, lambda device: 0)
 
 

@@ -70,6 +70,7 @@ def rows(devices: tuple[Named, ...]) -> list[list[str]]:
                 floor = named.roofs.floor(_cost(m, n, k, stored, train))
                 plain = costs.dense(named.device, m, n, k)
                 route = "one launch" if config.route in ("single", "split") else config.route
+                route = "persistent" if config.loads == "descriptors" else route
                 cells.append(f"{time:.0f} / {floor:.0f} ({time / plain:.2f}), {route}")
             found.append(cells)
     return found

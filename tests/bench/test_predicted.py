@@ -58,6 +58,14 @@ def test_more_shares_where_few_tiles_would_leave_processors_idle():
     assert small.split > large.split
 
 
+@pytest.mark.parametrize(("capability", "processors"), [("sm_87", 16), ("sm_90", 132)])
+def test_the_wider_side_is_not_gone_over_twice(capability, processors):
+    """Of X [M, K] and Y [M, N]: a copy of X where K is short, a pass over Y where N is."""
+    for m in (1500, 12000):
+        for n, k, route in ((1280, 5120, "stacked"), (5120, 1280, "scratch")):
+            assert configs.choose("forward", m, n, k, capability, processors).route == route
+
+
 def test_low_bits_win_where_bytes_rule():
     """One token through a large layer: about a quarter of float16's bytes, and the experts'."""
     for named in BOARDS:
@@ -68,8 +76,9 @@ def test_low_bits_win_where_bytes_rule():
 def test_within_a_factor_of_two_of_what_an_h200_took():
     """The only times there are: of an earlier form of the kernels, which copied x apart."""
     device = costs.Device(132, 4300e9, 989e12)
-    table = files("saml_kernels.backends.triton") / "tables" / "sm_90.json"
-    for row in json.loads(table.read_text())["forward"]:
+    path = files("saml_kernels.backends.triton") / "tables" / "sm_90.json"
+    table = json.loads(path.read_text())
+    for row in (*table["forward"], *table["superseded"]):
         tiles = {name: row[name] for name in ("block_m", "block_o", "block_d") if name in row}
         config = Config(row["route"], split=1, **tiles)
         time = costs.forward(device, config, row["m"], row["n"], row["k"])

@@ -33,6 +33,7 @@ __all__ = [
     "choose",
     "device_traits",
     "forget_tables",
+    "has_descriptors",
     "on_change",
     "predicted",
     "pretending",
@@ -44,14 +45,16 @@ __all__ = [
 
 # single: one launch for a few tokens; decode: two; split: the reduction is shared out among
 # programs; fused: one program for a tile of the result; dense: as fused, on the weight dequantised
-# to scratch; scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B].
-# Backward, single, decode and split are one way, and every route but scratch makes dX, dP and dZ in
-# one launch; scratch has cuBLAS make [dY W | dY B].
-ROUTES = ("single", "decode", "split", "fused", "dense", "scratch")
+# to scratch; scratch: the same scratch, and one cuBLAS product over [X | H] and [W | B]; stacked:
+# one of X and [W ; A], and a pass over its result, which needs no copy of X.
+# Backward, single, decode and split are one way, and so are scratch and stacked, which have cuBLAS
+# make [dY W | dY B]; the others make dX, dP and dZ in one launch.
+ROUTES = ("single", "decode", "split", "fused", "dense", "scratch", "stacked")
 SHARED_OUT = ("single", "decode", "split")  # those that share the reduction out among programs
 Rules = dict[str, list[tuple[dict[str, Any], "Config"]]]
 NEAR = 2.0  # a measured shape further than this factor (in M x N x K) says nothing
 MAX_SPLIT = 16
+WHERE = ("min_m", "max_m", "m", "n", "k", "on")  # an entry's keys that are no part of a `Config`
 SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -68,6 +71,8 @@ class Config:
         scale: of the weight's blocks, forward: "before" the product, as dequantise does, or "after"
             it, which takes fewer instructions and rounds the codes in place of code times scale
             (`device.base_product` says how far).
+        loads: of a dense product's tiles, forward: "pointers", or "descriptors" for a persistent
+            kernel that copies them by the tensor memory accelerator, on Hopper and later.
     """
 
     route: str = "fused"
@@ -79,12 +84,14 @@ class Config:
     stages: int = 3
     group: int = 8
     scale: str = "before"
+    loads: str = "pointers"
 
     def __post_init__(self) -> None:  # noqa: D105
         sizes = (self.block_m, self.block_o, self.block_d)
         powers = all(16 <= n <= 256 and n & (n - 1) == 0 for n in sizes)
         fits = 0 <= self.split <= 64 and self.warps in (1, 2, 4, 8) and 1 <= self.stages <= 8
         fits = fits and 1 <= self.group <= 64 and self.scale in ("before", "after")
+        fits = fits and self.loads in ("pointers", "descriptors")
         if self.route not in ROUTES or not powers or not fits:
             raise SAMLError(f"tuning table: {self} is not a configuration")
 
@@ -101,7 +108,7 @@ def read_table(text: str, source: str) -> Rules:
         for direction in ("forward", "backward"):
             rules[direction] = []
             for entry in values[direction]:
-                where = {k: entry.pop(k) for k in ("min_m", "max_m", "m", "n", "k") if k in entry}
+                where = {k: entry.pop(k) for k in WHERE if k in entry}
                 for told in ("microseconds", "before_microseconds"):
                     entry.pop(told, None)
                 rules[direction].append((where, Config(**entry)))
@@ -221,7 +228,7 @@ def predicted(
     # Neighbouring numbers of tokens take the same way: fewer kernels are compiled.
     rounded = 1 << max(0, m - 1).bit_length()
     best: tuple[Config, float] | None = None
-    for config in serving(direction, m) if among is None else among:
+    for config in serving(direction, m, capability) if among is None else among:
         splits = SPLITS if config.route in SHARED_OUT and not config.split else (config.split,)
         for split in splits:
             one = bounded(replace(config, split=split), direction, n, k)
@@ -232,12 +239,20 @@ def predicted(
     return best[0], cost(device, best[0], m, n, k)
 
 
-def serving(direction: str, m: int) -> Iterator[Config]:
-    """The default table's configurations for `m` tokens."""
+def serving(direction: str, m: int, capability: str) -> Iterator[Config]:
+    """The default table's configurations for `m` tokens on devices of a capability."""
     for where, config in _default()[direction]:
         most = where.get("max_m")
-        if where.get("min_m", 0) <= m and (most is None or m <= most):
+        serves = where.get("min_m", 0) <= m and (most is None or m <= most)
+        if serves and capability in where.get("on", (capability,)):
             yield config
+
+
+def has_descriptors(capability: str) -> bool:
+    """Whether such a device has a tensor memory accelerator; the interpreter plays one."""
+    if not capability:
+        return True
+    return torch.version.hip is None and int(capability.removeprefix("sm_")) >= 90
 
 
 def bounded(config: Config, direction: str, n: int, k: int) -> Config:

@@ -8,7 +8,7 @@ processors that it gives work, or the steps of its loops one after the other. Le
 keeps anything, and what a clock does under load.
 
 Times are microseconds; the calls are those of 16-bit activations, a weight of 4 bits with a float32
-scale for each block of 64, and 4 experts of rank 16.
+scale for each block of 64, and 4 experts of rank 16 with a token router.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ WIDE = 4  # bytes of a partial sum
 LAUNCH_US = 2.0  # a small kernel within a CUDA graph
 CUBLAS = 0.72  # of the stated rate, by a large product of cuBLAS
 SCRATCH = 0.6  # by one of Triton's on a dequantised weight
+DESCRIBED = 0.66  # by a persistent one on tensor descriptors
 DECODED = 0.32  # by one that decodes the weight in its loop
 DECODED_BACK = 0.2  # by one that decodes it transposed
 STEP_US = 0.5  # of a loop that loads, decodes and multiplies, for each 64 of its reduction
@@ -49,6 +50,8 @@ class Tiles(Protocol):
     def block_d(self) -> int: ...
     @property
     def split(self) -> int: ...
+    @property
+    def loads(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ class Device:
         seconds = max(moved / self.bandwidth, compute)
         return LAUNCH_US + max(1e6 * seconds, waves * steps * STEP_US)
 
-    def cublas(self, m: int, n: int, k: int) -> float:
-        """A product [M, K] [K, N] by cuBLAS, both operands in 16 bits.
+    def cublas(self, m: int, n: int, k: int, result: int = HALF) -> float:
+        """A product [M, K] [K, N] by cuBLAS, both operands in 16 bits, numbers of so many bytes.
 
         By large tiles at the full rate, or by small ones at half of it, which share the reduction
         out: whichever is faster.
         """
-        moved, flop = HALF * (m * k + n * k + m * n), 2 * m * n * k
+        moved, flop = HALF * (m * k + n * k) + result * m * n, 2 * m * n * k
         large = math.ceil(m / 128) * math.ceil(n / 128)
         small = math.ceil(m / 64) * math.ceil(n / 64) * min(4, math.ceil(k / 512))
         return min(
@@ -132,14 +135,20 @@ def forward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
         time = _one_launch(device, tiles, m, n, k, r, CODED * n * k, DECODED)
         # A second launch starts behind the first, and adds one share after the other.
         return time + (LAUNCH_US + 0.75 * tiles.split if tiles.route == "decode" else 0.0)
+    if tiles.route == "stacked":
+        # In float32, as a router's logits must be.
+        wide = WIDE * m * (n + c)
+        finish = device.launch(wide + y + HALF * n * r, 2 * m * n * r)
+        return _fill(device, n, k, c * k) + device.cublas(m, n + c, k, WIDE) + finish
     project = device.launch(x + HALF * m * c + HALF * c * k, 2 * m * k * c)
     if tiles.route == "scratch":
         project = device.launch(2 * x + HALF * m * c + HALF * c * k, 2 * m * k * c)
-        return project + _fill(device, n, k, r) + device.cublas(m, n, k + r)
+        return project + _fill(device, n, k, n * r) + device.cublas(m, n, k + r)
     read, reached = CODED * n * k, DECODED
     if tiles.route == "dense":
-        project += _fill(device, n, k, 0)
-        read, reached = HALF * n * k, SCRATCH
+        described = tiles.loads == "descriptors"
+        project += _fill(device, n, k, n * r if described else 0)
+        read, reached = HALF * n * k, DESCRIBED if described else SCRATCH
     programs, steps = _grid(tiles, m, n, k)
     moved = read + x + y + experts
     time = project + device.launch(moved, 2 * m * n * (k + r), reached, programs, steps)
@@ -159,7 +168,7 @@ def backward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
     if tiles.route == "scratch":
         wide = HALF * m * (k + r)
         finish = device.launch(wide + HALF * m * c + WIDE * m * r + x, 2 * m * k * c)
-        return _fill(device, n, k, r) + device.cublas(m, k + r, n) + finish + gradients
+        return _fill(device, n, k, n * r) + device.cublas(m, k + r, n) + finish + gradients
     read, reached, fill = CODED * n * k, DECODED_BACK, 0.0
     if tiles.route == "dense":
         fill = _fill(device, n, k, 0)
@@ -167,9 +176,9 @@ def backward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
     return fill + _one_launch(device, tiles, m, k, n, r, read, reached) + gradients
 
 
-def _fill(device: Device, n: int, k: int, r: int) -> float:
-    """The weight dequantised to scratch, B beside it."""
-    return device.launch(CODED * n * k + HALF * (n * k + 2 * n * r))
+def _fill(device: Device, n: int, k: int, more: int) -> float:
+    """The weight dequantised to scratch, with so many numbers of the experts copied to it."""
+    return device.launch(CODED * n * k + HALF * (n * k + 2 * more))
 
 
 def _grid(tiles: Tiles, m: int, out: int, along: int) -> tuple[int, float]:

@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import Gating
-from saml_kernels.backends.triton.configs import SHARED_OUT, Config, bounded, choose
+from saml_kernels.backends.triton.configs import (
+    SHARED_OUT,
+    Config,
+    bounded,
+    choose,
+    has_descriptors,
+)
 from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
 from saml_kernels.backends.triton.launcher import interpreting
+from saml_kernels.backends.triton.signature import ALIGNMENT
 from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = [
+    "CUBLAS_COLUMNS",
     "DENSE",
     "Facts",
     "Strides",
@@ -27,6 +35,8 @@ __all__ = [
 ]
 
 BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
+CUBLAS_COLUMNS = 8  # widened operands are padded to this: else cuBLAS leaves its aligned kernels
+DESCRIBED_COLUMNS = 64  # of experts, at most, that a persistent product has shared memory for
 A_KIND = 3  # where `Facts.kinds` has lora_a, after the parts of the weight
 
 Strides = tuple[int, int, int, int]  # of speaker, expert, direction within the expert, feature
@@ -102,10 +112,27 @@ class Facts(NamedTuple):
             if route is not None:
                 split = config.split if route in SHARED_OUT else 1
                 config = replace(config, route=route, split=split)
-        if self.speakers and config.route == "scratch":
-            # [W | B] has room for one speaker's experts.
+        if config.route == "stacked" and (direction == "backward" or not self.columns):
+            # A backward's is [dY W | dY B]; without experts there is nothing to stack.
+            config = replace(config, route="scratch")
+        if self.speakers and config.route in ("scratch", "stacked"):
+            # [W | B] and [W ; A] have room for one speaker's experts.
             config = replace(config, route="dense", split=1)
+        described = config.route == "dense" and direction == "forward" and self.describable
+        if config.loads == "descriptors" and not described:
+            config = replace(config, loads="pointers")
         return config
+
+    @property
+    def describable(self) -> bool:
+        """Whether tensor descriptors can read the factors of a dense forward.
+
+        One speaker's, in 16 bits, on a device that has them, with rows of x that begin at multiples
+        of 16 bytes; the others are scratch, which is laid out so.
+        """
+        aligned = self.kinds[-1] and self.k * self.dtype.itemsize % ALIGNMENT == 0
+        fits = self.columns <= DESCRIBED_COLUMNS and not self.speakers and not self.exact
+        return aligned and fits and has_descriptors(self.traits[0])
 
     def gating_constants(self) -> dict[str, Any]:
         """Compile-time facts of the gates."""

@@ -10,10 +10,11 @@ and starts that one from then on: looking it up again at every call takes longer
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ __all__ = [
 
 # The module of each kernel, which is called <name>_kernel there.
 KERNELS = {
-    "product": "product", "reduce": "product", "single": "single",
+    "product": "product", "reduce": "product", "persistent": "product", "single": "single",
     "partial": "decode", "finish": "decode",
     "project": "projection", "dequantize": "dequantize",
     "backward": "backward", "finish_backward": "backward", "gradients": "gradients",
@@ -198,10 +199,28 @@ def _ask_triton(launch: Launch) -> Any:
     """Start a kernel by way of its JIT function, which compiles it where need be."""
     plain = (int(a) if isinstance(a, Varying) else a for a in launch.arguments)
     # Fusion is said explicitly: Triton's default is about to change, and bits with it.
-    return kernel(launch.name)[launch.grid](
-        *plain, **launch.constants, num_warps=launch.warps, num_stages=launch.stages,
-        enable_fp_fusion=True,
+    start = partial(
+        kernel(launch.name)[launch.grid], *plain, **launch.constants,
+        num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    return start() if interpreting() else _with_memory(start)
+
+
+def _with_memory(start: Callable[[], Any]) -> Any:
+    """Call `start` where kernels get memory for the tensor descriptors that they make.
+
+    PyTorch's caching allocator gives it, as it gives results. Whatever allocator the caller has
+    told Triton of stays his.
+    """
+
+    def run() -> Any:
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+        )
+        return start()
+
+    triton = importlib.import_module("triton")
+    return contextvars.copy_context().run(run)
 
 
 _kernels: dict[tuple[Any, ...], Any] = {}  # compiled ones, by what tells them apart and device
@@ -236,7 +255,9 @@ def started(
         stream = stream_of(device)
         run(x, y, z, stream, function, packed, None, None, None, *arguments, *constants)
 
-    return start
+    if not made.metadata.global_scratch_size:
+        return start
+    return lambda *arguments: _with_memory(partial(start, *arguments))
 
 
 @cache

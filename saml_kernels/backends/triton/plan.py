@@ -19,13 +19,12 @@ from torch import Tensor
 from saml_kernels.backends.reference import Gradients
 from saml_kernels.backends.triton.backward_steps import ExpertGradients, Finish, OneLaunch
 from saml_kernels.backends.triton.configs import on_change
-from saml_kernels.backends.triton.facts import Facts, WeightParts
+from saml_kernels.backends.triton.facts import CUBLAS_COLUMNS, Facts, WeightParts
 from saml_kernels.backends.triton.single import Single
-from saml_kernels.backends.triton.steps import Decode, Fill, Product, Projection
+from saml_kernels.backends.triton.stacked import Stacked
+from saml_kernels.backends.triton.steps import Decode, Fill, Persistent, Product, Projection
 
 __all__ = ["BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan"]
-
-CUBLAS_COLUMNS = 8  # widened operands are padded to this: else cuBLAS leaves its aligned kernels
 
 
 class ForwardPlan:
@@ -40,26 +39,32 @@ class ForwardPlan:
             config = replace(config, route="single")  # which keeps P where it adds it up
         self.route = config.route
         self.stride = f.columns
-        self.whole: Single | Decode | None = None
-        self.project = self.product = self.fill = None
+        self.whole: Single | Decode | Stacked | None = None
+        self.project = self.product = self.persistent = self.fill = None
         if config.route == "single":
             self.whole = Single(f, config, keep=self.keep)
             return
         if config.route == "decode" and f.columns:
             self.whole = Decode(f, config)
             return
+        if config.route == "stacked":
+            self.whole = Stacked(f, config, keep=self.keep)
+            return
         pad = 0
-        if config.route == "scratch":
-            pad = -f.columns % CUBLAS_COLUMNS if f.columns else 0
-            self.stride = f.k + f.columns + pad
+        described = config.loads == "descriptors"
+        if config.route == "scratch" or described:
+            pad = -f.columns % CUBLAS_COLUMNS
             self.fill = Fill(f, beside=f.columns + pad)
+            self.stride = f.columns + pad + (0 if described else f.k)
         elif config.route == "dense":
             self.fill = Fill(f)
         if f.columns:
             self.project = Projection(
                 f, plain=self.keep, copy=config.route == "scratch", pad=pad
             )  # fmt: skip
-        if config.route != "scratch":
+        if described:
+            self.persistent = Persistent(f, config, self.stride)
+        elif config.route != "scratch":
             self.product = Product(f, config)
 
     def __call__(
@@ -98,16 +103,20 @@ class ForwardPlan:
             y = F.linear(wide, scratch, bias)
         else:
             if self.project is not None:
-                hidden = x.new_empty((f.m, f.columns))
+                hidden = x.new_empty((f.m, self.stride))
                 plain, made = self.project(
                     x, a, a_scales, gates, speakers, scaling, hidden, self.stride
                 )
             if self.fill is not None:
-                weight = self.fill.parts(weight, x)
-            assert self.product is not None
-            if f.columns:
+                beside = (b, b_scales) if f.columns and self.persistent is not None else ()
+                weight = self.fill.parts(weight, x, *beside)
+            if self.persistent is not None:
+                y = self.persistent(x, weight, bias, hidden)
+            elif f.columns:
+                assert self.product is not None
                 y = self.product(x, weight, bias, speakers, hidden, b, b_scales, made)
             else:
+                assert self.product is not None
                 y = self.product(x, weight, bias, None)
         return y, plain if self.keep else None, made if self.keep and router else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -25,6 +26,7 @@ __all__ = ["MANIFEST", "Driver", "Prebuilt", "started"]
 
 MANIFEST = "kernels.json"
 MANIFEST_BYTES, CUBIN_BYTES = 16 << 20, 8 << 20  # more than any real one
+MEMORY_BYTES = 1 << 20  # of a program, more than any kernel makes descriptors in
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 << 10  # what a kernel may use without asking
 _LETTERS = {"pointer": "Q", "fp32": "f", "i32": "i", "i64": "q"}  # as `struct` spells them
@@ -106,6 +108,7 @@ def started(
     threads: int,
     shared: int,
     parameters: list[int],
+    memory: int = 0,
 ) -> Callable[..., None]:
     """A call of `function` with arguments of the kinds of `launch`.
 
@@ -114,6 +117,7 @@ def started(
         launch: grid, and an example of the arguments.
         device: index, whose current stream is used.
         parameters: bytes of each of the function's own.
+        memory: bytes that each program makes tensor descriptors in.
 
     Raises:
         ValueError: the function takes others.
@@ -121,7 +125,7 @@ def started(
     types = signature(launch)[0]
     given = [(i, kind) for i, kind in enumerate(types) if kind != "constexpr"]
     kinds = ["pointer" if kind.startswith("*") else kind for _, kind in given]
-    # What Triton adds: scratch memory, which these kernels do not use.
+    # What Triton adds: memory for descriptors, and for a profiler.
     added = len(parameters) - len(kinds)
     kinds += ["pointer"] * added
     if [struct.calcsize(_LETTERS[kind]) for kind in kinds] != parameters:
@@ -130,9 +134,14 @@ def started(
     tensors = [i for i, kind in given if kind.startswith("*")]
     others = itemgetter(*(i for i, kind in given if not kind.startswith("*")))
     stream_of = driver.stream_of
+    memory *= math.prod(launch.grid)
 
     def call(*arguments: Any) -> None:
         addresses = [arguments[i].data_ptr() for i in tensors]
+        if memory:
+            # Later work of this stream may have it again, and comes after this kernel.
+            room = arguments[tensors[0]].new_empty(memory, dtype=torch.int8)
+            addresses.append(room.data_ptr())
         start(stream_of(device), addresses, others(arguments))
 
     return call
@@ -200,7 +209,7 @@ class Prebuilt:
         try:
             return started(
                 self._driver, function, launch, device, 32 * entry["warps"], entry["shared"],
-                entry["parameters"],
+                entry["parameters"], entry["memory"],
             )  # fmt: skip
         except ValueError as error:
             raise SAMLError(f"{self.folder}: {entry['file']} {error}; build it again") from error
@@ -218,13 +227,13 @@ class Prebuilt:
 
 def _entry(values: dict[str, Any]) -> dict[str, Any]:
     """The fields that a launch needs, checked."""
-    entry = {name: values[name] for name in ("file", "entry", "warps", "shared", "size")}
+    entry = {name: values[name] for name in ("file", "entry", "warps", "shared", "memory", "size")}
     entry["parameters"] = list(values["parameters"])
     if not re.fullmatch(r"[\w-]+\.cubin", entry["file"]) or not re.fullmatch(
         r"\w+", entry["entry"]
     ):
         raise ValueError(f"name {entry['file']!r} or {entry['entry']!r}")
-    limits = {"warps": 32, "shared": 256 << 10, "size": CUBIN_BYTES}
+    limits = {"warps": 32, "shared": 256 << 10, "memory": MEMORY_BYTES, "size": CUBIN_BYTES}
     for name, limit in limits.items():
         if not isinstance(entry[name], int) or not 0 <= entry[name] <= limit:
             raise ValueError(f"{name}: {entry[name]!r}")

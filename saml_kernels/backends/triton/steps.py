@@ -17,7 +17,16 @@ from saml_kernels.backends.triton.facts import (
 from saml_kernels.backends.triton.launcher import Launcher
 from saml_kernels.backends.triton.signature import Varying
 
-__all__ = ["FLOAT32_TILE", "Decode", "Fill", "Product", "Projection", "product_tiles"]
+__all__ = [
+    "FLOAT32_TILE",
+    "Decode",
+    "Fill",
+    "Finish",
+    "Persistent",
+    "Product",
+    "Projection",
+    "product_tiles",
+]
 
 FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
 MIXED_ROWS = 64  # rows of many speakers keep masks beside the tile: larger ones spill
@@ -97,6 +106,34 @@ class Product:
         return y
 
 
+class Persistent:
+    """The same of one speaker, on [W | B] as `Fill` leaves it, by tensor descriptors."""
+
+    def __init__(self, facts: Facts, config: Config, columns: int) -> None:
+        """`columns` of H and of B, those that are zero among them."""
+        f = self.facts = facts
+        capability, processors, _ = f.traits
+        # Triton (3.6, 3.9) cannot make one loop of two whose sums lie in tensor memory: there a
+        # second program of a processor works while the first one stores.
+        flat = not capability.startswith(("sm_10", "sm_11"))
+        count = tiles(f.m, config.block_m) * tiles(f.n, config.block_o)
+        self.launch = Launcher(
+            "persistent", (min(count, processors if flat else 2 * processors),),
+            config.warps, config.stages, C=columns, BIAS=f.bias, PRECISION=f.precision,
+            BLOCK_M=config.block_m, BLOCK_O=config.block_o, BLOCK_D=config.block_d,
+            BLOCK_C=max(16, power_of_2(columns)), GROUP=config.group, FLAT=flat,
+        )  # fmt: skip
+        self.sizes = (Varying(f.m), f.k, f.n)
+
+    def __call__(
+        self, x: Tensor, weight: WeightParts, bias: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        """[M, N] of x [M, K] and `hidden` [M, columns]."""
+        y = x.new_empty((self.facts.m, self.facts.n))
+        self.launch(x, y, weight[0], hidden, bias, *self.sizes)
+        return y
+
+
 class Projection:
     """P = x A^T, gated to H: one pass over x, which makes a token router's gates as well."""
 
@@ -148,7 +185,7 @@ class Decode:
     def __init__(self, facts: Facts, config: Config) -> None:
         f = self.facts = facts
         self.split = config.split
-        self.m, self.inverse_temperature = Varying(f.m), f.inverse_temperature()
+        self.m = Varying(f.m)
         self.sizes = (
             f.columns, f.experts, f.rank, Varying(max(1, f.speakers)), Varying(self.split),
             f.gates_span, f.speakers_span,
@@ -159,8 +196,6 @@ class Decode:
         block_m, block_o = min(config.block_m, small), min(config.block_o, small)
         block_d = min(config.block_d, small, f.block_size)
         block_r = min(64, max(16, power_of_2(self.all_columns)))
-        gating = f.gating_constants()
-        common = {"ROUTER": routed, "SPEAKERS": f.speakers > 0, "PRECISION": f.precision}
         count = tiles(self.all_columns, block_r) + tiles(f.n, block_o)
         # Tiles of experts are as wide as they lie until they are multiplied.
         large = block_r == 64 and (f.float32_experts or f.speakers > 0)
@@ -168,21 +203,14 @@ class Decode:
         warps = 8 if block_m >= 64 and large else config.warps
         self.partial = Launcher(
             "partial", (count, self.split, tiles(f.m, block_m)), warps, stages,
-            **decoding_facts(f, block_d, config.scale == "after"), **common, EBLOCK=f.a_block,
+            **decoding_facts(f, block_d, config.scale == "after"), EBLOCK=f.a_block,
+            ROUTER=routed, SPEAKERS=f.speakers > 0, PRECISION=f.precision,
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
-            BLOCK_E=gating["BLOCK_E"],
+            BLOCK_E=f.gating_constants()["BLOCK_E"],
         )  # fmt: skip
-        block_r = min(64, max(16, power_of_2(f.columns)))
-        warps = config.warps
-        if block_m >= 64 and block_r == 64:
-            warps = 8  # with fewer the tiles do not fit the registers
-        elif f.speakers and (block_m == 16 or (block_m == 32 and block_r < 64)):
-            warps = 2
-        self.finish = Launcher(
-            "finish", (tiles(f.n, block_o), tiles(f.m, block_m)), warps, 1,
-            **common, **gating, EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m, BLOCK_O=block_o,
-            BLOCK_R=block_r,
-        )  # fmt: skip
+        self.finish = Finish(
+            f, config, split=self.split, base_stride=f.n, stride=self.all_columns, keep=False
+        )
 
     def __call__(
         self,
@@ -196,40 +224,103 @@ class Decode:
         bias: Tensor | None,
         speakers: Tensor | None,
         scaling: float,
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y [M, N]; nothing is kept."""
         f, split = self.facts, self.split
         router, given = (gates, None) if f.gating is not None else (None, gates)
         base = x.new_empty((split, f.m, f.n), dtype=torch.float32)
         projected = x.new_empty((split, f.m, self.all_columns), dtype=torch.float32)
-        y = x.new_empty((f.m, f.n))
         self.partial(
             x, base, projected, *weight, a, a_scales, router, given, speakers,
             self.m, f.k, f.n, *self.sizes, *f.a_strides,
         )  # fmt: skip
-        self.finish(
-            base, projected, y, b, b_scales, given, bias, speakers,
-            self.m, f.n, *self.sizes, scaling, self.inverse_temperature, *f.b_strides,
+        return self.finish(base, projected, b, b_scales, given, bias, speakers, scaling, x.dtype)
+
+
+class Finish:
+    """Gates, experts and bias on top of shares of X W^T and of X [A ; router]^T."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        config: Config,
+        *,
+        split: int,
+        base_stride: int,
+        stride: int,
+        keep: bool,
+    ) -> None:
+        """Rows of the shares are `base_stride` and `stride` apart; `keep` as in `ForwardPlan`."""
+        f = self.facts = facts
+        self.keep, self.routed = keep, f.gating is not None
+        block_m, block_o, _, warps = product_tiles(f, config)
+        block_r = min(64, max(16, power_of_2(f.columns)))
+        if block_m >= 64 and block_r == 64:
+            warps = 8  # with fewer the tiles do not fit the registers
+        elif f.speakers and (block_m == 16 or (block_m == 32 and block_r < 64)):
+            warps = 2
+        self.launch = Launcher(
+            "finish", (tiles(f.n, block_o), tiles(f.m, block_m)), warps, 1,
+            ROUTER=self.routed, SPEAKERS=f.speakers > 0, PRECISION=f.precision, KEEP=keep,
+            **f.gating_constants(), EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m,
+            BLOCK_O=block_o, BLOCK_R=block_r,
         )  # fmt: skip
-        return y, None, None
+        self.sizes = (
+            Varying(f.m), f.n, f.columns, f.experts, f.rank, Varying(max(1, f.speakers)),
+            Varying(split), base_stride, stride, f.gates_span, f.speakers_span,
+        )  # fmt: skip
+        self.last = (f.inverse_temperature(), *f.b_strides)
+
+    def __call__(
+        self,
+        base: Tensor,
+        projected: Tensor,
+        b: Tensor,
+        b_scales: Tensor | None,
+        gates: Tensor | None,
+        bias: Tensor | None,
+        speakers: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y [M, N]; P [M, R] and a router's gates [M, E] where they are kept."""
+        f = self.facts
+        y = base.new_empty((f.m, f.n), dtype=dtype)
+        plain = made = None
+        if self.keep:
+            plain = base.new_empty((f.m, f.columns), dtype=torch.float32)
+            if self.routed:
+                made = base.new_empty((f.m, f.experts), dtype=torch.float32)
+        self.launch(
+            base, projected, y, b, b_scales, gates, bias, speakers, plain, made,
+            *self.sizes, scaling, *self.last,
+        )  # fmt: skip
+        return y, plain, made
 
 
 class Fill:
-    """The weight dequantised to scratch: W, or [W | B] with `beside` columns more."""
+    """The weight dequantised to scratch: W, or more for a product with the experts by cuBLAS.
 
-    def __init__(self, facts: Facts, *, beside: int = 0) -> None:
+    [W | B] with `beside` columns more, or [W ; A], and a token router below A, with `below` rows.
+    """
+
+    def __init__(self, facts: Facts, *, beside: int = 0, below: int = 0) -> None:
         f = facts
-        self.shape = (f.n, f.k + beside)
+        self.shape = (f.n + below, f.k + beside)
         block_k = min(64, f.block_size)
         decoding = decoding_facts(f, block_k)
         del decoding["AFTER"]  # nothing is multiplied here
-        strides = f.b_strides[1:] if beside else (0, 0, 0)
+        strides, block = (0, 0, 0), 0
+        if beside:
+            strides, block = f.b_strides[1:], f.b_block
+        elif below:
+            strides, block = f.a_strides[1:], f.a_block
         self.sizes = (f.n, f.k, f.columns, f.experts, max(1, f.rank), self.shape[1], *strides)
-        grid = tiles(f.n, 32), tiles(f.k, block_k) + tiles(beside, block_k)
+        grid = tiles(f.n, 32) + tiles(below, 32), tiles(f.k, block_k) + tiles(beside, block_k)
         self.launch = Launcher(
             "dequantize", grid, 4, 1,
-            **decoding, BESIDE=beside, EBLOCK=f.b_block if beside else 0,
-            BLOCK_N=32, BLOCK_K=block_k,
+            **decoding, BESIDE=beside, BELOW=below, ROUTER=below > 0 and f.gating is not None,
+            EBLOCK=block, BLOCK_N=32, BLOCK_K=block_k,
         )  # fmt: skip
 
     def __call__(
@@ -238,6 +329,7 @@ class Fill:
         like: Tensor,
         experts: Tensor | None = None,
         scales: Tensor | None = None,
+        router: Tensor | None = None,
     ) -> Tensor:
         """The scratch, in the dtype of `like`.
 
@@ -245,12 +337,12 @@ class Fill:
         same one, and nothing keeps it.
         """
         out = like.new_empty(self.shape)
-        self.launch(*weight, out, experts, scales, *self.sizes)
+        self.launch(*weight, out, experts, scales, router, *self.sizes)
         return out
 
-    def parts(self, weight: WeightParts, like: Tensor) -> WeightParts:
+    def parts(self, weight: WeightParts, like: Tensor, *experts: Tensor | None) -> WeightParts:
         """The scratch as a product takes a weight: no scales, no tables."""
-        return self(weight, like), None, None
+        return self(weight, like, *experts), None, None
 
 
 def _narrow_tiles(f: Facts, gates: bool) -> tuple[int, int, int, int]:

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saml_kernels.backends.reference import saml_linear_reference
+from saml_kernels.backends.reference import Gating, saml_linear_reference
+from saml_kernels.backends.reference import route as gates_of
 from saml_kernels.backends.triton import costs
 from saml_kernels.backends.triton.backend import backward, facts_of, forward
 from saml_kernels.backends.triton.configs import (
@@ -35,6 +36,7 @@ from saml_kernels.backends.triton.configs import (
     choose,
     device_traits,
     forget_tables,
+    has_descriptors,
     user_table,
 )
 from saml_kernels.backends.triton.facts import weight_parts
@@ -54,6 +56,7 @@ ROUNDS = 5
 MINUTES = 2.5  # no row is started later: with the last one it stays under three
 TRIALS = 8  # of a row
 DTYPES = (torch.float16, torch.bfloat16)
+GATING: Gating = (None, 1.0)  # a token router, as layers have by default
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative to the norm
 TOO_LARGE = ("OutOfResources", "PTXASError")  # more than this device has
 
@@ -91,7 +94,8 @@ class Problem:
         self.x, self.dy = torch.randn(m, k, **kind), torch.randn(m, n, **kind)
         self.a = torch.randn(experts, rank, k, **kind) / math.sqrt(k)
         self.b = torch.randn(experts, n, rank, **kind) / math.sqrt(rank)
-        self.gates = torch.rand(m, experts, **kind)
+        self.router = torch.randn(experts, k, **kind) / math.sqrt(k)
+        self.gates = gates_of(self.x.float(), self.router.float(), *GATING)
         self.bias = torch.randn(n, **kind)
         self.projected = self.x.float() @ self.a.reshape(-1, k).T.float()
         self.turn = 0
@@ -104,31 +108,33 @@ class Problem:
 
     def forward(self, route: str | Config | None = None) -> Tensor:
         """One forward of the operator: y [M, N]."""
-        rest = (self.a, self.b, self.gates, self.bias, 1.0)
-        return forward(self.x, self.weight(), *rest, route=route)
+        rest = (self.a, self.b, self.router, self.bias, 1.0)
+        return forward(self.x, self.weight(), *rest, routing=GATING, route=route)
 
     def backward(self, route: str | Config | None = None, keep: bool = True) -> Tensor:
         """dX [M, K], with every other gradient made beside it.
 
-        With `keep` as after a forward that kept P, which is what training runs.
+        With `keep` as after a forward that kept P and the gates, which is what training runs.
         """
         weight, needs = self.weight(), (True,) * 4
-        experts = (self.a, self.b, self.gates)
+        experts = (self.a, self.b, self.router)
         if not keep:
-            dx = backward(self.dy, self.x, weight, *experts, 1.0, needs, route=route)[0]
+            dx = backward(
+                self.dy, self.x, weight, *experts, 1.0, needs, routing=GATING, route=route
+            )[0]
         else:
-            facts = facts_of(self.x, weight, *experts, None, None, None, dy=self.dy, route=route)
+            facts = facts_of(self.x, weight, *experts, None, None, GATING, dy=self.dy, route=route)
             given = (self.dy, self.x, weight_parts(weight), *experts, None, 1.0)
-            dx = backward_plan(facts, needs, True)(*given, self.projected)[0]
+            dx = backward_plan(facts, needs, True)(*given, self.projected, self.gates)[0]
         assert dx is not None
         return dx
 
     def truth(self) -> dict[str, Tensor]:
         """ "forward" and "backward" in float64."""
         x = self.x.double().requires_grad_()
-        a, b, gates, bias = (t.double() for t in (self.a, self.b, self.gates, self.bias))
+        a, b, router, bias = (t.double() for t in (self.a, self.b, self.router, self.bias))
         dense = self.weights[0].dequantize(torch.float64)
-        y = saml_linear_reference(x, dense, a, b, gates, bias)
+        y = saml_linear_reference(x, dense, a, b, gates_of(x, router, *GATING), bias)
         y.backward(self.dy.double())
         assert x.grad is not None
         return {"forward": y.detach(), "backward": x.grad}
@@ -165,6 +171,15 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
     if m > 256:
         for block_m, block_o, warps in ((64, 128, 4), (128, 128, 8), (128, 64, 4)):
             yield Config("dense", block_m, block_o, 64, 1, warps, 3)
+        if forwards:
+            for block_m, block_o, warps in ((128, 128, 8), (128, 256, 8), (128, 64, 8)):
+                for stages in (3, 4):
+                    yield Config(
+                        "dense", block_m, block_o, 64, 1, warps, stages, loads="descriptors"
+                    )
+    if forwards and m > 64:
+        for block_m, block_o, warps in ((64, 128, 8), (64, 64, 4), (32, 128, 4)):
+            yield Config("stacked", block_m, block_o, 64, 1, warps)
     yield Config("scratch", split=1)
 
 
@@ -179,15 +194,16 @@ def likely(
 ) -> list[Config]:
     """As many of `configs` as are worth a measurement: the fastest by the cost model.
 
-    The best of each route is among them, whatever the model thinks of the route.
+    The best of each route, and of each way to load its tiles, is among them, whatever the model
+    thinks of it.
     """
     if len(configs) <= most:
         return list(configs)
     cost = costs.forward if direction == "forward" else costs.backward
     ranked = sorted(configs, key=lambda c: cost(device, c, m, n, k))
-    of_routes = {c.route: c for c in reversed(ranked)}
-    first = [c for c in ranked if of_routes[c.route] is c][:most]
-    rest = [c for c in ranked if of_routes[c.route] is not c]
+    of_routes = {(c.route, c.loads): c for c in reversed(ranked)}
+    first = [c for c in ranked if of_routes[c.route, c.loads] is c][:most]
+    rest = [c for c in ranked if of_routes[c.route, c.loads] is not c]
     return first + rest[: most - len(first)]
 
 
@@ -244,7 +260,9 @@ def tune(
         for m, n, k, direction in plan:
             if time.monotonic() - started > 60 * minutes:
                 break
-            configs = _distinct(tried(direction, m), direction, n, k)
+            able = has_descriptors(capability)
+            configs = [c for c in tried(direction, m) if able or c.loads == "pointers"]
+            configs = _distinct(configs, direction, n, k)
             configs = likely(
                 configs, direction, m, n, k, costs.device_of(*device_traits(where)[:2])
             )

@@ -31,6 +31,7 @@ PROCESSORS = {"sm_80": 108, "sm_87": 16, "sm_90": 132, "sm_120": 170}
 STAGES = (2, 3, 4, 5)
 WAYS = (
     None, *ROUTES, Config(), Config("decode", 16, 32, 64, 2, scale="after"),
+    Config("dense", 128, 64, loads="descriptors"),
     *(Config("single", 16, 32, 256, 2, stages=s) for s in STAGES[:2]),
     *(Config(route, stages=s) for route in ("fused", "dense") for s in STAGES),
     *(Config(route, split=2, stages=s) for route in ("decode", "split") for s in STAGES),

@@ -3,7 +3,8 @@
 Decoding is bound by bytes and by launches. `partial_kernel` shares the reduction out among
 programs and reads each byte of the weight once; beside it, programs of the same launch project on
 the experts and, where there is one, the router. `finish_kernel` adds the shares in a fixed order,
-makes gates and H, and puts the experts and the bias on top.
+makes gates and H, and puts the experts and the bias on top: on one share as well, which cuBLAS has
+made of any number of tokens (stacked.py).
 """
 
 # mypy: ignore-errors
@@ -17,11 +18,11 @@ from saml_kernels.backends.triton.kernels.device import (
     add_experts,
     base_product,
     chosen,
-    expert_tile,
     gate_tile,
     gates_of,
     multiply,
     next_speaker,
+    projecting_tile,
     rows_of,
     spread,
 )
@@ -42,17 +43,10 @@ def project_share(
         ds = step * BLOCK_D + tl.arange(0, BLOCK_D)
         d_ok = ds < D
         tile = tl.load(x + rows[:, None] * D + ds[None, :], row_ok[:, None] & d_ok[None, :], 0.0)
-        a = expert_tile(
-            experts, scales, s, columns, of_expert, ds, d_ok, rank,
-            stride_s, stride_e, stride_j, stride_d, EBLOCK,
-        ).to(dtype)  # fmt: skip
-        if ROUTER:
-            # A router is E experts of rank 1.
-            z = expert_tile(
-                router, router, s, columns - R, of_router, ds, d_ok, 1,
-                E * D, D, 0, 1, 0,
-            )  # fmt: skip
-            a = tl.where(of_router[:, None], z.to(dtype), a)
+        a = projecting_tile(
+            experts, scales, router, s, columns, of_expert, of_router, ds, d_ok, D, R, E, rank,
+            stride_s, stride_e, stride_j, stride_d, EBLOCK, ROUTER, dtype,
+        )  # fmt: skip
         acc = multiply(tile, a.T, acc, PRECISION)
     return acc
 
@@ -125,34 +119,43 @@ def partial_kernel(
 def finish_kernel(
     base, projected, y,                              # [SPLIT, M, O], [SPLIT, M, R (+ E)], [M, O]
     experts, scales, gates, bias, speakers,          # B, of int8, [.., E], [O], [..]
-    M, O, R, E, rank, S, SPLIT, gates_span, speakers_span, scaling, inverse_temperature,
+    plain, made,                                     # P [M, R] and gates [M, E] out, where kept
+    M, O, R, E, rank, S, SPLIT, base_stride, projected_stride,
+    gates_span, speakers_span, scaling, inverse_temperature,
     stride_s, stride_e, stride_j, stride_o,          # of the experts
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr,
-    SPEAKERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    SPEAKERS: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles of O, tiles of M)."""
+    """Grid: (tiles of O, tiles of M). Rows of `base` and `projected` are so far apart.
+
+    KEEP: programs of the first tile of O store P, and with ROUTER the gates, in float32.
+    """
     first_m, rows, row_ok, speaker = rows_of(
         tl.program_id(1), M, speakers, speakers_span, SPEAKERS, BLOCK_M
     )
     outs = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     out_ok = outs < O
     dtype: tl.constexpr = y.dtype.element_ty
-    C = R + E if ROUTER else R
     size = M.to(tl.int64)
     ok = row_ok[:, None] & out_ok[None, :]
+    kept = row_ok & (rows < tl.where(tl.program_id(0) == 0, BLOCK_M, 0))
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     if ROUTER:
         number = tl.arange(0, BLOCK_E)
         exists = row_ok[:, None] & (number < E)[None, :]
         logits = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for split in range(SPLIT):
-            share = projected + (split * size + first_m) * C + R
-            logits += tl.load(share + rows[:, None] * C + number[None, :], exists, 0.0)
+            share = projected + (split * size + first_m) * projected_stride + R
+            of_logits = rows[:, None] * projected_stride + number[None, :]
+            logits += tl.load(share + of_logits, exists, 0.0)
         gates_tile = gates_of(logits * inverse_temperature, E, TOP_K, BLOCK_E)
         # Rows that do not exist choose nothing.
         gates_tile = tl.where(row_ok[:, None], gates_tile, 0.0)
+        if KEEP:
+            of_gates = made + first_m * E + rows[:, None] * E + number[None, :]
+            tl.store(of_gates, gates_tile, exists & kept[:, None])
     else:
         gates_tile = gate_tile(gates, first_m, rows, row_ok, gates_span, E, BLOCK_E)
     for first in range(0, R, BLOCK_R):
@@ -161,8 +164,11 @@ def finish_kernel(
         mask = row_ok[:, None] & column_ok[None, :]
         p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for split in range(SPLIT):
-            share = projected + (split * size + first_m) * C
-            p += tl.load(share + rows[:, None] * C + columns[None, :], mask, 0.0)
+            share = projected + (split * size + first_m) * projected_stride
+            p += tl.load(share + rows[:, None] * projected_stride + columns[None, :], mask, 0.0)
+        if KEEP:
+            of_plain = plain + first_m * R + rows[:, None] * R + columns[None, :]
+            tl.store(of_plain, p, kept[:, None] & column_ok[None, :])
         expert = columns // rank
         wanted = column_ok & chosen(gates_tile, expert, BLOCK_E)
         hidden = (p * spread(gates_tile, expert, BLOCK_E) * scaling).to(dtype)
@@ -172,8 +178,8 @@ def finish_kernel(
             EBLOCK, SPEAKERS, PRECISION, dtype,
         )  # fmt: skip
     for split in range(SPLIT):
-        share = base + (split * size + first_m) * O
-        acc += tl.load(share + rows[:, None] * O + outs[None, :], ok, 0.0)
+        share = base + (split * size + first_m) * base_stride
+        acc += tl.load(share + rows[:, None] * base_stride + outs[None, :], ok, 0.0)
     if SPEAKERS:
         acc = tl.where(((speaker >= 0) & (speaker < S))[:, None], acc, float("nan"))
     if BIAS:

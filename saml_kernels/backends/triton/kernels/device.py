@@ -17,6 +17,7 @@ __all__ = [
     "multiply",
     "next_speaker",
     "position",
+    "projecting_tile",
     "rows_of",
     "spread",
     "weight_tile",
@@ -182,6 +183,29 @@ def expert_tile(
     if EBLOCK > 0:
         scale = tl.load(scales + (first + where) // EBLOCK, mask=mask, other=0.0)
         tile = tile.to(tl.float32) * (1.0 / 127) * scale
+    return tile
+
+
+@triton.jit
+def projecting_tile(
+    experts, scales, router, speaker, columns, of_expert, of_router, ds, d_ok, D, R, E, rank,
+    stride_s, stride_e, stride_j, stride_d,
+    EBLOCK: tl.constexpr, ROUTER: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One speaker's rows of [A ; router], as `of_expert` and `of_router` say: [len(columns),
+    len(ds)] in DTYPE.
+    """
+    tile = expert_tile(
+        experts, scales, speaker, columns, of_expert, ds, d_ok, rank,
+        stride_s, stride_e, stride_j, stride_d, EBLOCK,
+    ).to(DTYPE)  # fmt: skip
+    if ROUTER:
+        # A router is E experts of rank 1.
+        z = expert_tile(
+            router, router, speaker, columns - R, of_router, ds, d_ok, 1,
+            E * D, D, 0, 1, 0,
+        )  # fmt: skip
+        tile = tl.where(of_router[:, None], z.to(DTYPE), tile)
     return tile
 
 

@@ -3,6 +3,8 @@
 After the weight's last tile the loop goes on over [H | B] with the accumulator still in registers
 (as a prologue they would be the first terms of the same sum). With SPLIT > 1 each program takes a
 share of the reduction and writes float32 partial sums, which `reduce_kernel` adds in a fixed order.
+`persistent_kernel` is the same product of a dense weight for devices with a tensor memory
+accelerator, which copies whole tiles.
 """
 
 # mypy: ignore-errors
@@ -17,11 +19,24 @@ from saml_kernels.backends.triton.kernels.device import (
     base_product,
     chosen,
     gate_tile,
+    multiply,
     position,
     rows_of,
 )
 
-__all__ = ["product_kernel", "reduce_kernel"]
+__all__ = ["persistent_kernel", "product_kernel", "reduce_kernel"]
+
+
+@triton.jit
+def _store_result(
+    acc, y, bias, first_m, rows, row_ok, outs, out_ok, O, BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the result, the bias on top; rows are counted from `first_m`."""
+    if BIAS:
+        acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
+    y += first_m * O
+    mask = row_ok[:, None] & out_ok[None, :]
+    tl.store(y + rows[:, None] * O + outs[None, :], acc.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["M", "S", "SPLIT"])
@@ -82,11 +97,41 @@ def product_kernel(
     if SPEAKERS:
         known = (speaker >= 0) & (speaker < S)
         acc = tl.where(known[:, None], acc, float("nan"))
-    if BIAS:
-        acc += tl.load(bias + outs, out_ok, 0.0).to(tl.float32)[None, :]
-    y += (split.to(tl.int64) * M + first_m) * O
-    mask = row_ok[:, None] & out_ok[None, :]
-    tl.store(y + rows[:, None] * O + outs[None, :], acc.to(y.dtype.element_ty), mask)
+    first = split.to(tl.int64) * M + first_m
+    _store_result(acc, y, bias, first, rows, row_ok, outs, out_ok, O, BIAS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def persistent_kernel(
+    x, y, wide, hidden, bias,                        # [M, D], [M, O] out, [O, D + C], [M, C], [O]
+    M, D, O,
+    C: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Y = [X | H] [W | B]^T + bias. Grid: (programs,), each of which goes from tile to tile.
+
+    Every factor is read by tensor descriptors, which hand out zeros beyond its edges: D and C, the
+    columns of H and of B (0: there are none; BLOCK_C at most), are multiples of 8. FLAT makes one
+    loop of those over tiles and over the reduction: the next tile is copied while one is stored.
+    """
+    tiles_m, tiles_o = tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O)
+    of_x = tl.make_tensor_descriptor(x, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
+    of_w = tl.make_tensor_descriptor(wide, [O, D], [D + C, 1], [BLOCK_O, BLOCK_D])
+    if C > 0:
+        of_h = tl.make_tensor_descriptor(hidden, [M, C], [C, 1], [BLOCK_M, BLOCK_C])
+        of_b = tl.make_tensor_descriptor(wide + D, [O, C], [D + C, 1], [BLOCK_O, BLOCK_C])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_o, tl.num_programs(0), flatten=FLAT):
+        pid_m, pid_o = position(tile, tiles_m, tiles_o, GROUP)
+        at_m, at_o = pid_m * BLOCK_M, pid_o * BLOCK_O
+        acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        for at in range(0, D, BLOCK_D):
+            acc = multiply(of_x.load([at_m, at]), of_w.load([at_o, at]).T, acc, PRECISION)
+        if C > 0:
+            acc = multiply(of_h.load([at_m, 0]), of_b.load([at_o, 0]).T, acc, PRECISION)
+        first_m, rows, row_ok, _ = rows_of(pid_m, M, bias, 1, False, BLOCK_M)
+        outs = at_o + tl.arange(0, BLOCK_O)
+        _store_result(acc, y, bias, first_m, rows, row_ok, outs, outs < O, O, BIAS)
 
 
 @triton.jit(do_not_specialize=["M", "SPLIT"])

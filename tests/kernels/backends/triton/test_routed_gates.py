@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routed_cases import NAMES, check_answers, make_router, truth
 from torch import library
-from ways import WAYS, fitting
+from ways import APART, WAYS, fitting
 
 from saml_kernels import saml_linear_routed
 from saml_kernels.backends.triton import backend as backend
@@ -40,7 +40,7 @@ def test_random_shapes(data, device):
         check(case, seed, top_k, temperature, way, layout)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", APART)
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_routes_at_whisper_widths(m, top_k, route, device):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from saml_kernels.backends.triton.configs import ROUTES, SHARED_OUT, Config
 from saml_kernels.backends.triton.launcher import triton_errors
 
+APART = [r for r in ROUTES if r != "stacked"]  # whose backwards are not each other's
 SIZES = st.sampled_from((16, 32, 64, 128))
 WAYS = st.one_of(
     st.sampled_from((None, *ROUTES)),
@@ -17,6 +18,7 @@ WAYS = st.one_of(
         SIZES, SIZES, SIZES,
         st.sampled_from((1, 2, 3, 5)), group=st.integers(1, 9),
         scale=st.sampled_from(("before", "after")),
+        loads=st.sampled_from(("pointers", "descriptors")),
     ).map(lambda c: c if c.route in SHARED_OUT else replace(c, split=1)),
 )  # fmt: skip
 
