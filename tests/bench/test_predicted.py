@@ -34,7 +34,7 @@ def test_the_fastest_of_what_serves_is_chosen():
     for m in (64, 512, 4096):  # powers of two, which the choice goes by
         for n, k in SHAPES:
             _, time = configs.predicted("forward", m, n, k, "sm_90", 132)
-            for config in configs.serving("forward", m):
+            for config in configs.serving("forward", m, "sm_90"):
                 for split in configs.SPLITS:
                     other = configs.bounded(replace(config, split=split), "forward", n, k)
                     assert time <= costs.forward(device, other, m, n, k)

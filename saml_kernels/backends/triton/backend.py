@@ -1,16 +1,17 @@
 """The Triton backend: the weight decoded inside the product, the experts in its accumulator.
 
-Seven routes, chosen by shape from measured tables or a cost model (configs.py): `single` takes up to
-a few hundred tokens in one launch (kernels/single.py), `decode` in two (kernels/decode.py); `split`
-and `fused` decode the weight in the loop of one kernel (kernels/product.py) after one pass over x
-that projects it on the experts (kernels/projection.py); `dense` and `scratch` dequantise one layer
-to scratch (kernels/dequantize.py) and go on with the same kernel (a dense product with the experts
-in its accumulator, which knows many speakers) or leave one product over [X | H] and [W | B] to
-cuBLAS; `stacked` leaves it [W ; A], and adds the experts in one pass over its result (stacked.py),
-so that x need not be copied. On Hopper and later the dense product may be a persistent one whose
-tiles the tensor memory accelerator copies (`Config.loads`). The scratch is a block of PyTorch's caching allocator: every layer and call of a stream gets
-the same one, nothing keeps it, and autograd never sees it. Whatever the route, forward is at most
-three launches (four with a cast of x), and backward at most four, two of which read dY (plan.py).
+Seven routes, chosen by shape from measured tables or a cost model (configs.py): `single` takes up
+to a few hundred tokens in one launch (kernels/single.py), `decode` in two (kernels/decode.py);
+`split` and `fused` decode the weight in the loop of one kernel (kernels/product.py) after one pass
+over x that projects it on the experts (kernels/projection.py); `dense` and `scratch` dequantise one
+layer to scratch (kernels/dequantize.py) and go on with the same kernel (a dense product with the
+experts in its accumulator, which knows many speakers) or leave one product over [X | H] and [W | B]
+to cuBLAS; `stacked` leaves it X [W ; A]^T, and adds the experts in one pass over the result
+(stacked.py), so that x is not copied. From Hopper on the dense product may be a persistent one,
+whose tiles the tensor memory accelerator copies (`Config.loads`). The scratch is a block of
+PyTorch's caching allocator: every layer and call of a stream gets the same one, nothing keeps it,
+and autograd never sees it. Whatever the route, forward is at most three launches (four with a cast
+of x), and backward at most four, two of which read dY (plan.py).
 
 The weight's scales are read in float32 (quantization/layout.py), made when it moves to a GPU.
 Experts, router and bias are read as they lie, in float32 or in the type of x. Where gradients are

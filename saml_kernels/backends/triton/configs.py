@@ -33,7 +33,7 @@ __all__ = [
     "choose",
     "device_traits",
     "forget_tables",
-    "has_descriptors",
+    "from_hopper",
     "on_change",
     "predicted",
     "pretending",
@@ -73,6 +73,8 @@ class Config:
             (`device.base_product` says how far).
         loads: of a dense product's tiles, forward: "pointers", or "descriptors" for a persistent
             kernel that copies them by the tensor memory accelerator, on Hopper and later.
+        dependent: of decode's second launch, which then starts before the first has ended
+            (programmatic dependent launch), on Hopper and later.
     """
 
     route: str = "fused"
@@ -85,6 +87,7 @@ class Config:
     group: int = 8
     scale: str = "before"
     loads: str = "pointers"
+    dependent: bool = False
 
     def __post_init__(self) -> None:  # noqa: D105
         sizes = (self.block_m, self.block_o, self.block_d)
@@ -92,6 +95,7 @@ class Config:
         fits = 0 <= self.split <= 64 and self.warps in (1, 2, 4, 8) and 1 <= self.stages <= 8
         fits = fits and 1 <= self.group <= 64 and self.scale in ("before", "after")
         fits = fits and self.loads in ("pointers", "descriptors")
+        fits = fits and isinstance(self.dependent, bool)
         if self.route not in ROUTES or not powers or not fits:
             raise SAMLError(f"tuning table: {self} is not a configuration")
 
@@ -248,9 +252,9 @@ def serving(direction: str, m: int, capability: str) -> Iterator[Config]:
             yield config
 
 
-def has_descriptors(capability: str) -> bool:
-    """Whether such a device has a tensor memory accelerator; the interpreter plays one."""
-    if not capability:
+def from_hopper(capability: str) -> bool:
+    """Whether such a device has tensor descriptors and dependent launches."""
+    if not capability:  # a CPU, whose interpreter knows descriptors
         return True
     return torch.version.hip is None and int(capability.removeprefix("sm_")) >= 90
 

@@ -25,6 +25,7 @@ CODED = 0.5 + 4 / 64  # bytes of a weight as it is read: its code, its part of a
 WIDE = 4  # bytes of a partial sum
 
 LAUNCH_US = 2.0  # a small kernel within a CUDA graph
+DEPENDENT_US = 1.0  # by one that starts before the kernel that it waits for has ended
 CUBLAS = 0.72  # of the stated rate, by a large product of cuBLAS
 SCRATCH = 0.6  # by one of Triton's on a dequantised weight
 DESCRIBED = 0.66  # by a persistent one on tensor descriptors
@@ -52,6 +53,8 @@ class Tiles(Protocol):
     def split(self) -> int: ...
     @property
     def loads(self) -> str: ...
+    @property
+    def dependent(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,10 @@ def forward(device: Device, tiles: Tiles, m: int, n: int, k: int) -> float:
     x, y, experts = HALF * m * k, HALF * m * n, HALF * r * (n + k)
     if tiles.route in ("single", "decode"):
         time = _one_launch(device, tiles, m, n, k, r, CODED * n * k, DECODED)
+        if tiles.route == "single":
+            return time
         # A second launch starts behind the first, and adds one share after the other.
-        return time + (LAUNCH_US + 0.75 * tiles.split if tiles.route == "decode" else 0.0)
+        return time + (DEPENDENT_US if tiles.dependent else LAUNCH_US) + 0.75 * tiles.split
     if tiles.route == "stacked":
         # In float32, as a router's logits must be.
         wide = WIDE * m * (n + c)

@@ -14,7 +14,7 @@ from saml_kernels.backends.triton.configs import (
     Config,
     bounded,
     choose,
-    has_descriptors,
+    from_hopper,
 )
 from saml_kernels.backends.triton.kernels.lookup import lookup_ptx
 from saml_kernels.backends.triton.launcher import interpreting
@@ -132,7 +132,7 @@ class Facts(NamedTuple):
         """
         aligned = self.kinds[-1] and self.k * self.dtype.itemsize % ALIGNMENT == 0
         fits = self.columns <= DESCRIBED_COLUMNS and not self.speakers and not self.exact
-        return aligned and fits and has_descriptors(self.traits[0])
+        return aligned and fits and from_hopper(self.traits[0])
 
     def gating_constants(self) -> dict[str, Any]:
         """Compile-time facts of the gates."""

@@ -202,6 +202,7 @@ def _ask_triton(launch: Launch) -> Any:
     start = partial(
         kernel(launch.name)[launch.grid], *plain, **launch.constants,
         num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+        **({"launch_pdl": True} if launch.constants.get("WAITS") else {}),
     )  # fmt: skip
     return start() if interpreting() else _with_memory(start)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saml_kernels.backends.triton.configs import Config
+from saml_kernels.backends.triton.configs import Config, from_hopper
 from saml_kernels.backends.triton.facts import (
     DENSE,
     Facts,
@@ -14,7 +14,7 @@ from saml_kernels.backends.triton.facts import (
     power_of_2,
     tiles,
 )
-from saml_kernels.backends.triton.launcher import Launcher
+from saml_kernels.backends.triton.launcher import Launcher, interpreting
 from saml_kernels.backends.triton.signature import Varying
 
 __all__ = [
@@ -201,16 +201,18 @@ class Decode:
         large = block_r == 64 and (f.float32_experts or f.speakers > 0)
         stages = min(config.stages, 3) if block_r == 64 and f.float32_experts else config.stages
         warps = 8 if block_m >= 64 and large else config.warps
+        dependent = config.dependent and not interpreting() and from_hopper(f.traits[0])
         self.partial = Launcher(
             "partial", (count, self.split, tiles(f.m, block_m)), warps, stages,
             **decoding_facts(f, block_d, config.scale == "after"), EBLOCK=f.a_block,
             ROUTER=routed, SPEAKERS=f.speakers > 0, PRECISION=f.precision,
             BLOCK_M=block_m, BLOCK_O=block_o, BLOCK_D=block_d, BLOCK_R=block_r,
-            BLOCK_E=f.gating_constants()["BLOCK_E"],
+            BLOCK_E=f.gating_constants()["BLOCK_E"], TRIGGERS=dependent,
         )  # fmt: skip
         self.finish = Finish(
-            f, config, split=self.split, base_stride=f.n, stride=self.all_columns, keep=False
-        )
+            f, config, split=self.split, base_stride=f.n, stride=self.all_columns, keep=False,
+            dependent=dependent,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -249,8 +251,12 @@ class Finish:
         base_stride: int,
         stride: int,
         keep: bool,
+        dependent: bool = False,
     ) -> None:
-        """Rows of the shares are `base_stride` and `stride` apart; `keep` as in `ForwardPlan`."""
+        """Rows of the shares are `base_stride` and `stride` apart; `keep` as in `ForwardPlan`.
+
+        A `dependent` launch starts while the kernel before it runs, which must say when.
+        """
         f = self.facts = facts
         self.keep, self.routed = keep, f.gating is not None
         block_m, block_o, _, warps = product_tiles(f, config)
@@ -263,7 +269,7 @@ class Finish:
             "finish", (tiles(f.n, block_o), tiles(f.m, block_m)), warps, 1,
             ROUTER=self.routed, SPEAKERS=f.speakers > 0, PRECISION=f.precision, KEEP=keep,
             **f.gating_constants(), EBLOCK=f.b_block, BIAS=f.bias, BLOCK_M=block_m,
-            BLOCK_O=block_o, BLOCK_R=block_r,
+            BLOCK_O=block_o, BLOCK_R=block_r, WAITS=dependent,
         )  # fmt: skip
         self.sizes = (
             Varying(f.m), f.n, f.columns, f.experts, f.rank, Varying(max(1, f.speakers)),

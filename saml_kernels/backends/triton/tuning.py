@@ -36,7 +36,7 @@ from saml_kernels.backends.triton.configs import (
     choose,
     device_traits,
     forget_tables,
-    has_descriptors,
+    from_hopper,
     user_table,
 )
 from saml_kernels.backends.triton.facts import weight_parts
@@ -165,6 +165,8 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
             yield config
             if forwards and m <= 64 and (warps, stages) == (4, 3):
                 yield replace(config, scale="after")
+                if route == "decode":
+                    yield replace(config, dependent=True)
     if forwards and m <= 256:
         for block_o, block_d, stages, split in product((16, 32, 64), (128, 256), (2, 4), splits):
             yield Config("single", rows[0], block_o, block_d, 2 * split, 4, stages)
@@ -194,17 +196,21 @@ def likely(
 ) -> list[Config]:
     """As many of `configs` as are worth a measurement: the fastest by the cost model.
 
-    The best of each route, and of each way to load its tiles, is among them, whatever the model
-    thinks of it.
+    The best of each route, and of each way to load its tiles or to start it, is among them,
+    whatever the model thinks of it.
     """
     if len(configs) <= most:
         return list(configs)
     cost = costs.forward if direction == "forward" else costs.backward
     ranked = sorted(configs, key=lambda c: cost(device, c, m, n, k))
-    of_routes = {(c.route, c.loads): c for c in reversed(ranked)}
-    first = [c for c in ranked if of_routes[c.route, c.loads] is c][:most]
-    rest = [c for c in ranked if of_routes[c.route, c.loads] is not c]
+    of_ways = {_way(c): c for c in reversed(ranked)}
+    first = [c for c in ranked if of_ways[_way(c)] is c][:most]
+    rest = [c for c in ranked if of_ways[_way(c)] is not c]
     return first + rest[: most - len(first)]
+
+
+def _way(config: Config) -> tuple[str, str, bool]:
+    return config.route, config.loads, config.dependent
 
 
 def tune(
@@ -260,8 +266,10 @@ def tune(
         for m, n, k, direction in plan:
             if time.monotonic() - started > 60 * minutes:
                 break
-            able = has_descriptors(capability)
-            configs = [c for c in tried(direction, m) if able or c.loads == "pointers"]
+            configs = [
+                c for c in tried(direction, m)
+                if from_hopper(capability) or _way(c)[1:] == ("pointers", False)
+            ]  # fmt: skip
             configs = _distinct(configs, direction, n, k)
             configs = likely(
                 configs, direction, m, n, k, costs.device_of(*device_traits(where)[:2])

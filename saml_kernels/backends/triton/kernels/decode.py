@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saml_kernels.backends.triton.kernels.device import (
     add_experts,
@@ -62,12 +63,15 @@ def partial_kernel(
     ALIGNED: tl.constexpr, AFTER: tl.constexpr, PTX: tl.constexpr, PRECISION: tl.constexpr,
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, SPEAKERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr, TRIGGERS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of [A ; router] plus tiles of O, SPLIT, tiles of M).
 
-    Without a router, experts that no row of the tile chose are left unread.
+    Without a router, experts that no row of the tile chose are left unread. TRIGGERS lets a kernel
+    that WAITS start as soon as every program of this one has.
     """
+    if TRIGGERS:
+        gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(1)
     first_m, rows, row_ok, speaker = rows_of(
         tl.program_id(2), M, speakers, speakers_span, SPEAKERS, BLOCK_M
@@ -126,12 +130,15 @@ def finish_kernel(
     EBLOCK: tl.constexpr, ROUTER: tl.constexpr, TOP_K: tl.constexpr,
     SPEAKERS: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of O, tiles of M). Rows of `base` and `projected` are so far apart.
 
+    WAITS for the kernel before to end, which else the launch does (programmatic dependent launch).
     KEEP: programs of the first tile of O store P, and with ROUTER the gates, in float32.
     """
+    if WAITS:
+        gdc_wait()
     first_m, rows, row_ok, speaker = rows_of(
         tl.program_id(1), M, speakers, speakers_span, SPEAKERS, BLOCK_M
     )

@@ -1,4 +1,4 @@
-"""The persistent product compiled: its copies and products by the units that they are meant for."""
+"""What Hopper and later have, compiled: tensor descriptors, dependent launches."""
 
 import ctypes
 import json
@@ -37,8 +37,20 @@ def offered(arch: str) -> Config:
     return found[0]
 
 
-def launch_of(arch: str, way: Config, dtype: torch.dtype, device: str = "meta") -> Launch:
-    """The product of a call that `way` serves."""
+def sass(launch: Launch, arch: str, folder: Path) -> tuple[str, aot.Built]:
+    """Machine code, and what it takes."""
+    built = aot._compile(launch, key_of(launch), arch, folder)
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    done = subprocess.run(
+        [tool, "-sass", folder / built.file], capture_output=True, text=True, check=True
+    )
+    return done.stdout, built
+
+
+def launches_of(
+    arch: str, way: Config, dtype: torch.dtype, m: int = 1500, device: str = "meta"
+) -> list[Launch]:
+    """The kernels of a call that `way` serves."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -47,21 +59,17 @@ def launch_of(arch: str, way: Config, dtype: torch.dtype, device: str = "meta") 
     a, b, router = tensor(4, 16, 2048), tensor(4, 512, 16), tensor(4, 2048)
     with configs.pretending(arch, 132), recording() as found:
         backend.forward(
-            tensor(1500, 2048), weight, a, b, router, tensor(512), 1.0,
+            tensor(m, 2048), weight, a, b, router, tensor(512), 1.0,
             routing=(None, 1.0), route=way,
         )  # fmt: skip
-    return found[-1]
+    return found
 
 
 @pytest.mark.parametrize("arch", PRODUCT)
 def test_tiles_are_copied_by_the_accelerator_and_nothing_spills(arch, tmp_path):
-    launch = launch_of(arch, offered(arch), torch.bfloat16)
+    launch = launches_of(arch, offered(arch), torch.bfloat16)[-1]
     assert launch.name == "persistent"
-    built = aot._compile(launch, key_of(launch), arch, tmp_path)
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run(
-        [tool, "-sass", tmp_path / built.file], capture_output=True, text=True, check=True
-    ).stdout
+    text, built = sass(launch, arch, tmp_path)
     used = {name: len(re.findall(rf"\b{name}\b", text)) for name in (COPY, PRODUCT[arch])}
     assert used[COPY] >= 4 and used[PRODUCT[arch]] >= 2  # X, W, H and B; within the loop and after
     assert built.spilled <= STACK.get(arch, 0) and built.shared <= SHARED[arch]
@@ -73,7 +81,10 @@ def test_older_architectures_are_not_offered_it():
         every = configs.serving("forward", 1500, arch)
         assert {c.loads for c in every} == {"pointers"}
         way = Config("dense", 128, 128, 64, 1, 8, loads="descriptors")
-        assert launch_of(arch, way, torch.float16).name == "product"
+        assert launches_of(arch, way, torch.float16)[-1].name == "product"
+        way = Config("decode", 16, 32, 64, 4, dependent=True)
+        constants = {**launches_of(arch, way, torch.float16, 4)[-1].constants}
+        assert constants["WAITS"] is False
 
 
 def test_a_table_may_name_the_capabilities_that_an_entry_serves():
@@ -83,7 +94,7 @@ def test_a_table_may_name_the_capabilities_that_an_entry_serves():
 
 
 def test_a_prebuilt_one_gets_memory_for_its_descriptors():
-    launch = launch_of("sm_90", offered("sm_90"), torch.float16, "cpu")
+    launch = launches_of("sm_90", offered("sm_90"), torch.float16, device="cpu")[-1]
     sent = []
 
     def start(function, *rest):
@@ -105,7 +116,7 @@ def test_a_prebuilt_one_gets_memory_for_its_descriptors():
 def test_the_callers_own_allocator_stays():
     from triton.runtime import _allocation
 
-    launch = launch_of("sm_90", offered("sm_90"), torch.float16)
+    launch = launches_of("sm_90", offered("sm_90"), torch.float16)[-1]
     found, before = [], _allocation._allocator.get()
     made = SimpleNamespace(
         run=lambda *given: found.append(_allocation._allocator.get()), function=None,
@@ -113,3 +124,24 @@ def test_the_callers_own_allocator_stays():
     )  # fmt: skip
     launcher.started(made, launch, 0, lambda device: 0)(*launch.arguments)
     assert found[0] is not before and _allocation._allocator.get() is before
+
+
+def test_a_dependent_launch_waits_before_it_reads(tmp_path, monkeypatch):
+    way = Config("decode", 16, 32, 64, 4, dependent=True)
+    first, second = launches_of("sm_90", way, torch.float16, 4)
+    asked = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *given, **options: asked.append(options.get("launch_pdl", False))
+
+    monkeypatch.setattr(launcher, "kernel", lambda name: Kernel())
+    for launch in (first, second):
+        launcher._ask_triton(launch)
+    assert asked == [False, True]  # before the first the whole of x must be there
+    monkeypatch.undo()
+    # PREEXIT and ACQBULK are griddepcontrol's two, LDG loads from memory.
+    text, _ = sass(first, "sm_90", tmp_path)
+    assert "PREEXIT" in text and "ACQBULK" not in text
+    text, _ = sass(second, "sm_90", tmp_path)
+    assert "PREEXIT" not in text and 0 < text.index("ACQBULK") < text.index("LDG")
