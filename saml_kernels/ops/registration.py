@@ -2,6 +2,8 @@
 
 One operator of PyTorch's carries every backend. It has a fake implementation (so that
 `torch.compile(fullgraph=True)` traces through), an autograd formula, and refuses `vmap` by name.
+`linear_kept` is the same where gradients are wanted of a backend that keeps P and a router's gates
+for them: they are results too, so that a compiled graph hands them from forward to backward.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from saml_kernels.backends import grouping
 from saml_kernels.backends.reference import Gating, Gradients
 from saml_kernels.backends.registry import BACKENDS
 from saml_kernels.errors import SAMLError
-from saml_kernels.ops.autograd import NO_SECOND_ORDER
+from saml_kernels.ops.autograd import NO_SECOND_ORDER, learning
 from saml_kernels.quantization.tensor import QuantizedTensor
 
 __all__ = ["backward", "forward", "linear", "parts_of"]
@@ -27,15 +29,18 @@ _WEIGHT = (
 )
 # `gates` is [M, E]; where a temperature is given, the router [E, K] that makes them.
 _EXPERTS = "Tensor lora_a, Tensor lora_b, Tensor gates"
+ARGUMENTS = 17  # of `linear`
 _library = library.Library("saml_kernels", "DEF")
-_library.define(
-    f"linear(Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
-    "Tensor? speakers, int? top_k=None, float? temperature=None) -> Tensor"
+_LINEAR = (
+    f"Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
+    "Tensor? speakers, int? top_k=None, float? temperature=None"
 )
+_library.define(f"linear({_LINEAR}) -> Tensor")
+_library.define(f"linear_kept({_LINEAR}) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"linear_backward(Tensor dy, Tensor x, {_WEIGHT}, {_EXPERTS}, float scaling, str backend, "
-    "bool[] needs, Tensor? speakers, int? top_k=None, float? temperature=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "bool[] needs, Tensor? speakers, int? top_k=None, float? temperature=None, "
+    "Tensor? plain=None, Tensor? made=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -51,11 +56,14 @@ def linear(
     speakers: Tensor | None,
     gating: Gating | None,
 ) -> Tensor:
-    """y [M, N] by the operator `saml_kernels::linear`."""
-    return torch.ops.saml_kernels.linear(
+    """y [M, N] by the operator `saml_kernels::linear`, or `linear_kept`."""
+    given = (
         rows, *parts_of(weight), lora_a, lora_b, gates, bias, scaling, name, speakers,
         *(gating or (None, None)),
     )  # fmt: skip
+    if getattr(BACKENDS[name], "KEEPS", False) and learning(rows, lora_a, lora_b, gates):
+        return torch.ops.saml_kernels.linear_kept(*given)[0]
+    return torch.ops.saml_kernels.linear(*given)
 
 
 def forward(name: str, *arguments: Any) -> Tensor:
@@ -120,6 +128,23 @@ def _linear(
     return forward(backend, x, weight, lora_a, lora_b, gates, bias, scaling, speakers, gating)
 
 
+def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With the last two, None, which PyTorch leaves out where they are that."""
+    return (*arguments, None, None)[:ARGUMENTS]
+
+
+def _linear_kept(*arguments: Any) -> tuple[Tensor, ...]:
+    """y, P [M, R] and a router's gates [M, E], both float32; empty ones where there are none."""
+    x, *rest = _whole(arguments)
+    *parts, lora_a, lora_b, gates, bias, scaling, backend, speakers, top_k, temperature = rest
+    gating = None if temperature is None else (top_k, temperature)
+    weight = QuantizedTensor.from_parts(*parts)
+    keeping: Any = BACKENDS[backend]
+    given = (x, weight, lora_a, lora_b, gates, bias, scaling, speakers, gating)
+    found = keeping.forward_kept(*given)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
 def _linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -139,19 +164,34 @@ def _linear_backward(
     speakers: Tensor | None,
     top_k: int | None = None,
     temperature: float | None = None,
+    plain: Tensor | None = None,
+    made: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     weight = QuantizedTensor.from_parts(
         codes, absmax, nested_absmax, offset, shape, format, block_size
     )
     gating = None if temperature is None else (top_k, temperature)
-    gradients = backward(
-        name, dy, x, weight, lora_a, lora_b, gates, scaling, tuple(needs), speakers, gating
-    )
+    given = (dy, x, weight, lora_a, lora_b, gates, scaling, tuple(needs), speakers, gating)
+    if plain is None:
+        gradients = backward(name, *given)
+    else:
+        keeping: Any = BACKENDS[name]
+        gradients = keeping.backward(*given, plain=plain, made=made)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 def _linear_fake(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[3][0])
+
+
+def _linear_kept_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, *rest = _whole(arguments)
+    (experts, rank), temperature = rest[7].shape[-3:-1], rest[-1]
+    kept = {"dtype": torch.float32} if experts * rank else {}
+    plain = x.new_empty((x.shape[0], experts * rank) if kept else 0, **kept)
+    routed = bool(kept) and temperature is not None
+    made = x.new_empty((x.shape[0], experts), **kept) if routed else x.new_empty(0)
+    return _linear_fake(x, *rest), plain, made
 
 
 def _linear_backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -160,23 +200,31 @@ def _linear_backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
     return tuple(t.new_empty(t.shape if need else 0) for t, need in wanted)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, codes, absmax, nested_absmax, offset, *meta = inputs[:8]
     lora_a, lora_b, gates, bias, scaling, backend, speakers, *ctx.gating = inputs[8:]
-    ctx.save_for_backward(x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers)
+    kept: tuple[Tensor | None, ...] = (None, None)
+    if not isinstance(output, Tensor):
+        ctx.mark_non_differentiable(*output[1:])
+        kept = tuple(t if t.dim() == 2 else None for t in output[1:])
+    ctx.save_for_backward(
+        x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers, *kept
+    )
     ctx.meta, ctx.scaling, ctx.backend = meta, scaling, backend
     ctx.has_bias = bias is not None
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, speakers = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, codes, absmax, nested_absmax, offset, lora_a, lora_b, gates, *more = ctx.saved_tensors
+    speakers, plain, made = more
     positions = (0, 8, 9, 10)  # x, lora_a, lora_b, gates among the operator's arguments
     needs = [ctx.needs_input_grad[p] for p in positions]
-    grads: list[Tensor | None] = [None] * 17
+    grads: list[Tensor | None] = [None] * ARGUMENTS
     if any(needs):
         gradients = torch.ops.saml_kernels.linear_backward(
             dy.contiguous(), x, codes, absmax, nested_absmax, offset, *ctx.meta,
             lora_a, lora_b, gates, ctx.scaling, ctx.backend, needs, speakers, *ctx.gating,
+            plain, made,
         )  # fmt: skip
         for position, need, grad in zip(positions, needs, gradients, strict=True):
             grads[position] = grad if need else None
@@ -196,12 +244,17 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
+_library.impl("linear_kept", _linear_kept, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 library.register_fake("saml_kernels::linear", _linear_fake, lib=_library)
+library.register_fake("saml_kernels::linear_kept", _linear_kept_fake, lib=_library)
 library.register_fake("saml_kernels::linear_backward", _linear_backward_fake, lib=_library)
-library.register_autograd("saml_kernels::linear", _gradients, setup_context=_save, lib=_library)
+for _name in ("linear", "linear_kept"):
+    library.register_autograd(
+        f"saml_kernels::{_name}", _gradients, setup_context=_save, lib=_library
+    )
 library.register_autograd("saml_kernels::linear_backward", _no_second_order, lib=_library)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for _name in ("linear", "linear_backward"):
+    for _name in ("linear", "linear_kept", "linear_backward"):
         library.register_vmap(f"saml_kernels::{_name}", _no_vmap, lib=_library)

@@ -16,8 +16,7 @@ of x), and backward at most four, two of which read dY (plan.py).
 The weight's scales are read in float32 (quantization/layout.py), made when it moves to a GPU.
 Experts, router and bias are read as they lie, in float32 or in the type of x. Where gradients are
 wanted, P and the gates stay from forward to backward, 4 (R + E) bytes of a token beside the 2 K
-bytes of x that autograd holds anyway: to project again would read x once more. A compiled graph
-keeps the operator's own arguments alone, and projects again.
+bytes of x that autograd holds anyway: to project again would read x once more.
 
 Triton itself is imported at a kernel's first use (launcher.py), so that the package works where
 there is none.
@@ -52,6 +51,7 @@ __all__ = [
     "expert_parts",
     "facts_of",
     "forward",
+    "forward_kept",
     "unsupported",
     "why_unavailable",
 ]
@@ -61,6 +61,7 @@ Experts = Tensor | QuantizedTensor
 SPEAKERS = True  # the kernels take the speaker index themselves
 EIGHT_BIT = True  # read int8 experts as they lie
 ROUTING = True  # and make the gates of a token router
+KEEPS = True  # P and the gates, for a backward
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -111,13 +112,51 @@ def forward(
     than x. A row whose speaker is out of range comes back as NaN: asking first would synchronise.
     `route` overrides the tuning table's choice (one of `configs.ROUTES`, or a `Config` as it is).
     """
-    if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0])
+    given = (x, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
+    return _forward(*given, route=route, keep=False)[0]
+
+
+def forward_kept(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    speakers: Tensor | None = None,
+    routing: Gating | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N]; P [M, R] and a router's gates [M, E] in float32, None where there are none."""
+    given = (x, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
+    return _forward(*given, route=None, keep=True)
+
+
+def _forward(
+    x: Tensor,
+    weight: QuantizedTensor,
+    lora_a: Experts,
+    lora_b: Experts,
+    gates: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    speakers: Tensor | None,
+    routing: Gating | None,
+    *,
+    route: str | Config | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, gates = x.contiguous(), gates.contiguous()
     facts = facts_of(x, weight, lora_a, lora_b, gates, bias, speakers, routing, route=route)
+    if facts.m == 0:
+        keep = keep and facts.columns > 0
+        plain = x.new_empty((0, facts.columns), dtype=torch.float32) if keep else None
+        routed = keep and facts.gating is not None
+        made = x.new_empty((0, facts.experts), dtype=torch.float32) if routed else None
+        return x.new_empty(0, facts.n), plain, made
     given = (*expert_parts(lora_a), *expert_parts(lora_b), gates, bias, speakers, float(scaling))
     with on_device(x.device):
-        return forward_plan(facts, False)(x, weight_parts(weight), *given)[0]
+        return forward_plan(facts, keep)(x, weight_parts(weight), *given)
 
 
 def backward(
@@ -132,11 +171,14 @@ def backward(
     speakers: Tensor | None = None,
     routing: Gating | None = None,
     route: str | Config | None = None,
+    plain: Tensor | None = None,
+    made: Tensor | None = None,
 ) -> Gradients:
     """Gradients of (x, lora_a, lora_b, gates), each None where `needs` says so.
 
     With `routing` the last is the router's. Its logits Z = X V^T are treated as more projections:
-    dX = dY W + [dP | dZ] [A ; V], and dA and dV are one product with X. `route` is that of dX.
+    dX = dY W + [dP | dZ] [A ; V], and dA and dV are one product with X. `route` is that of dX;
+    `plain` and `made` are what `forward_kept` kept.
     """
     if x.shape[0] == 0:
         zeros = (torch.zeros_like(t) for t in (x, lora_a, lora_b, gates))
@@ -144,10 +186,10 @@ def backward(
         return dx, da, db, dg
     dy, x, gates = dy.contiguous(), x.contiguous(), gates.contiguous()
     facts = facts_of(x, weight, lora_a, lora_b, gates, None, speakers, routing, dy=dy, route=route)
-    plan = backward_plan(facts, tuple(needs), False)
-    parts = weight_parts(weight)
+    plan = backward_plan(facts, tuple(needs), plain is not None)
+    given = (lora_a, lora_b, gates, speakers, float(scaling), plain, made)
     with on_device(x.device):
-        return plan(dy, x, parts, lora_a, lora_b, gates, speakers, float(scaling))
+        return plan(dy, x, weight_parts(weight), *given)
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,8 @@ import torch
 from cases import TOLERANCE, assert_close, make_case, truth
 from torch import library
 
-from saml_kernels import available_backends, quantize, saml_linear
+from saml_kernels import available_backends, quantize, saml_linear, saml_linear_routed
+from saml_kernels.backends.triton import launcher
 from saml_kernels.ops.registration import parts_of
 
 
@@ -91,3 +92,39 @@ def test_float64_goes_to_the_reference(device):
     wide = [t.double() for t in (case.x, *case.experts)]
     y = saml_linear(wide[0], weight, *wide[1:])
     assert y.dtype == torch.float64
+
+
+@pytest.mark.parametrize("routing", [None, (2, 0.5)], ids=["given gates", "top 2"])
+@pytest.mark.parametrize("m", [12, 0])
+def test_a_compiled_graph_keeps_p(m, routing, device, monkeypatch):
+    """Its backward projects nothing again; values and gradients are those of an eager call."""
+    names, call = [], launcher.Launcher.__call__
+    monkeypatch.setattr(
+        launcher.Launcher, "__call__", lambda self, *a: (names.append(self.name), call(self, *a))
+    )
+    case = make_case(8, m, 40, 128, 3, 4, device=device)
+    x, a, b, g, bias = leaves(case)
+    if routing is not None:
+        g = torch.randn(3, 128, device=device).requires_grad_()
+    tensors = (x, a, b, g, bias)
+
+    def run(x, a, b, g, bias):
+        if routing is None:
+            return saml_linear(x, case.weight, a, b, g, bias, 0.75, "triton")
+        return saml_linear_routed(x, case.weight, a, b, g, bias, 0.75, *routing, "triton")
+
+    found = []
+    for act in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        y = act(*tensors)
+        names.clear()
+        found.append((y, *torch.autograd.grad(y, tensors, case.dy)))
+        assert names == (["backward", "gradients"] if m else [])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
+def test_opcheck_of_what_keeps_p(device):
+    case = make_case(9, 5, 24, 64, 2, 4, device=device)
+    x, a, b, g, bias = leaves(case)
+    arguments = (x, *parts_of(case.weight), a, b, g, bias, 0.75, "triton", None)
+    library.opcheck(torch.ops.saml_kernels.linear_kept.default, arguments)
