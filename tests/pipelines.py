@@ -16,6 +16,7 @@ from typing import Any
 from gpu_ir import Operation, parse
 
 SLOTS = re.compile(r"-> !ttg\.memdesc<(\d+)x(\d+(?:x\d+)*)x(\w+)")
+BARRIER = re.compile(r"-> !ttg\.memdesc<1xi64\b")  # one, and not a slot of several
 UNKNOWN: frozenset = frozenset()  # a tile or a number that depends on no copy
 
 
@@ -129,7 +130,9 @@ class _Run:
         self.open: list[Copy] = []
         self.groups = 0
         self.done = 0  # groups of cp.async that were waited for
-        self.flying: list[list[tuple[View, int]]] = []  # asynchronous products, with what they read
+        self.flying: list[list[View]] = []  # asynchronous products, with what they read
+        # Those of tensor memory, by the use of a barrier's slot that tells of their end.
+        self.announced: dict[tuple[View, int], list[View]] = {}
 
     def value(self, name: str) -> Any:
         return self.values.get(name, UNKNOWN)
@@ -236,6 +239,8 @@ class _Run:
             filled = _sources([self.value(n) for n in o.operands])
             return [View(Buffer(name, 0, len(self.loops), filled), 0)]
         found = SLOTS.search(o.text)
+        if BARRIER.search(o.text):
+            return [View(Buffer(name, 1, len(self.loops)), 0)]
         if found is None:
             raise Unfollowed(f"{name}: not an allocation that is followed: {o.text}")
         self.buffers.append(Buffer(name, int(found.group(1)), len(self.loops)))
@@ -274,7 +279,7 @@ class _Run:
         return []
 
     def _ttg_local_load(self, o: Operation) -> list[Any]:
-        view = self.value(o.operands[0])
+        view = self.place_of(o.operands[0])
         return [self.read(o, view)] if isinstance(view, View) else [UNKNOWN]
 
     # Tensor memory accelerator: copies that arrive at a barrier, whose uses alternate in parity.
@@ -290,7 +295,7 @@ class _Run:
         return []
 
     def _ttng_async_tma_copy_global_to_local(self, o: Operation) -> list[Any]:
-        _, at = (v for n in o.operands if isinstance(v := self.value(n), View))
+        _, at = (v for n in o.operands if isinstance(v := self.place_of(n), View))
         self.copy(o).barrier = (at, at.buffer.uses.get(at.slot, 0))
         return []
 
@@ -304,6 +309,8 @@ class _Run:
             for copy in buffer.holds.values():
                 if copy.barrier is not None and copy.barrier[0] == at and copy.barrier[1] <= use:
                     copy.arrived = True
+        for told in [t for t in self.announced if t[0] == at and t[1] <= use]:
+            del self.announced[told]
         return []
 
     # Products.
@@ -323,11 +330,31 @@ class _Run:
         self.flying = self.flying[max(0, len(self.flying) - o.number("pendings")) :]
         return [self.value(n) for n in o.operands]
 
+    def _ttng_tc_gen5_mma(self, o: Operation) -> list[Any]:
+        self.multiply(o)
+        left, right, *rest = (self.place_of(n) for n in o.operands)
+        barriers = [v for v in rest if isinstance(v, View)]
+        if "is_async" in o.text:
+            if len(barriers) != 1:
+                raise Unfollowed(f"{o.name}: {len(barriers)} barriers tell of its end")
+            at = barriers[0]
+            use = at.buffer.uses[at.slot] = at.buffer.uses.get(at.slot, 0) + 1
+            self.announced[at, use] = [v for v in (left, right) if isinstance(v, View)]
+        return []
+
+    def place_of(self, name: str) -> Any:
+        """A value; of a buffer that is used as it is, and not by its slots, the only one."""
+        value = self.value(name)
+        if isinstance(value, Buffer):
+            value.slots = 1
+            return View(value, 0)
+        return value
+
     def multiply(self, o: Operation) -> None:
         """Both factors must come from one iteration."""
         found: dict[int, set[tuple[str, int]]] = defaultdict(set)
         for n in o.operands[:2]:
-            value = self.value(n)
+            value = self.place_of(n)
             for depth, name, number in self.read(o, value) if isinstance(value, View) else value:
                 found[depth].add((name, number))
         for copies in found.values():
@@ -337,9 +364,9 @@ class _Run:
 
     def copy(self, o: Operation) -> Copy:
         """A copy into the slot among the operands, the first one if a barrier is another."""
-        view = next(v for n in o.operands if isinstance(v := self.value(n), View))
+        view = next(v for n in o.operands if isinstance(v := self.place_of(n), View))
         buffer, place = view.buffer, self.place(view.buffer)
-        if any(view in product for product in self.flying):
+        if any(view in product for product in (*self.flying, *self.announced.values())):
             self.faults.append(
                 f"{buffer.name}, {buffer.slots} slots: copy {buffer.copies} goes into slot "
                 f"{view.slot} while a product reads it"

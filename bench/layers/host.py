@@ -105,9 +105,8 @@ def layer(
 
 def nothing_of_triton(launch: Launch) -> Callable[..., None]:
     """A launch as Triton's compiled kernel gets it, up to that kernel."""
-    plain = SimpleNamespace(global_scratch_size=0)
     made = SimpleNamespace(
-        run=lambda *arguments: None, function=None, packed_metadata=None, metadata=plain
+        run=lambda *arguments: None, function=None, packed_metadata=None, metadata=None
     )
     return dispatch.started(made, launch, 0, lambda device: 0)
 

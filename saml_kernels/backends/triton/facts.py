@@ -120,7 +120,9 @@ class Facts(NamedTuple):
             config = replace(config, route="dense", split=1)
         described = config.route == "dense" and direction == "forward" and self.describable
         if config.loads == "descriptors" and not described:
-            config = replace(config, loads="pointers")
+            # Tiles that programs which stay have room for are too large for others.
+            block_o, stages = min(config.block_o, 128), min(config.stages, 3)
+            config = replace(config, loads="pointers", block_o=block_o, stages=stages)
         return config
 
     @property

@@ -256,7 +256,7 @@ def started(
         stream = stream_of(device)
         run(x, y, z, stream, function, packed, None, None, None, *arguments, *constants)
 
-    if not made.metadata.global_scratch_size:
+    if not getattr(made.metadata, "global_scratch_size", 0):  # AMD's kernels do not say
         return start
     return lambda *arguments: _with_memory(partial(start, *arguments))
 

@@ -26,12 +26,12 @@ from saml_kernels.quantization.tensor import QuantizedTensor
 pytestmark = pytest.mark.skipif(interpreting(), reason="nothing is compiled in the interpreter")
 
 PROCESSORS = {"sm_80": 108, "sm_87": 16, "sm_90": 132, "sm_120": 170}
-
+PERSISTENT = Config("dense", 128, 64, loads="descriptors")
 
 STAGES = (2, 3, 4, 5)
 WAYS = (
     None, *ROUTES, Config(), Config("decode", 16, 32, 64, 2, scale="after"),
-    Config("dense", 128, 64, loads="descriptors"),
+    PERSISTENT,
     *(Config("single", 16, 32, 256, 2, stages=s) for s in STAGES[:2]),
     *(Config(route, stages=s) for route in ("fused", "dense") for s in STAGES),
     *(Config(route, split=2, stages=s) for route in ("decode", "split") for s in STAGES),
@@ -75,7 +75,7 @@ def launches(arch: str, call: tuple) -> tuple[list[Launch], list[Launch]]:
     a = tensor(experts, rank, k, dtype=expert_dtype)
     b = tensor(experts, n, rank, dtype=expert_dtype)
     bias, how = tensor(n, dtype=expert_dtype), {"routing": routing, "route": way}
-    with pretending(arch, PROCESSORS[arch]):
+    with pretending(arch, PROCESSORS.get(arch, 148)):
         with recording() as forward:
             backend.forward(tensor(m, k), weight, a, b, gates, bias, 1.0, **how)
         with recording() as both:
@@ -120,6 +120,26 @@ def test_codes_are_read_sixteen_bytes_at_a_time(arch):
             rf"^{layout} = #ttg.blocked<{{sizePerThread = (\[.*?\])", text, re.M
         )
         assert per_thread == "[1, 16]"
+
+
+WITHOUT = {  # waits that are left out of the IR, and what is then said; sm_100's products all wait
+    "sm_90": ("", "before it was waited for"),
+    "sm_100": (".* deps ", "while a product reads it"),
+    "sm_120": ("", "before it was waited for"),
+}
+
+
+@pytest.mark.parametrize("arch", WITHOUT)
+def test_tiles_that_descriptors_bring(arch):
+    call = ((torch.float16,) * 2, (4, 16), (None, 1.0), 1500, (512, 2048), PERSISTENT)
+    *_, launch = launches(arch, call)[0]
+    text = ttgir(launch, arch)
+    report = pipelines.check(text)
+    assert launch.name == "persistent" and not report.faults
+    assert max(report.buffers.values()) > 1
+    which, message = WITHOUT[arch]
+    hasty = pipelines.check(re.sub(rf"(?m)^.*ttng.wait_barrier{which}.*$", "", text))
+    assert any(message in fault for fault in hasty.faults), hasty
 
 
 # The checker itself: a kernel that is right, one that is not, and a right one's IR made wrong.

@@ -13,7 +13,12 @@ from saml_kernels.backends.triton.launcher import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="needs a CUDA device")
 HALF = {"dtype": torch.float16, "device": "cuda"}
-WAYS = [*ROUTES, Config("decode", 16, 32, 64, 2, scale="after")]
+NEWER = Config("dense", 128, 64, 64, 1, 8, loads="descriptors")  # elsewhere it goes by pointers
+WAYS = {
+    **{route: route for route in ROUTES}, "descriptors": NEWER,
+    "scale after": Config("decode", 16, 32, 64, 2, scale="after"),
+    "dependent": Config("decode", 16, 32, 64, 2, dependent=True),
+}  # fmt: skip
 
 
 def both(case, route, router=None):
@@ -26,7 +31,7 @@ def both(case, route, router=None):
 
 
 @pytest.mark.parametrize("speakers", [None, 3])
-@pytest.mark.parametrize("route", WAYS, ids=[*ROUTES, "scale after"])
+@pytest.mark.parametrize("route", WAYS.values(), ids=[*WAYS])
 def test_capture_and_replay(route, speakers):
     """Replayed on new input, a captured graph gives the bits that the same call gives eagerly."""
     case = make_case(0, 37, 256, 128, 4, 4, speakers=speakers, **HALF)
@@ -54,7 +59,7 @@ def test_real_layers(m, experts, rank, n, k, dtype):
     router = make_router(case, 1, 2, 1.0)
     given, routed = truth(case), routed_cases.truth(case, router, 2, 1.0)
     sizes = truth(case, True), routed_cases.truth(case, router, 2, 1.0, True)
-    ways = [*ROUTES, *(Config(r, stages=s) for r in ("fused", "dense") for s in (2, 3, 4, 5))]
+    ways = [*ROUTES, NEWER, *(Config(r, stages=s) for r in ("fused", "dense") for s in range(2, 6))]
     for way in ways if m == 300 else ROUTES:
         for gates, wanted, size in zip((None, router), (given, routed), sizes, strict=True):
             for name, found, *known in zip(

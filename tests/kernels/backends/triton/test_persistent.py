@@ -10,7 +10,12 @@ from routed_cases import make_router
 
 from saml_kernels.backends.triton import launcher
 from saml_kernels.backends.triton.backend import facts_of, forward
-from saml_kernels.backends.triton.configs import Config, pretending
+from saml_kernels.backends.triton.configs import (
+    Config,
+    device_traits,
+    from_hopper,
+    pretending,
+)
 from saml_kernels.backends.triton.plan import forward_plan
 
 WAY = Config("dense", 32, 32, 64, 1, loads="descriptors")
@@ -24,8 +29,10 @@ def few_processors():
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched(monkeypatch, device):
     """Names of the kernels that are started."""
+    if not from_hopper(device_traits(torch.device(device))[0]):
+        pytest.skip("no tensor memory accelerator")
     names, call = [], launcher.Launcher.__call__
     monkeypatch.setattr(
         launcher.Launcher, "__call__", lambda self, *a: (names.append(self.name), call(self, *a))
