@@ -180,7 +180,7 @@ def candidates(direction: str, m: int) -> Iterator[Config]:
                         "dense", block_m, block_o, 64, 1, warps, stages, loads="descriptors"
                     )
     if forwards and m > 64:
-        for block_m, block_o, warps in ((64, 128, 8), (64, 64, 4), (32, 128, 4)):
+        for block_m, block_o, warps in ((64, 128, 8), (64, 64, 4), (32, 64, 4)):
             yield Config("stacked", block_m, block_o, 64, 1, warps)
     yield Config("scratch", split=1)
 
