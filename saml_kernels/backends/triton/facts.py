@@ -112,8 +112,10 @@ class Facts(NamedTuple):
             if route is not None:
                 split = config.split if route in SHARED_OUT else 1
                 config = replace(config, route=route, split=split)
-        if config.route == "stacked" and (direction == "backward" or not self.columns):
-            # A backward's is [dY W | dY B]; without experts there is nothing to stack.
+        apart = direction == "backward" or not self.columns or torch.version.hip is not None
+        if config.route == "stacked" and apart:
+            # A backward's is [dY W | dY B], without experts there is nothing to stack, and PyTorch
+            # has half-precision products with float32 results for CUDA alone.
             config = replace(config, route="scratch")
         if self.speakers and config.route in ("scratch", "stacked"):
             # [W | B] and [W ; A] have room for one speaker's experts.
