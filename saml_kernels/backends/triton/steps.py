@@ -260,7 +260,9 @@ class Finish:
         f = self.facts = facts
         self.keep, self.routed = keep, f.gating is not None
         block_m, block_o, _, warps = product_tiles(f, config)
-        block_r = min(64, max(16, power_of_2(f.columns)))
+        # Beside large tiles wider ones would not fit the registers.
+        widest = 32 if block_m >= 64 and block_o >= 128 else 64
+        block_r = min(widest, max(16, power_of_2(f.columns)))
         if block_m >= 64 and block_r == 64:
             warps = 8  # with fewer the tiles do not fit the registers
         elif f.speakers and (block_m == 16 or (block_m == 32 and block_r < 64)):
