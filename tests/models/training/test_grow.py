@@ -78,6 +78,24 @@ def test_branches_first_then_the_encoder(pair: Any, spoken: list[Utterance], gro
     assert margin_of(grown) == 1.0 and margin_of(pair[0]) is None
 
 
+def test_so_much_is_kept_of_what_was_learnt(pair: Any, spoken: list[Utterance]) -> None:
+    kept = {
+        share: grow_conformer(*pair, spoken, replace(GROWTH, share=share))[0]
+        for share in (0.0, 0.5, 1.0)
+    }
+    assert not changed(pair[0], kept[0.0])
+    features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    asked = {"input_features": features, "decoder_input_ids": torch.tensor([[1, 2]])}
+    with torch.no_grad():
+        assert torch.equal(kept[0.0](**asked).logits, pair[0](**asked).logits)
+    for name in ("layers.0.fc1.weight", "layers.0.conv_module.pointwise_out.weight"):
+        none, half, whole = (
+            kept[share].get_parameter(f"model.encoder.{name}") for share in (0.0, 0.5, 1.0)
+        )
+        torch.testing.assert_close(half, (none + whole) / 2)
+        assert not torch.equal(none, whole)
+
+
 def test_a_killed_growth_goes_on(
     pair: Any, spoken: list[Utterance], grown: Any, tmp_path: Path
 ) -> None:
@@ -150,7 +168,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     assert "1 steps: loss" in result.stdout and f"written: {out}" in result.stdout
     model, _ = load_model(out)
     assert isinstance(model, ConformerWhisper) and model.config.conv_kernel_size == 5
-    assert margin_of(model) == 1.0
+    assert margin_of(model) == 2.0
     assert not checkpoints(tmp_path / "grown.checkpoint")
     again = run()
     assert again.exit_code == 2 and "is there already" in again.stderr
