@@ -153,7 +153,7 @@ AVX2 INLINE void add_rows_avx2(const Expansion *b, const float *spread, const in
     const float *absmax = b->lora_b->absmax;
     const int shift = format == INT8 ? __builtin_ctzll((uint64_t)b->lora_b->block) : 0;
     float totals[2][UNIT];
-    for (int64_t half = 0; half < size; half += UNIT / 2) {
+    for (int64_t half = b->begin * span; half < b->end * span; half += UNIT / 2) {
         const int64_t in_unit = half % UNIT;
         __m256 acc[8];
 #pragma GCC unroll 8

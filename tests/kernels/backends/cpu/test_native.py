@@ -186,11 +186,14 @@ def test_threads_do_not_change_the_result(way: str) -> None:
 
 
 @only_native
-@pytest.mark.parametrize("m", [1, 3, 17])
-@pytest.mark.parametrize(("experts", "rank"), [(0, 1), (4, 4), (4, 16), (3, 7)])
-def test_threads_do_not_change_a_bit(way: str, m: int, experts: int, rank: int) -> None:
-    """A few rows: whether they share what is prepared or each prepare it."""
-    inputs = make(m, 301, 1024, experts, rank)
+@pytest.mark.parametrize("m", [1, 2, 3, 17])
+@pytest.mark.parametrize(
+    ("experts", "rank", "n"),
+    [(0, 1, 301), (4, 4, 301), (3, 7, 301), (10, 1, 320), (4, 4, 368), (4, 16, 320), (2, 64, 301)],
+)
+def test_threads_do_not_change_a_bit(way: str, m: int, experts: int, rank: int, n: int) -> None:
+    """A few rows: whether they share what is prepared or each prepare it, and whose rows of B."""
+    inputs = make(m, n, 1024, experts, rank)
     if not native.fits(m, inputs[1]):
         pytest.skip(f"{way} does not multiply {m} rows")
     before = torch.get_num_threads()
