@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.accuracy import conformer as grown
 from bench.accuracy import rounding_rows
 from bench.report.markdown import markdown_table, read
 
-__all__ = ["SPEECH", "profiles", "rounding", "sizes", "wer"]
+__all__ = ["SPEECH", "conformer", "profiles", "rounding", "sizes", "wer"]
 
 # The sets of speech that wer-*.json is about: who speaks, and the protocol.
 SPEECH = {
@@ -122,4 +123,17 @@ def rounding(results: Path) -> str:
             f"Whisper {about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
             f"{about['versions']['torch']}; {about['date']}."
         )
+    return "\n".join(lines)
+
+
+def conformer(results: Path) -> str:
+    """WER of the Conformer that ships, of it without its branches, and of its Whisper."""
+    data = read(results / "conformer-tiny.en.json")
+    clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
+    about = data["about"]
+    lines = markdown_table(grown.HEADS, grown.rows(data))
+    lines.append(
+        f"Full precision, greedy; clips: {clips}. Measured on: {about['device']}; torch "
+        f"{about['versions']['torch']}; {about['date']}."
+    )
     return "\n".join(lines)

@@ -145,6 +145,7 @@ def _predicted(devices: tuple[predicted.Named, ...]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: accuracy.wer("wer", tuple(accuracy.SPEECH), results),
     "wer-base": lambda results: accuracy.wer("wer-base", ("test-other", "speechocean762"), results),
+    "conformer": accuracy.conformer,
     "sizes": accuracy.sizes,
     "profiles": accuracy.profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),
