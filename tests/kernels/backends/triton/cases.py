@@ -18,7 +18,7 @@ from saml_kernels.backends import reference
 from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
 
-EXAMPLES = int(os.environ.get("FUZZ", "30"))  # `make fuzz N=...` runs more
+EXAMPLES = int(os.environ.get("FUZZ", "20"))  # `make fuzz N=...` runs more
 many = settings(
     max_examples=EXAMPLES, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
