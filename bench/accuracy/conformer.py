@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bench.accuracy import listening
+from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES
 from saml_kernels.errors import SAMLError
 from saml_models.compress.loading import load_model
@@ -60,7 +60,7 @@ def systems(grown: str, whisper: str, control: str | None) -> dict[str, Callable
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """A row for each set and system."""
-    return listening.rows(results, [(GROWN, "")], "")
+    return listening.rows(results, of=(GROWN,))
 
 
 def main(
@@ -72,12 +72,6 @@ def main(
     sets: Annotated[str, typer.Option(help="Of VOICES, by commas.")] = ",".join(VOICES),
 ) -> None:
     quiet_libraries()
-    chosen = listening.chosen_sets(sets)
     made = systems(grown, whisper, control)
-    results = listening.listen(made, chosen, data, json_file, f"a Conformer from {whisper}")
-    table = Table(title="word error rate")
-    for head in HEADS:
-        table.add_column(head, justify="left" if head in HEADS[:2] else "right")
-    for row in rows(results):
-        table.add_row(*row)
-    Console().print(table)
+    results = listening.listen(made, sets, data, json_file, f"a Conformer from {whisper}")
+    Console().print(table("word error rate", HEADS, rows(results)))

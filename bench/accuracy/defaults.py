@@ -28,10 +28,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bench.accuracy.defaults_rows import HEADS, rows
-from bench.accuracy.speech import VOICES, training_speech
+from bench.accuracy.over_speakers import table
+from bench.accuracy.speech import VOICES, check_sets, training_speech
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
@@ -171,8 +171,7 @@ def main(
     if only or not own:
         names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
         plan |= {name: VARIANTS[name] for name in names}
-    if unknown := [key for key in sets.split(",") if key not in VOICES]:
-        raise SAMLError(f"--sets {unknown[0]}: expected some of {', '.join(VOICES)}")
+    check_sets(sets.split(","))
     console = Console()
     results: dict[str, Any] = {"speech": {}, "variants": {}}
     if json_file.exists():
@@ -196,9 +195,5 @@ def main(
         if subprocess.run(command, check=False).returncode:
             raise SAMLError(f"{name}: ended with an error; what was done is in {json_file}")
     results = json.loads(json_file.read_text())
-    table = Table(title=f"{model}: WER %, ratios with 95 % intervals over speakers")
-    for head in HEADS:
-        table.add_column(head, justify="left" if head in HEADS[:2] else "right")
-    for row in rows(results):
-        table.add_row(*row)
-    console.print(table)
+    title = f"{model}: WER %, ratios with 95 % intervals over speakers"
+    console.print(table(title, HEADS, rows(results)))

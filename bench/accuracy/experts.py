@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bench.accuracy import listening
+from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
@@ -59,12 +59,8 @@ def _with_experts(model: str, file: Path) -> SpeechModel:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """A row for each set and system; no ratio of full precision, to which quantised has one."""
-    found = listening.rows(results, [("", FULL), ("", QUANTISED)], QUANTISED)
-    for row in found:
-        if row[1] == FULL:
-            row[4:] = ["", ""]
-    return found
+    """A row for each set and system."""
+    return listening.rows(results, to=(FULL, QUANTISED), worse_than=QUANTISED)
 
 
 def main(
@@ -77,17 +73,12 @@ def main(
     sets: Annotated[str, typer.Option(help="Of VOICES, by commas.")] = ",".join(VOICES),
 ) -> None:
     quiet_libraries()
-    chosen = listening.chosen_sets(sets)
     files = {}
     for one in experts or []:
         name, _, file = one.partition("=")
         if not Path(file).is_file():
             raise SAMLError(f"--experts {one}: expected NAME=FILE, the file from `saml pretrain`")
         files[name] = Path(file)
-    results = listening.listen(systems(model, files), chosen, data, json_file, model)
-    table = Table(title=f"{model}: ratios with 95 % intervals over speakers")
-    for head in HEADS:
-        table.add_column(head, justify="left" if head in HEADS[:2] else "right")
-    for row in rows(results):
-        table.add_row(*row)
-    Console().print(table)
+    results = listening.listen(systems(model, files), sets, data, json_file, model)
+    title = f"{model}: ratios with 95 % intervals over speakers"
+    Console().print(table(title, HEADS, rows(results)))

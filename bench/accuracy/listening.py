@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from bench.accuracy.over_speakers import made_worse, ratio
-from bench.accuracy.speech import VOICES
+from bench.accuracy.speech import VOICES, check_sets
 from bench.report.environment import about
-from saml_kernels.errors import SAMLError
 from saml_kernels.files import write_json
 from saml_models.cli.output import progress
 from saml_models.data.corpora import Utterance, load_corpus
@@ -24,45 +23,36 @@ from saml_models.models.interface import SpeechModel
 from saml_models.text.wer import word_errors
 from saml_models.transcription.clips import decode_clips
 
-__all__ = ["chosen_sets", "listen", "rows"]
+__all__ = ["listen", "rows"]
 
 Systems = Mapping[str, Callable[[], SpeechModel]]
 
 
-def chosen_sets(said: str) -> list[str]:
-    """Names of `VOICES` by commas.
-
-    Raises:
-        SAMLError: there is no such set.
-    """
-    chosen = [key.strip() for key in said.split(",")]
-    if unknown := [key for key in chosen if key not in VOICES]:
-        raise SAMLError(f"--sets {unknown[0]}: expected some of {', '.join(VOICES)}")
-    return chosen
-
-
-def listen(
-    systems: Systems, sets: Sequence[str], data: Path, file: Path, model: str
-) -> dict[str, Any]:
+def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> dict[str, Any]:
     """Every utterance of the sets with every system, greedily; the file is written after each set.
 
     Args:
         systems: by name, how each is made; one is in memory at a time.
-        sets: of `VOICES`.
+        sets: of `VOICES`, by commas.
         data: holds them.
         file: results, added to.
         model: what the file says that it is about.
 
     Returns:
         The results.
+
+    Raises:
+        SAMLError: there is no such set.
     """
+    chosen = [key.strip() for key in sets.split(",")]
+    check_sets(chosen)
     results: dict[str, Any] = {"speech": {}, "systems": {}}
     if file.exists():
         results = json.loads(file.read_text())
     results["about"] = about(torch.device("cpu")) | {"model": model}
     for system, make in systems.items():
         errors = results["systems"].setdefault(system, {})
-        missing = [key for key in sets if key not in errors]
+        missing = [key for key in chosen if key not in errors]
         speech = make() if missing else None
         for key in missing:
             assert speech is not None
@@ -89,32 +79,37 @@ def _heard(speech: SpeechModel, said: list[Utterance], title: str) -> list[str]:
 
 
 def rows(
-    results: dict[str, Any], compared: Sequence[tuple[str, str]], worse_than: str
+    results: dict[str, Any],
+    *,
+    of: Sequence[str] = (),
+    to: Sequence[str] = (),
+    worse_than: str = "",
 ) -> list[list[str]]:
-    """A row for each set and system.
+    """A row for each set and system, which is compared with those above it.
 
     Args:
         results: of `listen`.
-        compared: columns of ratios with 95 % intervals over speakers: of one system to another,
-            where "" is the row's own; cells of what is not there are empty.
-        worse_than: the system with which speakers are compared who are made worse; "" for none.
+        of: systems whose errors are divided by the row's own.
+        to: systems by whose errors the row's own are divided.
+        worse_than: a system; for how many speakers the row's own makes more errors.
 
     Returns:
-        The set, the system, WER in per cent, the ratios, and for how many speakers there are more
-        errors.
+        The set, the system, WER in per cent, ratios with 95 % intervals over speakers, those of
+        `of` first, and how many speakers are made worse; what is not above a row has empty cells.
     """
     found = []
     for key, speech in results["speech"].items():
-        owners = speech["speakers"]
-        errors = {name: own[key] for name, own in results["systems"].items() if key in own}
-        for system, own in errors.items():
+        owners, above = speech["speakers"], dict[str, list[int]]()
+        for system, errors in results["systems"].items():
+            if key not in errors:
+                continue
+            own = errors[key]
             row = [key, system, f"{100 * sum(own) / sum(speech['words']):.2f}"]
-            for one, other in compared:
-                above, below = errors.get(one or system), errors.get(other or system)
-                same = (one or system) == (other or system)
-                row.append("" if same or not above or not below else ratio(owners, above, below))
+            row += [ratio(owners, above[name], own) if name in above else "" for name in of]
+            row += [ratio(owners, own, above[name]) if name in above else "" for name in to]
             if worse_than:
-                other_s = errors.get(worse_than) if system != worse_than else None
-                row.append(made_worse(owners, own, other_s) if other_s else "")
+                known = worse_than in above
+                row.append(made_worse(owners, own, above[worse_than]) if known else "")
             found.append(row)
+            above[system] = own
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.table import Table
+
 from saml_models.text.wer import bootstrap_speakers
 
-__all__ = ["made_worse", "ratio"]
+__all__ = ["made_worse", "ratio", "table"]
 
 
 def ratio(speakers: Sequence[str], errors: Sequence[float], others: Sequence[float]) -> str:
@@ -28,3 +30,13 @@ def made_worse(speakers: Sequence[str], errors: Sequence[float], others: Sequenc
         mine, theirs = totals.get(speaker, (0, 0))
         totals[speaker] = mine + one, theirs + other
     return f"{sum(mine > theirs for mine, theirs in totals.values())} of {len(totals)}"
+
+
+def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """For a terminal; the first two columns say what a row is of."""
+    made = Table(title=title)
+    for place, head in enumerate(heads):
+        made.add_column(head, justify="left" if place < 2 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made

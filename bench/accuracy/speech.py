@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
 from saml_models.evaluation.protocol import Fold, make_folds
 
-__all__ = ["READERS", "VOICES", "development_speech", "training_speech"]
+__all__ = ["READERS", "VOICES", "check_sets", "development_speech", "training_speech"]
 
 READERS = ("163", "332", "1867", "3526", "7859", "8629")  # of train-clean-5; never trained on
 
@@ -44,6 +45,17 @@ VOICES = {
     "england": Voices("vctk/dev.jsonl", None, 60),
     "noisy": Voices("voicebank-noisy/dev.jsonl", None, 60),
 }
+
+
+def check_sets(names: Sequence[str]) -> None:
+    """Refuse names that `VOICES` has not.
+
+    Raises:
+        SAMLError: there is no such set.
+    """
+    if unknown := [name for name in names if name not in VOICES]:
+        raise SAMLError(f"--sets {unknown[0]}: expected some of {', '.join(VOICES)}")
+
 
 TRAINING = (
     "librispeech-first-utterances",
