@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from saml_models.data.audio import MAX_SECONDS, SAMPLE_RATE
 from saml_models.data.corpora import Utterance
+from saml_models.data.silence import FRAME, frame_power
 
 __all__ = ["cut_at_pauses", "quietest_places"]
 
-FRAME = SAMPLE_RATE // 40  # 25 ms
 PAUSE = 12  # frames that are quiet together
 SHORTEST, LONGEST = 5.0, 20.0  # seconds between two cuts
 
@@ -33,9 +33,7 @@ def quietest_places(clip: npt.NDArray[np.floating[Any]]) -> list[int]:
     shortest, longest = (int(seconds * SAMPLE_RATE / FRAME) for seconds in (SHORTEST, LONGEST))
     if count <= longest:
         return []
-    frames = clip[: count * FRAME].reshape(count, FRAME)
-    power = np.square(frames - frames.mean(1, keepdims=True, dtype=np.float64)).mean(1)
-    quiet = np.convolve(power, np.ones(PAUSE), "same")
+    quiet = np.convolve(frame_power(clip), np.ones(PAUSE), "same")
     places, last = list[int](), 0
     while count - last > longest:
         last += shortest + int(np.argmin(quiet[last + shortest : last + longest + 1]))
@@ -46,21 +44,22 @@ def quietest_places(clip: npt.NDArray[np.floating[Any]]) -> list[int]:
 def cut_at_pauses(recording: Utterance) -> list[Utterance]:
     """The recording itself where it is at most 30 s long, else its pieces, without text.
 
+    Both hold their samples: the file is read once.
+
     Raises:
         SAMLError: audio that cannot be read.
     """
     clip = recording.load()
     if len(clip) <= MAX_SECONDS * SAMPLE_RATE:
-        return [recording]
+        return [replace(recording, samples=clip)]
     edges = [0, *quietest_places(clip), len(clip)]
-    pieces = []
-    for number, (begin, end) in enumerate(pairwise(edges)):
-        name = f"{recording.id}#{number}"
-        piece = replace(recording, id=name, text="", duration=(end - begin) / SAMPLE_RATE)
-        if recording.samples is not None:
-            pieces.append(replace(piece, samples=clip[begin:end]))
-            continue
-        first = recording.start or 0.0
-        start, stop = first + begin / SAMPLE_RATE, first + end / SAMPLE_RATE
-        pieces.append(replace(piece, start=start, end=stop))
-    return pieces
+    return [
+        replace(
+            recording,
+            id=f"{recording.id}#{number}",
+            text="",
+            duration=(end - begin) / SAMPLE_RATE,
+            samples=clip[begin:end],
+        )
+        for number, (begin, end) in enumerate(pairwise(edges))
+    ]

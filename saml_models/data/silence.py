@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from saml_models.data.audio import SAMPLE_RATE
 
-__all__ = ["has_speech"]
+__all__ = ["FRAME", "frame_power", "has_speech"]
 
 FRAME = SAMPLE_RATE // 40  # 25 ms
 LOUDEST = 5  # the level of the fifth loudest frame: no click lasts so long
@@ -23,6 +23,12 @@ FLOOR = -70.0  # dB of full scale; quieter frames hold dither and digital silenc
 SPEECH = 20.0  # dB between loud and quiet places, from which the energy is taken for speech's
 STEADY = 6.0  # dB up to which it is noise, for models without a no-speech probability
 NO_SPEECH = 0.6  # openai-whisper's threshold
+
+
+def frame_power(clip: npt.NDArray[np.floating[Any]], width: int = FRAME) -> npt.NDArray[np.float64]:
+    """Mean square of each whole frame of `width` samples, its mean left out: [frames]."""
+    frames = clip[: len(clip) // width * width].reshape(-1, width)
+    return np.square(frames - frames.mean(1, keepdims=True, dtype=np.float64)).mean(1)
 
 
 def has_speech(clip: npt.NDArray[np.floating[Any]], no_speech: Callable[[], float | None]) -> bool:
@@ -34,9 +40,7 @@ def has_speech(clip: npt.NDArray[np.floating[Any]], no_speech: Callable[[], floa
     """
     if not len(clip):  # what follows the last cue of a recording
         return False
-    width = min(FRAME, len(clip))
-    frames = clip[: len(clip) // width * width].reshape(-1, width)
-    power = np.square(frames - frames.mean(1, keepdims=True, dtype=np.float64)).mean(1)
+    power = frame_power(clip, min(FRAME, len(clip)))
     levels = np.sort(10 * np.log10(power + 1e-12))
     loud = levels[-min(LOUDEST, len(levels))]
     if loud < FLOOR:

@@ -20,7 +20,7 @@ import torch
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
 from saml_models.models.registry import bind
-from saml_models.models.whisper.conformer import ZERO, ConformerWhisper, new_branches
+from saml_models.models.whisper.conformer import ConformerWhisper, new_branches, scale_branches
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
@@ -142,10 +142,7 @@ def _keep(grown: Any, whisper: Any, share: float) -> None:
     for name, parameter in grown.named_parameters():
         if name in before:
             torch.lerp(before[name].to(parameter), parameter, share, out=parameter)
-    for module in grown.modules():
-        if getattr(module, ZERO, False):
-            module.weight.mul_(share)
-            module.bias.mul_(share)
+    scale_branches(grown, share)
 
 
 def _learn_only(model: Any, names: Collection[str]) -> None:

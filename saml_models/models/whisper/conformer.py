@@ -45,6 +45,7 @@ __all__ = [
     "ConformerWhisperConfig",
     "ConformerWhisperLayer",
     "new_branches",
+    "scale_branches",
     "without_branches",
 ]
 
@@ -229,14 +230,19 @@ class ConformerWhisper(WhisperForConditionalGeneration):
 
 
 @torch.no_grad()
+def scale_branches(model: nn.Module, share: float) -> None:
+    """Have the new branches add only this share of what they do; a Whisper has none."""
+    for module in model.modules():
+        if getattr(module, ZERO, False):
+            own: Any = module
+            own.weight.mul_(share)
+            own.bias.mul_(share)
+
+
 def without_branches(model: ConformerWhisper) -> ConformerWhisper:
     """A copy at full precision whose new branches add nothing, as at the start."""
     bare = copy.deepcopy(model)
-    for module in bare.modules():
-        if getattr(module, ZERO, False):
-            own: Any = module
-            own.weight.zero_()
-            own.bias.zero_()
+    scale_branches(bare, 0.0)
     return bare
 
 
