@@ -7,7 +7,6 @@
  * Included by native.c.
  */
 
-
 typedef struct {
     int64_t speaker, first, count; /* rows order[first], ... */
 } Group;

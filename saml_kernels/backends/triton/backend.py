@@ -113,26 +113,10 @@ def forward(
     `route` overrides the tuning table's choice (one of `configs.ROUTES`, or a `Config` as it is).
     """
     given = (x, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
-    return _forward(*given, route=route, keep=False)[0]
+    return forward_kept(*given, route, keep=False)[0]
 
 
 def forward_kept(
-    x: Tensor,
-    weight: QuantizedTensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gates: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    speakers: Tensor | None = None,
-    routing: Gating | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N]; P [M, R] and a router's gates [M, E] in float32, None where there are none."""
-    given = (x, weight, lora_a, lora_b, gates, bias, scaling, speakers, routing)
-    return _forward(*given, route=None, keep=True)
-
-
-def _forward(
     x: Tensor,
     weight: QuantizedTensor,
     lora_a: Experts,
@@ -140,12 +124,16 @@ def _forward(
     gates: Tensor,
     bias: Tensor | None,
     scaling: float,
-    speakers: Tensor | None,
-    routing: Gating | None,
+    speakers: Tensor | None = None,
+    routing: Gating | None = None,
+    route: str | Config | None = None,
     *,
-    route: str | Config | None,
-    keep: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N]; P [M, R] and a router's gates [M, E] in float32, None where there are none.
+
+    Without `keep` there are none.
+    """
     x, gates = x.contiguous(), gates.contiguous()
     facts = facts_of(x, weight, lora_a, lora_b, gates, bias, speakers, routing, route=route)
     if facts.m == 0:
