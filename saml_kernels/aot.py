@@ -45,8 +45,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 EXPERT_FORMATS = ("float", "float32", "int8")
 ROUTERS = ("token", "given")
 SHARED_LIMIT = 99 * 1024  # what one table may use on sm_86, sm_87 and sm_89 alike
-# Where default.json has tiles of their own.
-SHARED_LIMITS = dict.fromkeys(("sm_90", "sm_100", "sm_110"), 227 * 1024)
+SHARED_LIMITS = {"sm_90": 227 * 1024}  # of an architecture that has tiles of its own
 REGISTERS = 255  # a thread's most
 
 
