@@ -46,7 +46,7 @@ class Operands:
     ) -> Operands:
         """Weights of the size that keeps y near 1; experts [S, E, r, K] and [S, E, N, r].
 
-        The router is [E, K], where the case has one.
+        The router is [E, K].
         """
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -57,7 +57,7 @@ class Operands:
         s, e, r = case.speakers, case.experts, case.rank
         weight, bias = normal(case.n, case.k), normal(case.n)
         lora_a, lora_b = normal(s, e, r, case.k), normal(s, e, case.n, r)
-        router = normal(e if case.router == "token" else 0, case.k)
+        router = normal(e, case.k)
         return cls(case, device, dtype, weight, bias, lora_a, lora_b, router)
 
     def cast(self, *tensors: Tensor) -> list[Tensor]:
@@ -163,8 +163,8 @@ def softmax_gates(x: Tensor, router: Tensor) -> Tensor:
     return F.linear(x, router).softmax(-1).to(x.dtype)
 
 
-def _saml_layer(o: Operands) -> Layer:
-    """As it is in a model."""
+def saml_layer(o: Operands) -> Layer:
+    """As it is in a model, with a token router of its own."""
     case, train = o.case, o.case.mode == "train"
     config = SAMLConfig(case.experts, case.rank, alpha=float(case.rank))  # s = 1
     bias, *learnt = o.trainable(o.bias, o.lora_a[0], o.lora_b[0], o.router)
@@ -176,7 +176,7 @@ def _saml_layer(o: Operands) -> Layer:
 
 def _saml(o: Operands) -> Layer:
     if o.case.router == "token":
-        return _saml_layer(o)
+        return saml_layer(o)
     weight, (bias,) = nf4(o), o.cast(o.bias)
     a, b = o.trainable(o.lora_a[0], o.lora_b[0])
     return Layer(lambda x, gates: saml_linear(x, weight, a, b, gates, bias), [a, b])

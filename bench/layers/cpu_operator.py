@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.layers.cases import Case
-from bench.layers.contenders import Build, Layer, Operands, nf4
+from bench.layers.contenders import Build, Operands, saml_layer
 from bench.layers.registry import contenders
-from saml_kernels import saml_linear_routed
 from saml_kernels.backends.cpu import backend as cpu
 from saml_kernels.backends.cpu import native
 from saml_kernels.files import write_json
@@ -34,13 +33,6 @@ CPU = torch.device("cpu")
 WARM_MS = 3.0  # that a warm train lasts, roughly
 
 
-def routed(o: Operands) -> Layer:
-    """Gates by a router, as `SAMLLinear` calls the operator."""
-    weight, (bias, a, b) = nf4(o), o.cast(o.bias, o.lora_a[0], o.lora_b[0])
-    router = torch.randn(o.case.experts, o.case.k) / o.case.k**0.5
-    return Layer(lambda x, gates: saml_linear_routed(x, weight, a, b, router, bias))
-
-
 def builders() -> dict[str, Build]:
     names = {
         "float32": "dense", "bitsandbytes": "bitsandbytes", "base": "saml base",
@@ -50,7 +42,7 @@ def builders() -> dict[str, Build]:
     found = {
         short: known[name].build for short, name in names.items() if not known[name].why_not(CPU)
     }
-    return found | {"routed": routed}
+    return found | {"layer": saml_layer}
 
 
 def trains(case: Case, warm: bool) -> dict[str, Train]:
@@ -81,7 +73,7 @@ def main(
     cases = [Case("", "eager", int(m), n, k, 4, 8) for k, n in SHAPES for m in tokens.split(",")]
     about = f"{cpu.native_status()}; {threads} threads, torch {torch.__version__}"
     table = Table(title=f"NF4 operator on a CPU, ratios of {rounds} rounds", caption=about)
-    heads = ("shape", "rows", "caches", "float32 us", "base", "experts", "routed",
+    heads = ("shape", "rows", "caches", "float32 us", "base", "experts", "layer",
              "experts / bitsandbytes")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right")
@@ -92,7 +84,7 @@ def main(
             for warm in (True, False) if case.m < 100 else (True,):
                 taken = interleaved(trains(case, warm), CPU, rounds)
                 bar, peer = taken["float32"], taken.get("bitsandbytes")
-                ratios = {n: round(taken[n].ratio(bar), 3) for n in ("base", "experts", "routed")}
+                ratios = {n: round(taken[n].ratio(bar), 3) for n in ("base", "experts", "layer")}
                 row = {
                     "in": case.k, "out": case.n, "rows": case.m, "warm": warm,
                     "float32_us": round(bar.median, 1), **ratios,
