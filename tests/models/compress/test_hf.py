@@ -16,21 +16,19 @@ import accelerate
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from hf_models import experts_of, load, make
 from synthetic import small_conformer, small_whisper
 from torch import Tensor
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    WhisperForConditionalGeneration,
-    WhisperModel,
     pipeline,
 )
 
 import saml_models
 import saml_models.hf
-from saml_kernels import SAMLConfig, SAMLError
+from saml_kernels import SAMLConfig
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.checkpoint import load_saml, save_saml
 from saml_models.compress.loading import load_model
@@ -49,23 +47,6 @@ FEATURES = {
     "whisper": torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1)),
     "conformer": torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(1)),
 }
-
-load = AutoModelForSpeechSeq2Seq.from_pretrained
-
-
-@torch.no_grad()
-def experts_of(model: Any, seed: int = 3) -> Any:
-    """The model with random experts, of values that neither float16 nor int8 can hold."""
-    torch.manual_seed(seed)
-    for parameter in model.saml.experts().values():
-        parameter.copy_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-def make(family: str = "whisper", seed: int = 3, **settings: Any) -> Any:
-    model: Any = small_whisper() if family == "whisper" else small_conformer()[0]
-    apply_saml(model, SAMLConfig(**{"num_experts": 2, "rank": 2, **settings}))
-    return experts_of(model, seed)
 
 
 @torch.no_grad()
@@ -86,13 +67,6 @@ def same(model: Any, wanted: Any) -> None:
         assert getattr(model.saml, name) == getattr(wanted.saml, name)
     assert model.saml.weight_hash() == wanted.saml.weight_hash()
     assert model.saml.experts_hash() == wanted.saml.experts_hash()
-
-
-def one_line(act: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(SAMLError) as caught:
-        act()
-    (line,) = str(caught.value).splitlines()
-    assert all(word in line for word in words), line
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -272,15 +246,6 @@ def test_offloaded_to_the_disk(tmp_path: Path) -> None:
 # ---- our own loading
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_en: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model and a processor; tests copy it before they damage it."""
-    path = tmp_path_factory.mktemp("saved") / "m"
-    make().save_pretrained(path)
-    tiny_en[1].save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("of", [load_model, load_adaptable, load_whisper])
 def test_our_own_loading_reads_such_a_folder(of: Callable[..., Any], folder: Path) -> None:
     model, _ = of(folder)
@@ -428,101 +393,3 @@ def test_push_to_hub_uploads_such_a_folder(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Reached):
         model.push_to_hub("me/mine")
     same(load(tmp_path / "sent"), model)
-
-
-# ---- what is refused
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def described(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, lambda c: c["quantization_config"].update(values))
-
-
-def layered(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(folder, lambda c: c["quantization_config"]["saml"].update(values))
-
-
-def stored(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return act
-
-
-CODES = "model.encoder.layers.0.fc1.weight.codes"
-NORM = "model.encoder.layer_norm.weight"
-
-HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "newer": (described(version=2), "upgrade"),
-    "no version": (described(version="1"), "version '1'"),
-    "unknown key": (described(surprise=1), "surprise"),
-    "margin": (described(margin=float("nan")), "margin"),
-    "no layers": (described(saml=3), "saml=3"),
-    "short_windows": (described(short_windows="yes"), "short_windows"),
-    "hash": (described(weight_hash=5), "weight_hash"),
-    "other weights": (described(weight_hash="0" * 64), "weight_hash"),
-    "unknown format": (layered(format="nf3"), "nf3"),
-    "another format": (layered(format="int8"), "codes"),
-    "another block": (layered(block_size=32), "absmax"),
-    "experts without end": (layered(num_experts=10**12), "more than"),
-    "rank without end": (layered(rank=10**12), "more than"),
-    "more experts": (layered(num_experts=3), "lora_a"),
-    "another router": (layered(router="speaker"), "router"),
-    "vocabulary": (lambda f: edit(f, lambda c: c.update(vocab_size=10**9)), "embed_tokens"),
-    "codes missing": (stored(lambda t: t.pop(CODES)), CODES),
-    "norm missing": (stored(lambda t: t.pop(NORM)), NORM),
-    "codes changed": (stored(lambda t: t[CODES].add_(1)), "weight_hash"),
-    "codes as floats": (stored(lambda t: t.update({CODES: t[CODES].float()})), CODES),
-    "NaN": (stored(lambda t: t[NORM].fill_(float("nan"))), NORM),
-}
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_or_hostile_folder_is_one_line(harm: str, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "m")
-    act, word = HARMS[harm]
-    act(tmp_path / "m")
-    one_line(lambda: load(tmp_path / "m"), word)
-    one_line(lambda: load_model(tmp_path / "m"))
-
-
-def test_layers_without_end_are_refused_unbuilt(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "m")
-    edit(tmp_path / "m", lambda c: c.update(encoder_layers=10**9))
-    one_line(lambda: load_model(tmp_path / "m"), "config.json", "more weights")
-    edit(tmp_path / "m", lambda c: c.update(encoder_layers="many"))
-    one_line(lambda: load_model(tmp_path / "m"), "config.json")
-
-
-def test_no_pickle_is_opened(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
-    (tmp_path / "m" / "model.safetensors").unlink()
-    torch.save(tensors, tmp_path / "m" / "pytorch_model.bin")
-    one_line(lambda: load(tmp_path / "m", use_safetensors=False), "pytorch_model.bin")
-    one_line(lambda: load_model(tmp_path / "m"), "pickle")
-
-
-def test_a_part_of_the_saved_model_is_one_line(folder: Path) -> None:
-    one_line(lambda: WhisperModel.from_pretrained(folder), "WhisperForConditionalGeneration")
-
-
-def test_what_no_folder_can_hold_is_one_line(tmp_path: Path) -> None:
-    model = make()
-    for router in model.saml.routers.values():
-        router.offset = torch.ones(2)
-    one_line(lambda: model.save_pretrained(tmp_path / "m"), "gates")
-    model = make()
-    layer = next(iter(model.saml.layers.values()))
-    layer.lora_a.data = layer.lora_a.data[:1]
-    one_line(lambda: model.save_pretrained(tmp_path / "m"), "pruned")
-    assert not (tmp_path / "m").exists()
-    assert isinstance(model, WhisperForConditionalGeneration)
