@@ -18,6 +18,8 @@ from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import quantised_tensors
 from saml_models.compress.rounding_file import read_rounding, write_rounding
 from saml_models.compress.shipped_rounding import compress, shipped_rounding
+from saml_models.models.whisper.loading import load_whisper
+from saml_models.models.whisper.wheels import find_model
 from saml_models.runtime.tensors import read_tensors, write_tensors
 
 
@@ -153,3 +155,12 @@ def test_tiny_en_has_one(tiny_en: Any) -> None:
     assert found is not None
     assert found.about["clips"] == 160
     assert len(found.weights) == 67
+
+
+def test_base_has_one() -> None:
+    if find_model("base") is None:
+        pytest.skip("no Whisper base on this machine")
+    found = shipped_rounding(load_whisper("base")[0], SAMLConfig())
+    assert found is not None
+    assert found.about["clips"] == 160
+    assert len(found.weights) == 99
