@@ -67,8 +67,8 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
             moved = (weight.dequantize() - original).mean(dim=0).half()
             tensors[f"{name}.moved"] = moved
         _, rank_of = _order(format)
-        ranks = rank_of[_codes(weight.codes, original.numel())]
-        differences = (ranks - _nearest(original, moved, weight)) % 16
+        ranks = rank_of[_codes(weight.codes, original.numel()).long()]
+        differences = (ranks - _nearest(original, moved, weight)) & 15
         tensors[f"{name}.codes"] = _deflated(pack_codes(differences))
         tensors[f"{name}.absmax"] = _deflated(weight.absmax)
         tensors |= {f"{name}.{s}": getattr(weight, s) for s in SCALES if double_quant}
@@ -154,8 +154,8 @@ def _weight(
     weight.load_state_dict(unpacked | scales)
     order, _ = _order(config.format)
     differences = _codes(unpacked["codes"], original.numel())
-    ranks = (_nearest(original, moved, weight) + differences) % 16
-    weight.codes.copy_(pack_codes(order[ranks]))
+    ranks = (_nearest(original, moved, weight) + differences) & 15
+    weight.codes.copy_(pack_codes(order[ranks.int()]))
     return weight
 
 
@@ -165,11 +165,11 @@ def _original(model: nn.Module, name: str) -> Tensor:
 
 
 def _nearest(original: Tensor, moved: Tensor | None, weight: QuantizedTensor) -> Tensor:
-    """int64 [numel]: ranks of the values nearest to `original + moved` under a weight's scales."""
+    """uint8 [numel]: ranks of the values nearest to `original + moved` under a weight's scales."""
     flat, size = original.reshape(-1), weight.block_size
     order, _ = _order(weight.format)
-    values = code_table(weight.format)[order].double()
-    middles = (values[:-1] + values[1:]) / 2
+    values = code_table(weight.format)[order.int()].double()
+    middles = ((values[:-1] + values[1:]) / 2).tolist()
     found = []
     for first in range(0, len(weight.absmax), PART):
         part = flat[first * size : (first + PART) * size].half().double()
@@ -180,19 +180,22 @@ def _nearest(original: Tensor, moved: Tensor | None, weight: QuantizedTensor) ->
         scales = weight.scales(block).double()
         scales[scales == 0] = 1  # of zeros
         part /= scales.repeat_interleave(size)[: len(part)]
-        found.append(torch.bucketize(part, middles))
+        ranks = torch.zeros(len(part), dtype=torch.uint8)
+        for middle in middles:  # quicker than torch.bucketize
+            ranks += part > middle
+        found.append(ranks)
     return torch.cat(found)
 
 
 def _order(format: str) -> tuple[Tensor, Tensor]:
-    """int64 [16] each: the codes by rising value, and the rank of each code."""
+    """uint8 [16] each: the codes by rising value, and the rank of each code."""
     order = torch.argsort(code_table(format), stable=True)
-    return order, torch.argsort(order)
+    return order.to(torch.uint8), torch.argsort(order).to(torch.uint8)
 
 
 def _codes(packed: Tensor, count: int) -> Tensor:
-    """int64 [count] of two in a byte."""
-    return torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count].long()
+    """uint8 [count] of two in a byte."""
+    return torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]
 
 
 def _deflated(value: Tensor) -> Tensor:
