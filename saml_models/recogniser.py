@@ -329,7 +329,7 @@ class Recogniser:
 
         Args:
             experts: as for `load`; with `calibration`, None takes new ones, since those that ship
-                were trained beside plainly rounded weights.
+                were trained beside the rounding that ships.
             calibration: speech that a Whisper's rounding is chosen on, at the same bytes; its text
                 need not be there. Or what `compress.calibrate` found.
             clips: how many of the speech are heard, each also in noise.

@@ -357,14 +357,13 @@ def causal_mask(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 def margin_of(network: nn.Module) -> float | None:
     """Seconds of silence after a clip that a network is given by itself; None: its whole window.
 
-    Short where its experts learnt that, else what `Compression.margin` says, else what the
-    network's configuration does as `window_margin`.
+    What the network's configuration says as `window_margin`, which all of it has learnt; else short
+    where its experts learnt that; else `Compression.margin`.
     """
     said: Any = getattr(getattr(network, "config", None), "window_margin", None)
-    own = said if isinstance(said, (int, float)) and 0 <= said <= MAX_SECONDS else None
+    if isinstance(said, (int, float)) and 0 <= said <= MAX_SECONDS:
+        return said
     saml: Any = getattr(network, "saml", None)
     if saml is None:
-        return own
-    if saml.short_windows:
-        return SHORT_WINDOW_MARGIN
-    return own if saml.margin is None else saml.margin
+        return None
+    return SHORT_WINDOW_MARGIN if saml.short_windows else saml.margin

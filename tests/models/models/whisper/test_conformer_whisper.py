@@ -13,6 +13,7 @@ from synthetic import small_conformer_whisper, small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
+from saml_models.models.interface import margin_of
 from saml_models.models.whisper.conformer import (
     ConformerWhisper,
     ConformerWhisperConfig,
@@ -157,6 +158,15 @@ def test_saved_and_loaded_by_transformers(tmp_path: Path, features: torch.Tensor
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["ConformerWhisper", "7"]
+
+
+def test_the_windows_that_it_has_learnt_are_its_own_in_low_bits_too(whisper: Any) -> None:
+    model: Any = ConformerWhisper.grown_from(whisper, window_margin=2.0)
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    model.saml.margin = 10.0
+    for short in (False, True):
+        model.saml.short_windows = short
+        assert margin_of(model) == 2.0
 
 
 def test_what_it_cannot_grow_from(whisper: Any, grown: Any) -> None:
