@@ -34,7 +34,7 @@ from bench.models.clips import spread
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_kernels.files import write_json
+from saml_kernels.files import read_json, write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.calibrate import Recipe, calibrate_on
 from saml_models.compress.calibration import Calibration
@@ -123,6 +123,10 @@ class Bench:
         self.full = self.load()
         self.multilingual = is_multilingual(self.full.network)
         self.sets = SETS if self.multilingual else ENGLISH
+        self.heard: dict[str, list[str]] = {}  # by the full model; no text goes to the results
+        self.texts = None if work is None else work / f"{name}-heard.json"
+        if self.texts is not None and self.texts.is_file():
+            self.heard = read_json(self.texts)
 
     def load(self) -> SpeechModel:
         """The model as released."""
@@ -179,8 +183,8 @@ class Bench:
 
         return advance
 
-    def hear(self, speech: SpeechModel, key: str, title: str, said: list[Utterance]) -> Any:
-        """Greedy transcripts and their errors; the full model always hears 30 s."""
+    def errors(self, speech: SpeechModel, key: str, title: str, said: list[Utterance]) -> list[int]:
+        """Of greedy transcripts; the full model always hears 30 s."""
         if speech is not self.full:
             compression_of(speech.network).margin = self.sets[key].margin
         heard = decode_clips(
@@ -190,18 +194,30 @@ class Bench:
             batch_size=6,
             on_done=self.bar(f"{title}: {key}, WER", len(said)),
         )
-        errors = word_errors([u.text for u in said], heard)
-        return {"errors": [one.errors for one in errors], "heard": heard}
+        if speech is self.full:
+            self.heard[key] = heard
+            if self.texts is not None:
+                self.texts.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.texts, self.heard)
+        return [one.errors for one in word_errors([u.text for u in said], heard)]
+
+    def style(self, key: str, said: list[Utterance]) -> list[str]:
+        """The texts as the full model writes them: what it hears, and other languages' own."""
+        if self.sets[key].language != "en":
+            return [u.text for u in said]
+        if len(self.heard.get(key, ())) != len(said):
+            self.errors(self.full, key, FULL, said)
+        return self.heard[key]
 
     def compare(
-        self, models: list[SpeechModel], key: str, said: list[Utterance], heard: list[str]
+        self, models: list[SpeechModel], key: str, said: list[Utterance]
     ) -> list[Divergence]:
         """KL of each model on one set."""
         return divergences(
             self.full,
             models,
             [u.load() for u in said],
-            [in_model_style(u.text, text) for u, text in zip(said, heard, strict=True)],
+            list(map(in_model_style, [u.text for u in said], self.style(key, said))),
             margin=self.sets[key].margin,
             language=self.sets[key].language if self.multilingual else None,
             on_done=self.bar(f"{key}, KL of {len(models)}", len(said)),
@@ -231,27 +247,24 @@ def measure(
     own = {name: one["sets"] for name, one in results["variants"].items()}
     for key, said in everyone.items():
         if key not in own[FULL]:
-            own[FULL][key], words = {"heard": [u.text for u in said]}, list[int]()
+            own[FULL][key], words = {}, list[int]()
             if bench.sets[key].language == "en":
                 words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
-                own[FULL][key] = bench.hear(bench.full, key, FULL, said)
+                own[FULL][key]["errors"] = bench.errors(bench.full, key, FULL, said)
             results["speech"][key] = {"speakers": [u.speaker for u in said], "words": words}
             save()
     for key, said in everyone.items():
         missing = [variant for variant in variants if "kl" not in own[variant].get(key, {})]
         if missing:
             models = [model(variant) for variant in missing]
-            heard = own[FULL][key]["heard"]
-            for variant, found in zip(
-                missing, bench.compare(models, key, said, heard), strict=True
-            ):
+            for variant, found in zip(missing, bench.compare(models, key, said), strict=True):
                 own[variant].setdefault(key, {}).update(found.to_dict())
             save()
     for key, said in everyone.items():
         for variant in variants:
             counted = results["speech"][key]["words"] and not kl_only
             if counted and "errors" not in own[variant].get(key, {}):
-                own[variant][key] |= bench.hear(model(variant), key, variant, said)
+                own[variant][key]["errors"] = bench.errors(model(variant), key, variant, said)
                 save()
 
 

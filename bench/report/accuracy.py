@@ -112,18 +112,19 @@ def profiles(results: Path) -> str:
 
 def rounding(results: Path) -> str:
     """WER and KL of full precision, plain and calibrated rounding, from rounding-*.json."""
-    found = [read(path) for path in sorted(results.glob("rounding-*.json"))]
-    lines = []
-    for data in found:
+    found = [read(path) for path in results.glob("rounding-*.json")]
+    parts = []
+    for data in sorted(found, key=lambda data: (-len(data["variants"]), data["about"]["model"])):
         about = data["about"]
-        clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
+        clips = ", ".join(f"{len(one['speakers'])} of {k}" for k, one in data["speech"].items())
         first, last = rounding_rows.HEADS
-        lines += markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
+        lines = markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
         lines.append(
-            f"Whisper {about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
+            f"{about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
             f"{about['versions']['torch']}; {about['date']}."
         )
-    return "\n".join(lines)
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def conformer(results: Path) -> str:

@@ -57,11 +57,11 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
             self.calls.append(("make", variant))
             return variant, {}
 
-        def hear(self, speech: Any, key: str, title: str, said: Any) -> Any:
-            self.calls.append(("hear", title, key))
-            return {"errors": [0], "heard": ["some words"]}
+        def errors(self, speech: Any, key: str, title: str, said: Any) -> Any:
+            self.calls.append(("errors", title, key))
+            return [0]
 
-        def compare(self, models: Any, key: str, said: Any, heard: Any) -> Any:
+        def compare(self, models: Any, key: str, said: Any) -> Any:
             self.calls.append(("compare", tuple(models), key))
             return [Divergence([0.1], [2], [2]) for _ in models]
 
@@ -77,14 +77,14 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
 
     first = run(["plain"], True)
     assert first.count(("make", "plain")) == 1 and len(saved) > len(rounding.SETS)
-    assert {call[0] for call in first} == {"make", "hear", "compare"}
+    assert {call[0] for call in first} == {"make", "errors", "compare"}
     assert run(["plain"], True) == []
     more = run(["plain", "calibrated 0"], True)
     assert [c for c in more if c[0] != "compare"] == [("make", "calibrated 0")]
     assert all(call[1] == ("calibrated 0",) for call in more if call[0] == "compare")
     words = run(["plain"], False)
-    assert [c for c in words if c[0] == "hear"] == [
-        ("hear", "plain", key) for key in rounding.ENGLISH
+    assert [c for c in words if c[0] == "errors"] == [
+        ("errors", "plain", key) for key in rounding.ENGLISH
     ]
     assert len(rows(found)) == 3
 
