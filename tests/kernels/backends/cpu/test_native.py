@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -48,36 +49,51 @@ def make(
     return random(m, k), weight, a, b, gates, random(n)
 
 
-def expected(inputs: Inputs, scaling: float) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the differentiable float64 leaves (x, lora_a, lora_b, gates) behind it."""
+def expected(
+    inputs: Inputs, scaling: float, of: Callable[[Tensor], Tensor] = torch.Tensor.clone
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the differentiable float64 leaves (x, lora_a, lora_b, gates) behind it.
+
+    `of` is applied to every operand first: with `torch.abs` the results are what the terms of each
+    sum add up to.
+    """
     x, weight, a, b, gates, bias = inputs
-    leaves = [t.detach().double().requires_grad_() for t in (x, a, b, gates)]
+    leaves = [of(t.detach().double()).requires_grad_() for t in (x, a, b, gates)]
     x, a, b, gates = leaves
-    y = x @ weight.dequantize(torch.float64).T + bias.double()
+    y = x @ of(weight.dequantize(torch.float64)).T + of(bias.double())
     for e in range(a.shape[0]):
         y = y + scaling * (gates[:, e : e + 1] * (x @ a[e].T)) @ b[e].T
     return y, leaves
 
 
-def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def assert_close(
+    actual: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32, terms: float = 0.0
+) -> None:
+    """To a tensor's largest element; where sums cancel, to their largest `terms` as well."""
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     assert actual.shape == wanted.shape and actual.dtype == dtype
     scale = wanted.abs().max().item() if wanted.numel() else 0.0
     torch.testing.assert_close(
-        actual.double(), wanted.detach(), rtol=0.0, atol=tolerance * scale + 1e-12
+        actual.double(),
+        wanted.detach(),
+        rtol=0.0,
+        atol=tolerance * scale + torch.finfo(torch.float32).eps * terms + 1e-12,
     )
 
 
 def check(inputs: Inputs, scaling: float, dtype: torch.dtype = torch.float32) -> None:
     x, weight, a, b, gates, bias = inputs
     y, leaves = expected(inputs, scaling)
-    assert_close(cpu.forward(x, weight, a, b, gates, bias, scaling), y, dtype)
+    absolute, sizes = expected(inputs, scaling, torch.abs)
+    largest = absolute.max().item() if absolute.numel() else 0.0
+    assert_close(cpu.forward(x, weight, a, b, gates, bias, scaling), y, dtype, largest)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     wanted = torch.autograd.grad(y, leaves, dy.double(), materialize_grads=True)
+    terms = torch.autograd.grad(absolute, sizes, dy.double().abs(), materialize_grads=True)
     found = cpu.backward(dy, x, weight, a, b, gates, scaling, (True, True, True, True))
-    for gradient, want in zip(found, wanted, strict=True):
+    for gradient, want, sums in zip(found, wanted, terms, strict=True):
         assert gradient is not None
-        assert_close(gradient, want, dtype)
+        assert_close(gradient, want, dtype, sums.max().item() if sums.numel() else 0.0)
 
 
 @few
