@@ -45,9 +45,10 @@ def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
             cells.append(_interval(one["adapted_to_full_precision"], one))
         rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
     lines = markdown_table(heads, rows)
-    about, size = data, data["size"]
+    model, size = data["model"], data["size"]
+    title = model if model.startswith("conformer") else f"Whisper {model}"
     lines.append(
-        f"Whisper {about['model']}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
+        f"{title}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
         f"{size['quantised_bytes'] / 1e6:.1f} MB quantised, {size['saml_bytes'] / 1e6:.1f} MB with "
         f"experts ({size['ratio']:.2f}x smaller). {_measured(found)}"
     )

@@ -145,6 +145,9 @@ def _predicted(devices: tuple[predicted.Named, ...]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: accuracy.wer("wer", tuple(accuracy.SPEECH), results),
     "wer-base": lambda results: accuracy.wer("wer-base", ("test-other", "speechocean762"), results),
+    "wer-conformer": lambda results: accuracy.wer(
+        "wer-conformer", ("train-clean-5", "test-other"), results
+    ),
     "conformer": accuracy.conformer,
     "sizes": accuracy.sizes,
     "profiles": accuracy.profiles,
