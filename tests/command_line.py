@@ -25,6 +25,23 @@ def assert_refused(result, *parts, code=2):
         assert str(part) in lines[0]
 
 
+def interrupted(monkeypatch, command, after):
+    """Ctrl-C once a module's progress was shown `after` times; what it was shown, as it grows."""
+    shown = []
+
+    def show(*now):
+        shown.append(now)
+        if len(shown) == after:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def impatient(label):
+        yield show
+
+    monkeypatch.setattr(command, "progress", impatient)
+    return shown
+
+
 @contextmanager
 def full_disk(limit):
     """Writes beyond `limit` bytes of a file fail, as they do on a full disk."""

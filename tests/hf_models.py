@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from synthetic import small_conformer, small_whisper
-from transformers import (
-    AutoModelForSpeechSeq2Seq,
-)
+from transformers import AutoModelForSpeechSeq2Seq
 
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml

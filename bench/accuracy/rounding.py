@@ -217,7 +217,7 @@ class Bench:
             self.full,
             models,
             [u.load() for u in said],
-            list(map(in_model_style, [u.text for u in said], self.style(key, said))),
+            [in_model_style(u.text, s) for u, s in zip(said, self.style(key, said), strict=True)],
             margin=self.sets[key].margin,
             language=self.sets[key].language if self.multilingual else None,
             on_done=self.bar(f"{key}, KL of {len(models)}", len(said)),

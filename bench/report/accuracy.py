@@ -46,13 +46,17 @@ def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
         rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
     lines = markdown_table(heads, rows)
     model, size = data["model"], data["size"]
-    title = model if model.startswith("conformer") else f"Whisper {model}"
     lines.append(
-        f"{title}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
+        f"{_called(model)}: {size['full_bytes'] / 1e6:.1f} MB in float32, "
         f"{size['quantised_bytes'] / 1e6:.1f} MB quantised, {size['saml_bytes'] / 1e6:.1f} MB with "
         f"experts ({size['ratio']:.2f}x smaller). {_measured(found)}"
     )
     return "\n".join(lines)
+
+
+def _called(model: str) -> str:
+    """Whisper's names alone say little."""
+    return model if model.startswith("conformer") else f"Whisper {model}"
 
 
 def _measured(found: dict[str, dict[str, Any]]) -> str:
@@ -75,9 +79,7 @@ def sizes(results: Path) -> str:
     """Megabytes of a model on disk, by how much of it is there."""
     found = [read(results / f"{file}-test-other.json") for file in ("wer", "wer-base")]
     keys = ("full_bytes", "quantised_bytes", "saml_bytes")
-    rows = [
-        [f"Whisper {d['model']}", *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found
-    ]
+    rows = [[_called(d["model"]), *(f"{d['size'][k] / 1e6:.1f} MB" for k in keys)] for d in found]
     return "\n".join(markdown_table(["model", "float32", "quantised", "with experts"], rows))
 
 
@@ -121,7 +123,7 @@ def rounding(results: Path) -> str:
         first, last = rounding_rows.HEADS
         lines = markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
         lines.append(
-            f"{about['model']}; clips: {clips}. Measured on: {about['device']}; torch "
+            f"{_called(about['model'])}; clips: {clips}. Measured on: {about['device']}; torch "
             f"{about['versions']['torch']}; {about['date']}."
         )
         parts.append("\n".join(lines))

@@ -67,7 +67,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
             moved = (weight.dequantize() - original).mean(dim=0).half()
             tensors[f"{name}.moved"] = moved
         _, rank_of = _order(format)
-        ranks = rank_of[_codes(weight.codes, original.numel()).long()]
+        ranks = rank_of[_codes(weight.codes, original.numel()).int()]
         differences = (ranks - _nearest(original, moved, weight)) & 15
         tensors[f"{name}.codes"] = _deflated(pack_codes(differences))
         tensors[f"{name}.absmax"] = _deflated(weight.absmax)

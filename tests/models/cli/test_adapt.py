@@ -1,13 +1,12 @@
 """`saml adapt` and `saml speakers`: what works, what is refused, and what goes on."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
-from command_line import assert_refused, bad_audio, saml
+from command_line import assert_refused, bad_audio, interrupted, saml
 
 from saml_models.speakers.profile import SpeakerProfile
 
@@ -99,23 +98,12 @@ def test_interrupted_adaptation_says_where_it_is_and_goes_on(
     monkeypatch.setattr(adaptation, "ADAPTATION", options)
     out = tmp_path / "ann.safetensors"
     checkpoint = tmp_path / "ann.safetensors.checkpoint"
-    steps = []
-
-    def stop(done, total, note=""):
-        steps.append(done)
-        if len(steps) == 1:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def impatient(label):
-        yield stop
-
-    monkeypatch.setattr(adapt_command, "progress", impatient)
+    steps = interrupted(monkeypatch, adapt_command, after=1)
     command = ("adapt", "--model", model, "--data", manifest, "--out", out, "--epochs", 1)
     assert_refused(saml(*command), checkpoint, "same command", code=130)
     assert list(tmp_path.iterdir()) == [checkpoint]
     assert saml(*command).exit_code == 0
-    assert steps == [1, 2]
+    assert [done for done, *_ in steps] == [1, 2]
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -1,11 +1,10 @@
 """`saml quantize` and `saml pretrain`: what they write, refuse and resume."""
 
 import json
-from contextlib import contextmanager
 
 import numpy as np
 import soundfile
-from command_line import assert_refused, saml
+from command_line import assert_refused, interrupted, saml
 
 from saml_kernels import SAMLConfig
 from saml_models.speakers import pretrained
@@ -32,18 +31,7 @@ def test_interrupted_calibration_goes_on_and_is_told_of_on_disk(tmp_path, clips,
     speech.mkdir()
     for clip in clips:  # without their text
         (speech / clip.audio.name).write_bytes(clip.audio.read_bytes())
-    steps = []
-
-    def stop(done, total, note=""):
-        steps.append((done, total, note))
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def impatient(label):
-        yield stop
-
-    monkeypatch.setattr(quantize_command, "progress", impatient)
+    steps = interrupted(monkeypatch, quantize_command, after=5)
     command = ("quantize", out, "--calibration", speech, "--clips", 1, "--seed", 3)
     assert_refused(saml(*command), work, "same command", code=130)
     left = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}

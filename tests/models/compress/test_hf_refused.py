@@ -13,10 +13,7 @@ import torch
 from hf_models import load, make, one_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    WhisperForConditionalGeneration,
-    WhisperModel,
-)
+from transformers import WhisperForConditionalGeneration, WhisperModel
 
 from saml_models.compress.loading import load_model
 

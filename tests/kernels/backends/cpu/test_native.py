@@ -66,18 +66,22 @@ def expected(
     return y, leaves
 
 
+def largest(tensor: Tensor) -> float:
+    """The size of the largest element; 0 where there is none."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
 def assert_close(
     actual: Tensor, wanted: Tensor, dtype: torch.dtype = torch.float32, terms: float = 0.0
 ) -> None:
     """To a tensor's largest element; where sums cancel, to their largest `terms` as well."""
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     assert actual.shape == wanted.shape and actual.dtype == dtype
-    scale = wanted.abs().max().item() if wanted.numel() else 0.0
     torch.testing.assert_close(
         actual.double(),
         wanted.detach(),
         rtol=0.0,
-        atol=tolerance * scale + torch.finfo(torch.float32).eps * terms + 1e-12,
+        atol=tolerance * largest(wanted) + torch.finfo(torch.float32).eps * terms + 1e-12,
     )
 
 
@@ -85,15 +89,15 @@ def check(inputs: Inputs, scaling: float, dtype: torch.dtype = torch.float32) ->
     x, weight, a, b, gates, bias = inputs
     y, leaves = expected(inputs, scaling)
     absolute, sizes = expected(inputs, scaling, torch.abs)
-    largest = absolute.max().item() if absolute.numel() else 0.0
-    assert_close(cpu.forward(x, weight, a, b, gates, bias, scaling), y, dtype, largest)
+    found_y = cpu.forward(x, weight, a, b, gates, bias, scaling)
+    assert_close(found_y, y, dtype, largest(absolute))
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     wanted = torch.autograd.grad(y, leaves, dy.double(), materialize_grads=True)
     terms = torch.autograd.grad(absolute, sizes, dy.double().abs(), materialize_grads=True)
     found = cpu.backward(dy, x, weight, a, b, gates, scaling, (True, True, True, True))
     for gradient, want, sums in zip(found, wanted, terms, strict=True):
         assert gradient is not None
-        assert_close(gradient, want, dtype, sums.max().item() if sums.numel() else 0.0)
+        assert_close(gradient, want, dtype, largest(sums))
 
 
 @few
