@@ -36,6 +36,7 @@ COMMANDS = {
     "conformer": "bench.accuracy.conformer",
     "rounding": "bench.accuracy.rounding",
     "rounding-layers": "bench.accuracy.rounding_layers",
+    "rounding-memory": "bench.accuracy.rounding_memory",
     "own-words": "bench.accuracy.own_words",
     "identification": "bench.accuracy.identification",
     "profiles": "bench.accuracy.profiles",

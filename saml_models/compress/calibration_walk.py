@@ -264,9 +264,11 @@ class Walk(ABC):
         def inside(layer: Any, rows: Tensor) -> Tensor:
             return layer.activation_fn(layer.fc1(rows))
 
+        within = y.new_empty(len(y), rounded.fc1.out_features)  # once: it is the largest of all
         for part in x.split(TOGETHER):
             part.copy_(F.linear(inside(full, part), full.fc2.weight))
-        within = torch.cat([inside(rounded, part) for part in y.split(TOGETHER)])
+        for part, out in zip(y.split(TOGETHER), within.split(TOGETHER), strict=True):
+            out.copy_(inside(rounded, part))
         self._stage(
             [f"{at}.fc2"],
             lambda: state.pairs(within.__getitem__, x.__getitem__),

@@ -10,7 +10,8 @@ own encoder learns from the same for as many epochs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
+from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import bind
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches, scale_branches
 from saml_models.models.whisper.speech_model import WhisperSpeechModel
@@ -99,14 +101,15 @@ def grow_conformer(
         raise SAMLError(f"{kind}: a Conformer grows from a Whisper at full precision")
     if not utterances:
         raise SAMLError("grow: no utterances; give speech of many speakers with its text")
-    samples = training_samples(
-        speech,
-        balanced(utterances, PER_SPEAKER, growth.branches.seed),
-        keep_audio=False,
-        skip_long=True,
-        heard=beside(checkpoint, "heard.json"),
-        on_done=on_heard,
-    )
+    with _windows(model, QUANTISED_MARGIN):  # half the time of whole ones, for style alone
+        samples = training_samples(
+            speech,
+            balanced(utterances, PER_SPEAKER, growth.branches.seed),
+            keep_audio=False,
+            skip_long=True,
+            heard=beside(checkpoint, "heard.json"),
+            on_done=on_heard,
+        )
     share = growth.encoder.teacher
     if share:
         kept = beside(checkpoint, "teacher.safetensors")
@@ -133,6 +136,19 @@ def grow_conformer(
     _keep(grown, model, growth.share)
     grown.config.window_margin = min(WINDOW_MARGIN, max(growth.encoder.margins))
     return grown.requires_grad_(False).eval(), reports
+
+
+@contextmanager
+def _windows(whisper: Any, margin: float) -> Iterator[None]:
+    """Hear clips with so many seconds after them."""
+    settings = vars(whisper.config)
+    before = settings.copy()
+    whisper.config.window_margin = margin
+    try:
+        yield
+    finally:
+        settings.clear()
+        settings.update(before)
 
 
 @torch.no_grad()

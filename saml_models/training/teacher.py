@@ -81,17 +81,22 @@ def taught(
 
 def _ask(teacher: SpeechModel, sample: Sample, known: _Answers) -> None:
     tokens, prompt = teacher.token_ids(sample.text, sample.language)
-    logits = teacher.text_logits(sample.load(), tokens, prompt, QUANTISED_MARGIN)
+    logits = teacher.text_logits(sample.load(), tokens, prompt, _margin(teacher))
     likeliest = logits.softmax(dim=-1).topk(LIKELIEST, dim=-1)
     right = likeliest.indices[:, 0] == torch.tensor(tokens[prompt:], device=logits.device)
     known.ids.append(likeliest.indices.int().cpu())
     known.shares.append((likeliest.values * right[:, None]).half().cpu())
 
 
+def _margin(teacher: SpeechModel) -> float:
+    """What it has learnt, where it says so; else less than a whole window, which takes longer."""
+    return QUANTISED_MARGIN if teacher.margin is None else teacher.margin
+
+
 def _fingerprint(teacher: SpeechModel, samples: Sequence[Sample]) -> str:
     """What must be equal for a file of answers to be of use."""
     clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
-    asked = json.dumps([model_hash(teacher.network), LIKELIEST, QUANTISED_MARGIN, clips])
+    asked = json.dumps([model_hash(teacher.network), LIKELIEST, _margin(teacher), clips])
     return hashlib.sha256(asked.encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from saml_kernels import SAMLError
 from saml_models.cli.main import app
 from saml_models.compress.loading import load_model
 from saml_models.data.corpora import Utterance, utterances_of
-from saml_models.models.interface import margin_of
+from saml_models.models.interface import QUANTISED_MARGIN, margin_of
 from saml_models.models.whisper.conformer import ConformerWhisper, new_branches
 from saml_models.training.checkpoint import checkpoints
 from saml_models.training.grow import BRANCHES, ENCODER, Growth, grow_conformer
@@ -128,6 +128,21 @@ def test_the_whisper_teaches(pair: Any, spoken: list[Utterance]) -> None:
             *pair, spoken, growth, control=True, on_taught=lambda *count: asked.append(count)
         )
         assert asked == heard
+
+
+def test_the_style_is_heard_in_shorter_windows(pair: Any, spoken: list[Utterance]) -> None:
+    bare = [replace(utterance, text="WHAT IS SAID") for utterance in spoken]
+    heard: set[float | None] = set()
+    taught: set[float | None] = set()
+    grow_conformer(
+        *pair,
+        bare,
+        GROWTH,
+        on_heard=lambda *_: heard.add(margin_of(pair[0])),
+        on_taught=lambda *_: taught.add(margin_of(pair[0])),
+    )
+    assert (heard, taught) == ({QUANTISED_MARGIN}, {None})
+    assert "window_margin" not in pair[0].config.to_dict()
 
 
 def test_the_control_is_a_whisper_whose_encoder_learnt(pair: Any, spoken: list[Utterance]) -> None:

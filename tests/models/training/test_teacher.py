@@ -15,6 +15,7 @@ from torch import nn
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance
+from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import bind
 from saml_models.training import teacher as module
 from saml_models.training.batches import BatchMaker, Sample, SoftTargets
@@ -31,8 +32,9 @@ PLAIN = TrainingOptions(speeds=(1.0,), margins=(1.0,), freq_masks=0, time_masks=
 class Teacher:
     """Says at each token what `logits` holds, and counts the clips."""
 
-    def __init__(self) -> None:
-        self.network, self.asked = nn.Linear(2, 2), 0
+    def __init__(self, margin: float | None = None) -> None:
+        self.network, self.asked, self.margin = nn.Linear(2, 2), 0, margin
+        self.heard_in: set[float] = set()
         self.logits = torch.randn(5, VOCABULARY)
 
     def token_ids(self, text: str, language: str | None) -> tuple[list[int], int]:
@@ -40,6 +42,7 @@ class Teacher:
 
     def text_logits(self, clip: Any, tokens: list[int], prompt: int, margin: float) -> torch.Tensor:
         self.asked += 1
+        self.heard_in.add(margin)
         return self.logits[: len(tokens) - prompt]
 
 
@@ -58,6 +61,13 @@ def test_only_what_the_teacher_has_right_is_kept() -> None:
     expected = teacher.logits[[0, 2]].softmax(dim=-1).topk(module.LIKELIEST)
     np.testing.assert_array_equal(soft.ids[[0, 2]], expected.indices)
     np.testing.assert_allclose(soft.shares[[0, 2]], expected.values / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("own", "given"), [(None, QUANTISED_MARGIN), (2.0, 2.0)])
+def test_a_teacher_hears_in_the_windows_it_knows(own: float | None, given: float) -> None:
+    teacher: Any = Teacher(own)
+    taught(teacher, clips("1 2", "3"), 0.5)
+    assert teacher.heard_in == {given}
 
 
 def test_answers_are_kept_and_a_killed_run_asks_for_the_rest(
