@@ -28,21 +28,16 @@ SYSTEMS = {
 def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
     found = {name: read(results / f"{prefix}-{name}.json") for name in sets}
-    rows, heads = [], ["speech", *SYSTEMS.values(), "adapted / full (95 %)"]
-    over_speakers = all("ratios" in data for data in found.values())
-    if over_speakers:
-        heads += ["adapted / experts (95 %)", "by the paper's scoring: full, adapted"]
+    heads = ["speech", *SYSTEMS.values(), "adapted / full (95 %)", "adapted / experts (95 %)"]
+    heads.append("by the paper's scoring: full, adapted")
+    rows = []
     for name, data in found.items():
         who, how = SPEECH[name]
         cells = [f"{data['wer'][system]:.2f}" for system in SYSTEMS]
-        if over_speakers:
-            for key in ("adapted_to_full_precision", "adapted_to_experts"):
-                cells.append(_interval(data["ratios"][key]["ratio"], data["ratios"][key]))
-            own = data["wer_by_scoring"]["paper"]
-            cells.append(f"{own['full_precision']:.2f}, {own['adapted']:.2f}")
-        else:
-            one = data["relative"]
-            cells.append(_interval(one["adapted_to_full_precision"], one))
+        for key in ("adapted_to_full_precision", "adapted_to_experts"):
+            cells.append(_interval(data["ratios"][key]["ratio"], data["ratios"][key]))
+        own = data["wer_by_scoring"]["paper"]
+        cells.append(f"{own['full_precision']:.2f}, {own['adapted']:.2f}")
         rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
     lines = markdown_table(heads, rows)
     model, size = data["model"], data["size"]
