@@ -76,6 +76,8 @@ class Variant:
         if given is True:
             return load_adaptable(self.model)
         experts = Path(given) if given else self.work / "experts.safetensors"
+        if given and not experts.exists():
+            raise SAMLError(f"{self.name}: {experts}: no such file of experts")
         if not experts.exists():
             self.pretrain(experts, show)
         config = replace(SAMLConfig(), **self.changes.get("config", {}))
@@ -134,7 +136,9 @@ def measure(
             {"speaker": fold.speaker, "said": [u.text for u in fold.test]} for fold in folds
         ])  # fmt: skip
         heard = own["heard"].setdefault(key, {})
-        for system in ("experts", *(f"{kind} {s}" for s in seeds for kind in ("adapted", "other"))):
+        # Of one speaker alone there is no other one's adaptation.
+        kinds = ("adapted", "other") if len({f.speaker for f in folds}) > 1 else ("adapted",)
+        for system in ("experts", *(f"{kind} {s}" for s in seeds for kind in kinds)):
             done = heard.setdefault(system, [])
             for number in range(len(done), len(folds)):
                 if not loaded:
@@ -152,6 +156,15 @@ def measure(
             show.print(f"{variant.name}: {key}, {system}")
 
 
+def _own(given: str) -> tuple[str, dict[str, Any]]:
+    """A variant's name and what it changes."""
+    name, _, changes = given.partition(":")
+    try:
+        return name, dict(json.loads(changes))
+    except (TypeError, ValueError) as error:
+        raise SAMLError(f"--variant {given}: expected NAME:{{JSON}}, as in VARIANTS") from error
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Holds LibriSpeech/, speechocean762/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
@@ -166,10 +179,11 @@ def main(
     ] = False,
 ) -> None:
     quiet_libraries()
-    own = dict(one.split(":", 1) for one in variant or [])
-    plan = {name: json.loads(text) for name, text in own.items()}
-    if only or not own:
+    plan = dict(map(_own, variant or []))
+    if only or not plan:
         names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise SAMLError(f"--only {unknown[0]}: expected some of {', '.join(VARIANTS)}")
         plan |= {name: VARIANTS[name] for name in names}
     check_sets(sets.split(","))
     console = Console()

@@ -32,8 +32,10 @@ def pretrain(
     exclude_speakers: Annotated[
         str, typer.Option(help="Comma-separated: kept for adaptation and tests.")
     ] = "",
-    num_experts: Annotated[int, typer.Option(min=1, help="1 is a single LoRA.")] = 4,
-    rank: Annotated[int, typer.Option(min=1, help="Of one expert.")] = 4,
+    num_experts: Annotated[
+        int | None, typer.Option(min=1, help="1 is a single LoRA; default 4.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of one expert; default 4.")] = None,
     per_speaker: Annotated[
         int | None, typer.Option(min=1, help="Utterances of one speaker at most; default 200.")
     ] = None,
@@ -43,7 +45,14 @@ def pretrain(
             min=0.0,
             max=1.0,
             help="Share of the full-precision model's own answers in what is learnt, where they "
-            "are right.",
+            "are right; default 0.5.",
+        ),
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With a folder of `saml quantize` as --model: what it was made of, to teach.",
         ),
     ] = None,
     epochs: Epochs = None,
@@ -52,9 +61,13 @@ def pretrain(
     device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train fresh experts and routers on many speakers: what adaptation starts from."""
+    """Train experts and routers on many speakers: what adaptation starts from.
+
+    They are fresh ones; those of a folder that `saml quantize` wrote go on from where they are.
+    """
     quiet_libraries()
     from saml_kernels import SAMLConfig
+    from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_output
     from saml_models.compress.loading import load_model
     from saml_models.compress.shipped_rounding import compress
@@ -73,10 +86,22 @@ def pretrain(
     if teacher is not None:
         options = replace(options, teacher=teacher)
     network, processor = load_model(model, device_named(device))
-    typer.echo(compress(network, SAMLConfig(num_experts=num_experts, rank=rank)))
-    original = None
-    if options.teacher or starts_from_error(network):
-        original, _ = load_model(model, device_named(device))
+    if not hasattr(network, "saml"):
+        if original is not None:
+            raise SAMLError(f"--original: {model} is at full precision itself; leave it out")
+        typer.echo(compress(network, SAMLConfig(num_experts=num_experts or 4, rank=rank or 4)))
+        original = model
+    elif num_experts or rank:
+        raise SAMLError(f"--num-experts, --rank: {model} has experts; leave these out")
+    elif original is None:
+        if teacher:
+            raise SAMLError(f"--teacher: {model} is quantised; name what it was with --original")
+        options = replace(options, teacher=0.0)
+    full = None
+    if original is not None and (options.teacher or starts_from_error(network)):
+        full, _ = load_model(original, device_named(device))
+        if hasattr(full, "saml") or full.config.vocab_size != network.config.vocab_size:
+            raise SAMLError(f"--original: {original}: expected {model} at full precision")
     checkpoint = checkpoint_of(out)
     with resumable(checkpoint), progress("pretraining") as show:
         profile = learn(
@@ -89,7 +114,7 @@ def pretrain(
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),
             on_taught=lambda done, clips: show(done, clips, "asking the full-precision model"),
-            original=original,
+            original=full,
         )
         profile.save(out)
     about = profile.about

@@ -84,5 +84,5 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

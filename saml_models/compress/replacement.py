@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ from saml_models.compress.shared_routers import (
 __all__ = ["CompressionReport", "replace_layers"]
 
 CROSS_ATTENTIONS = ("encoder_attn", "cross_attn")
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 @dataclass
@@ -254,10 +257,11 @@ def _replacements(
             context,
             block,
             width,
-            None if calibration is None else calibration.weights.get(place.path),
+            None if calibration is None else _beside(layer, calibration.weights.get(place.path)),
         )
         if isinstance(new, SAMLEmbedding):
-            new.finer = None if calibration is None else calibration.finer.get(place.path)
+            finer = None if calibration is None else calibration.finer.get(place.path)
+            new.finer = _beside(layer, finer)
             tied[tie(layer)] = new
     for layer, path in heads.items():
         embedding = tied.get(tie(layer))
@@ -270,6 +274,14 @@ def _replacements(
     for layer, new in made.items():
         new.train(layer.training)
     return made
+
+
+def _beside(layer: nn.Module, part: _Part | None) -> _Part | None:
+    """What a calibration found, on the layer's device; the calibration keeps its own."""
+    device = cast(Tensor, layer.weight).device
+    if part is None or next(part.buffers()).device == device:
+        return part
+    return copy.deepcopy(part).to(device)
 
 
 def _replacement(

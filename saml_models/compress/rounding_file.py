@@ -11,7 +11,7 @@ are as in `QuantizedTensor`; `<layer>.moved`, float16 [columns], is what calibra
 by on average, in weights of so many rows that it helps. Finer rows of a table are there as they
 are, under `<layer>.finer.rows` and `<layer>.finer.weight.` with the parts' names. Parameters that
 calibration moved are there in float16 under their names. The metadata's JSON names format, full
-model and result.
+model and result, and has a checksum of the tensors.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from saml_kernels.quantization.codes import code_table
 from saml_kernels.quantization.tensor import pack_codes
 from saml_models.compress.calibration import Calibration, finer_of, split_finer, stored_finer
 from saml_models.compress.layers import parameters_hash
+from saml_models.compress.packing import tensors_hash
 from saml_models.runtime.tensors import read_description, read_tensors, write_tensors
 
 __all__ = ["read_rounding", "write_rounding"]
@@ -82,6 +83,7 @@ def write_rounding(path: Path, calibration: Calibration, model: nn.Module) -> in
         "parameters": _count(model),
         "model_sha256": parameters_hash(model),
         "weight_hash": calibration.hash(),
+        "tensors_sha256": tensors_hash(tensors),
         "calibration": calibration.about,
     }
     write_tensors(path, tensors, {"saml": json.dumps(about)})
@@ -95,11 +97,11 @@ def read_rounding(
 
     Args:
         path: of a file that `write_rounding` wrote.
-        model: at full precision, on the CPU.
+        model: at full precision, on any device.
         config: of the layers.
 
     Returns:
-        None where the file is of another model or another format.
+        The calibration, on the CPU; None where the file is of another model or another format.
 
     Raises:
         SAMLError: the file is missing, damaged or of a newer version.
@@ -116,6 +118,7 @@ def read_rounding(
         return None
     if about.get("model_sha256") != parameters_hash(model):
         return None
+    whole = about.get("tensors_sha256") == tensors_hash(tensors)
     apart = split_finer(tensors)
     weights = {}
     for name in [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]:
@@ -137,7 +140,7 @@ def read_rounding(
         origin if isinstance(origin, dict) else {},
         finer,
     )
-    if not weights or found.hash() != about.get("weight_hash"):
+    if not (weights and whole) or found.hash() != about.get("weight_hash"):
         raise SAMLError(f"{path}: does not match its description; copy the file again")
     return found
 
@@ -160,8 +163,9 @@ def _weight(
 
 
 def _original(model: nn.Module, name: str) -> Tensor:
+    """On the CPU, wherever the model is."""
     weight: Any = model.get_submodule(name).weight
-    return weight.detach()
+    return weight.detach().cpu()
 
 
 def _nearest(original: Tensor, moved: Tensor | None, weight: QuantizedTensor) -> Tensor:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bench.accuracy import defaults
 from bench.accuracy.defaults_rows import counted, rows
+from saml_kernels import SAMLError
 from saml_models.data.corpora import Utterance
 from saml_models.evaluation.protocol import Fold
 
@@ -120,6 +121,25 @@ def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.M
     variant.asked.clear()
     measure()
     assert variant.asked == []
+    # Of one speaker there is no other one's adaptation.
+    monkeypatch.setattr(Voices, "folds", staticmethod(lambda data: [fold("a"), fold("a")]))
+    stop, found["speech"], found["variants"] = 0, {}, {}
+    measure()
+    assert set(found["variants"]["some name"]["heard"]["choosing"]) == {"experts", "adapted 7"}
+
+
+def test_bad_variants_are_named(tmp_path: Path) -> None:
+    def refused(match: str, **options: Any) -> None:
+        with pytest.raises(SAMLError, match=match):
+            defaults.main(tmp_path, tmp_path / "a.json", tmp_path / "work", **options)
+
+    refused("--only fast: expected some of default, one LoRA", only="default,fast")
+    refused(r"--variant hot: expected NAME", variant=["hot"])
+    refused(r"--variant hot:3: expected NAME", variant=["hot:3"])
+    assert not (tmp_path / "a.json").exists()
+    variant = defaults.Variant("hot", {"experts": "none"}, "tiny.en", tmp_path, tmp_path)
+    with pytest.raises(SAMLError, match="hot: none: no such file"):
+        variant.adaptable(Console(quiet=True))
 
 
 def test_options_from_json() -> None:

@@ -74,3 +74,29 @@ def test_pretrain_writes_experts_that_adapt_starts_from(tmp_path, manifest):
     found, start = SpeakerProfile.load(out), SpeakerProfile.load(experts)
     assert found.weight_hash == start.weight_hash and found.hash != start.hash
     assert pretrained.profile_config(found) == small
+
+
+def test_pretrain_goes_on_from_a_quantised_folder(tmp_path, manifest):
+    small, experts = tmp_path / "small", tmp_path / "experts.safetensors"
+    result = saml("quantize", small)
+    assert result.exit_code == 0, result.output
+    common = ("pretrain", "--model", small, "--data", manifest, "--out", experts, "--epochs", 1)
+    assert_refused(saml(*common, "--rank", 2), "has experts")
+    assert_refused(saml(*common, "--teacher", 0.5), "--original")
+    assert_refused(saml(*common, "--original", small), "at full precision")
+    plain = ("pretrain", "--data", manifest, "--out", experts)
+    assert_refused(saml(*plain, "--original", "tiny.en"), "leave it out")
+    result = saml(*common, "--original", "tiny.en")
+    assert result.exit_code == 0, result.output
+    result = saml(*common, "--overwrite")  # without a teacher
+    assert result.exit_code == 0, result.output
+    start = pretrained.shipped_experts("tiny.en")
+    found = SpeakerProfile.load(experts)
+    assert start is not None
+    assert found.weight_hash == start.weight_hash and found.hash != start.hash
+    out = tmp_path / "ann.safetensors"
+    result = saml(
+        *("adapt", "--model", small, "--data", manifest, "--out", out, "--experts", experts),
+        *("--epochs", 1, "--adapt-utterances", 1),
+    )
+    assert result.exit_code == 0, result.output

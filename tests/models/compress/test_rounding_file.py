@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from synthetic import small_whisper
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from saml_kernels import SAMLConfig, SAMLError, quantize
 from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress import shipped_rounding as shipped_module
+from saml_models.compress.apply import apply_saml
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import quantised_tensors
-from saml_models.compress.rounding_file import read_rounding, write_rounding
+from saml_models.compress.rounding_file import _original, read_rounding, write_rounding
 from saml_models.compress.shipped_rounding import compress, shipped_rounding
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.models.whisper.wheels import find_model
@@ -126,8 +128,31 @@ def test_damage_is_named(model: Any, tmp_path: Path) -> None:
         f"{name} is damaged", {f"{name}.codes": tensors["model.decoder.embed_tokens.codes"].clone()}
     )
     refused("does not match", {}, {"weight_hash": "0" * 64})
+    refused("does not match", {}, {"tensors_sha256": "0" * 64})
+    scales = f"{finer}weight.nested_absmax"  # no part of the weights' own hash
+    refused("does not match", {scales: tensors[scales] * 2})
+    bias = f"{name}.bias"
+    refused("does not match", {bias: tensors[bias] + 1})
     refused("version 9", {}, {"version": 9})
     refused("no rounding", {}, {"kind": "saml-speaker-profile"})
+
+
+def test_a_model_on_another_device(model: Any, tmp_path: Path) -> None:
+    """A CUDA one is read on the CPU, and what a calibration found goes where the model is."""
+    config = SAMLConfig(num_experts=0)
+    made = calibrated(model, config)
+    with FakeTensorMode():
+        elsewhere = torch.nn.Embedding(2, 3, _weight=torch.empty(2, 3, device="cuda"))
+        assert elsewhere.weight.is_cuda
+        assert _original(torch.nn.Sequential(elsewhere), "0").device.type == "cpu"
+    network = copy.deepcopy(model).to("meta")
+    apply_saml(network, config, calibration=made)
+    assert all(
+        buffer.is_meta for one in quantised_tensors(network).values() for buffer in one.buffers()
+    )
+    assert network.model.decoder.embed_tokens.finer.rows.is_meta
+    assert not any(b.is_meta for one in made.weights.values() for b in one.buffers())
+    assert not made.finer["model.decoder.embed_tokens"].rows.is_meta
 
 
 def test_what_ships_is_taken_by_the_weights(
