@@ -3,7 +3,7 @@
     python -m bench windows --data LibriSpeech/test-other --margins 1,10,30
 
 A clip is heard with so many seconds of silence after it, in 30 s at most; the default is
-`models.interface.MARGIN`. Clips are decoded together, greedily; times are of one run.
+`models.interface.QUANTISED_MARGIN`. Clips are decoded together, greedily; times are of one run.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ def calibrate_on(
 
     Args:
         speech, config, recipe, folder: as for `calibrate`.
-        utterances: of which `choose_utterances` takes some; those without text are given the
-            model's own.
+        utterances: of which the first of 1 to 30 s are taken, in the order of
+            `choose_utterances`; those without text are given the model's own.
         seed: of their choice and of the noise.
         count: of the clips, copies not counted.
         on_progress: called with clips and stages done, their number and the name of the last one.
@@ -137,20 +137,20 @@ def calibrate_on(
         SAMLError: as `calibrate`, `choose_utterances` and `prepare_clips`.
     """
     check_can_calibrate(speech)
-    chosen = choose_utterances(utterances, count, seed)
-    total, heard = stages(speech.network), 0
+    drawn = choose_utterances(utterances, len(utterances), seed)
+    most, total, heard = min(count, len(drawn)), stages(speech.network), 0
 
     def on_clip(done: int) -> None:
         nonlocal heard
         heard += done
         if on_progress:
-            on_progress(heard, len(chosen) + total, "what is said")
+            on_progress(heard, most + total, "what is said")
 
     def on_stage(done: int, total: int, title: str) -> None:
         if on_progress:
-            on_progress(len(chosen) + done, len(chosen) + total, title)
+            on_progress(most + done, most + total, title)
 
-    clips = prepare_clips(speech, chosen, seed, on_done=on_clip)
+    clips = prepare_clips(speech, drawn, seed, count=count, on_done=on_clip)
     return calibrate(
         speech,
         clips,

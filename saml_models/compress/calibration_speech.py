@@ -66,6 +66,7 @@ def prepare_clips(
     utterances: Sequence[Utterance],
     seed: int = 0,
     noise: bool = True,
+    count: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[CalibrationClip]:
     """Clips and texts, then a copy of each in noise with the same text.
@@ -79,7 +80,9 @@ def prepare_clips(
         utterances: each in a language of its own.
         seed: of the noise.
         noise: add the copies.
-        on_done: called with the number of clips heard, after each.
+        count: of the clips, copies not counted: the first so many that are not left out; None is
+            all.
+        on_done: called with 1 after each of them.
 
     Raises:
         SAMLError: no clip is left, a text is longer than the decoder takes, or audio cannot be
@@ -87,16 +90,19 @@ def prepare_clips(
     """
     found: list[CalibrationClip] = []
     for utterance in utterances:
+        if len(found) == count:
+            break
         samples = utterance.load()
-        if SHORTEST <= len(samples) / SAMPLE_RATE <= MAX_SECONDS:
-            language = speech.prompt_language([samples])
-            text = utterance.text.strip()
-            if not text or is_bare(text):
-                (heard,) = speech.decode([samples], 1, language)
-                text = in_model_style(text, heard) if text else heard
-            tokens, prompt = speech.token_ids(text, language)
-            check_target(speech.network, utterance.id, tokens)
-            found.append(CalibrationClip(samples, tuple(tokens), prompt))
+        if not SHORTEST <= len(samples) / SAMPLE_RATE <= MAX_SECONDS:
+            continue
+        language = speech.prompt_language([samples])
+        text = utterance.text.strip()
+        if not text or is_bare(text):
+            (heard,) = speech.decode([samples], 1, language)
+            text = in_model_style(text, heard) if text else heard
+        tokens, prompt = speech.token_ids(text, language)
+        check_target(speech.network, utterance.id, tokens)
+        found.append(CalibrationClip(samples, tuple(tokens), prompt))
         if on_done:
             on_done(1)
     if not found:

@@ -18,12 +18,14 @@ from saml_models.runtime.tensors import read_tensors, write_tensors
 
 __all__ = ["fingerprint", "read_stage", "write_stage"]
 
+ALGORITHM = 1  # raised where a change gives other results from the same recipe
 _CODES = ".weight.codes"
 
 
 def fingerprint(model: Any, about: dict[str, Any]) -> str:
-    """SHA-256 (hex) of all that decides the results: weights and recipe."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    """SHA-256 (hex) of all that decides the results: weights, recipe and clips, and how."""
+    told = about | {"algorithm": ALGORITHM}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().contiguous().numpy().tobytes())

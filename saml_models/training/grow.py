@@ -101,6 +101,8 @@ def grow_conformer(
         raise SAMLError(f"{kind}: a Conformer grows from a Whisper at full precision")
     if not utterances:
         raise SAMLError("grow: no utterances; give speech of many speakers with its text")
+    if not 0 <= growth.share <= 1:
+        raise SAMLError(f"grow: a share of {growth.share} of what is learnt; give one from 0 to 1")
     with _windows(model, QUANTISED_MARGIN):  # half the time of whole ones, for style alone
         samples = training_samples(
             speech,

@@ -38,6 +38,7 @@ __all__ = ["Filter", "Label", "adapt_unsupervised", "disagreement", "pseudo_labe
 
 SPEEDS = (0.93, 1.07)  # of the guard
 LEAST = 5  # clips: four to learn from, one to hold back
+FEWEST_WORDS = 0.8  # of those heard before: a voice that is unlike others has words that are none
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def _unless_useless(
     """The profile where held-back clips change less with their speed, else the unadapted one."""
     before, words_before = disagreement(speech, held, None)
     after, words_after = disagreement(speech, held, profile)
-    helps = after < before and words_after >= 0.8 * words_before
+    helps = after < before and words_after >= FEWEST_WORDS * words_before
     about = profile.about | {
         "adapted": helps,
         "guard": {

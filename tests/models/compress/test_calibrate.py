@@ -265,6 +265,17 @@ def test_utterances_of_many_speakers_are_chosen() -> None:
         choose_utterances([])
 
 
+def test_clips_that_are_too_short_or_long_take_no_place(tiny_en: Any) -> None:
+    class Spoken(Utterance):
+        def load(self) -> Any:
+            return np.full(round(16000 * float(self.id)), 0.01, np.float32)
+
+    spoken = [Spoken(length, "a", "Words.", Path("x")) for length in ("0.5", "40", "1", "2", "3")]
+    done: list[int] = []
+    found = prepare_clips(bind(*tiny_en), spoken, noise=False, count=2, on_done=done.append)
+    assert [len(clip.samples) // 16000 for clip in found] == [1, 2] and done == [1, 1]
+
+
 def test_noise_is_as_loud_as_said_and_seeded(tiny_en: Any) -> None:
     class Spoken(Utterance):
         def load(self) -> Any:

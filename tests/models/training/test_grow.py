@@ -156,6 +156,8 @@ def test_the_control_is_a_whisper_whose_encoder_learnt(pair: Any, spoken: list[U
 def test_what_cannot_grow(pair: Any, spoken: list[Utterance]) -> None:
     with pytest.raises(SAMLError, match="no utterances"):
         grow_conformer(*pair, [])
+    with pytest.raises(SAMLError, match="share of 6"):
+        grow_conformer(*pair, spoken, replace(GROWTH, share=6))
     with pytest.raises(SAMLError, match="from a Whisper at full precision"):
         grow_conformer(small_conformer_whisper(), pair[1], spoken)
 
