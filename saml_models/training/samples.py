@@ -95,11 +95,11 @@ class _Heard:
 
     def __init__(self, path: Path | None, speech: SpeechModel) -> None:
         self.path, self.speech = path, speech
-        self.model = model_hash(speech.network)
+        self.by = {"model": model_hash(speech.network), "margin": speech.margin}
         self.known: dict[str, str] = {}
         if path is not None and path.is_file():
             found = read_json(path)
-            if found.get("model") == self.model:
+            if all(found.get(key) == value for key, value in self.by.items()):
                 self.known = {str(k): str(v) for k, v in dict(found.get("heard", {})).items()}
 
     def texts(
@@ -111,6 +111,6 @@ class _Heard:
         fresh = {u.id: text for (u, _), text in zip(missing, heard, strict=True)}
         if self.path is not None and fresh:
             self.known |= fresh
-            write_json(self.path, {"model": self.model, "heard": self.known})
+            write_json(self.path, self.by | {"heard": self.known})
         both = self.known | fresh
         return [both[u.id] if is_bare(u.text) else "" for u, _ in clips]

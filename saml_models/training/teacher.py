@@ -101,15 +101,16 @@ def _fingerprint(teacher: SpeechModel, samples: Sequence[Sample]) -> str:
 
 
 def _read(path: Path | None, about: str) -> _Answers:
-    """Answers to the same questions, or none."""
+    """Answers to the same questions, or none: a file that is damaged is made again."""
     none = _Answers([], [])
     if path is None or not path.is_file():
         return none
-    tensors, found = read_tensors(path)
-    if found.get("asked") != about:
+    try:
+        tensors, found = read_tensors(path)
+        if found.get("asked") != about:
+            return none
+        lengths = tensors["lengths"].tolist()
+        ids, shares = (tensors[part].split(lengths) for part in ("ids", "shares"))
+    except (SAMLError, KeyError, RuntimeError):
         return none
-    lengths = tensors["lengths"].tolist()
-    return _Answers(
-        [one.clone() for one in tensors["ids"].split(lengths)],
-        [one.clone() for one in tensors["shares"].split(lengths)],
-    )
+    return _Answers([one.clone() for one in ids], [one.clone() for one in shares])

@@ -91,6 +91,9 @@ def test_answers_are_kept_and_a_killed_run_asks_for_the_rest(
         np.testing.assert_array_equal(one.teacher.ids, other.teacher.ids)
     taught(teacher, speech[:2], 0.5, path)  # other clips: the file is of no use to them
     assert teacher.asked == 8
+    path.write_bytes(path.read_bytes()[:-9])  # damaged: asked again
+    taught(teacher, speech[:2], 0.5, path)
+    assert teacher.asked == 10
 
 
 def test_the_loss_is_cross_entropy_with_the_mixed_distribution(tiny_en: Any) -> None:
