@@ -149,19 +149,18 @@ class Bench:
         started, cpu = time.monotonic(), time.process_time()
         calibration: Calibration | None = None
         if variant != PLAIN:
-            draw, _, recipe = variant.removeprefix(f"{CALIBRATED} ").partition(" ")
-            place = "-".join([self.name, draw, *recipe.split()])
+            draw, recipe = _parts(variant)
             calibration = calibrate_on(
                 speech,
                 calibration_speech(self.data, self.multilingual, int(draw)),
                 config,
                 self.recipes[recipe],
                 seed=int(draw),
-                folder=None if self.work is None else self.work / place,
+                folder=None if self.work is None else self.work / self.place(variant),
                 on_progress=self.stages(variant),
             )
         if calibration is not None and self.keep is not None:
-            write_rounding(self.keep / f"{place}.safetensors", calibration, speech.network)
+            write_rounding(self.kept(variant, self.keep), calibration, speech.network)
         report = apply_saml(speech.network, config, calibration=calibration)
         return speech, {
             "memory_bytes": report.memory_bytes,
@@ -171,6 +170,15 @@ class Bench:
             "threads": torch.get_num_threads(),
             "calibration": None if calibration is None else calibration.about,
         }
+
+    def place(self, variant: str) -> str:
+        """A calibration's name among files."""
+        draw, recipe = _parts(variant)
+        return "-".join([self.name, draw, *recipe.split()])
+
+    def kept(self, variant: str, folder: Path) -> Path:
+        """Where its rounding is written."""
+        return folder / f"{self.place(variant)}.safetensors"
 
     def stages(self, variant: str) -> Callable[[int, int, str], None]:
         """A bar for a calibration."""
@@ -266,6 +274,15 @@ def measure(
             if counted and "errors" not in own[variant].get(key, {}):
                 own[variant][key]["errors"] = bench.errors(model(variant), key, variant, said)
                 save()
+    for variant in variants:  # results that were there needed no model
+        if bench.keep and variant != PLAIN and not bench.kept(variant, bench.keep).exists():
+            model(variant)
+
+
+def _parts(variant: str) -> tuple[str, str]:
+    """Of a calibrated one: the draw and the recipe's name, which the default one has not."""
+    draw, _, recipe = variant.removeprefix(f"{CALIBRATED} ").partition(" ")
+    return draw, recipe
 
 
 def _recipe(given: str) -> tuple[str, Recipe]:

@@ -111,8 +111,14 @@ def profiles(results: Path) -> str:
 def rounding(results: Path) -> str:
     """WER and KL of full precision, plain and calibrated rounding, from rounding-*.json."""
     found = [read(path) for path in results.glob("rounding-*.json")]
+
+    def rank(data: dict[str, Any]) -> tuple[int, str]:
+        """The most clips first."""
+        clips = sum(len(one["speakers"]) for one in data["speech"].values())
+        return -clips, data["about"]["model"]
+
     parts = []
-    for data in sorted(found, key=lambda data: (-len(data["variants"]), data["about"]["model"])):
+    for data in sorted(found, key=rank):
         about = data["about"]
         clips = ", ".join(f"{len(one['speakers'])} of {k}" for k, one in data["speech"].items())
         first, last = rounding_rows.HEADS
