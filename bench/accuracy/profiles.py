@@ -42,7 +42,7 @@ KINDS = {
     "experts": "pretrained experts",
     "gates": "gates alone",
     "adapted": "own experts",
-    "unsupervised": "own experts, no transcripts",
+    "unsupervised": "own experts, without transcripts (one round)",
     "pruned": "own experts, half of them",
 }
 ROWS, REPEATS = 16, 5

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.accuracy import conformer as grown
 from bench.accuracy import rounding_rows
+from bench.accuracy.profiles import KINDS
 from bench.report.markdown import markdown_table, read
 
 __all__ = ["SPEECH", "conformer", "profiles", "rounding", "sizes", "wer"]
@@ -78,20 +79,11 @@ def sizes(results: Path) -> str:
     return "\n".join(markdown_table(["model", "float32", "quantised", "with experts"], rows))
 
 
-PROFILES = {
-    "experts": "pretrained experts",
-    "gates": "gates alone",
-    "adapted": "own experts",
-    "unsupervised": "own experts, without transcripts (one round)",
-    "pruned": "own experts, half of them",
-}
-
-
 def profiles(results: Path) -> str:
     """WER and bytes by kind of profile, and what many speakers in a batch cost."""
     data = read(results / "voices-tiny.en.json")
     rows = []
-    for kind, label in PROFILES.items():
+    for kind, label in KINDS.items():
         own = [speaker[kind] for speaker in data["speakers"].values()]
         size = statistics.mean(row["bytes"] for row in own)
         seconds = statistics.median(row["seconds"] for row in own)
