@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import conformer as grown
+from bench.accuracy import experts as alone
 from bench.accuracy import rounding_rows
 from bench.accuracy.profiles import KINDS
 from bench.report.markdown import markdown_table, read
 
-__all__ = ["SPEECH", "conformer", "profiles", "rounding", "sizes", "wer"]
+__all__ = ["SPEECH", "conformer", "experts", "profiles", "rounding", "sizes", "wer"]
 
 # The sets of speech that wer-*.json is about: who speaks, and the protocol.
 SPEECH = {
@@ -126,11 +127,22 @@ def rounding(results: Path) -> str:
 def conformer(results: Path) -> str:
     """WER of the Conformer that ships, of it without its branches, and of its Whisper."""
     data = read(results / "conformer-tiny.en.json")
+    return _unadapted(data, grown.HEADS, grown.rows(data), "Full precision, greedy")
+
+
+def experts(results: Path) -> str:
+    """WER of tiny.en at full precision, quantised, and with the experts that ship."""
+    data = read(results / "experts-tiny.en.json")
+    return _unadapted(data, alone.HEADS, alone.rows(data), "Greedy")
+
+
+def _unadapted(data: dict[str, Any], heads: Sequence[str], rows: list[list[str]], how: str) -> str:
+    """A table of systems that heard every utterance of some sets."""
     clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
     about = data["about"]
-    lines = markdown_table(grown.HEADS, grown.rows(data))
+    lines = markdown_table(heads, rows)
     lines.append(
-        f"Full precision, greedy; clips: {clips}. Measured on: {about['device']}; torch "
+        f"{how}; clips: {clips}. Measured on: {about['device']}; torch "
         f"{about['versions']['torch']}; {about['date']}."
     )
     return "\n".join(lines)

@@ -149,6 +149,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
         "wer-conformer", ("train-clean-5", "test-other"), results
     ),
     "conformer": accuracy.conformer,
+    "experts": accuracy.experts,
     "sizes": accuracy.sizes,
     "profiles": accuracy.profiles,
     "cpu-operator": lambda results: _cpu_operator("cpu-operator.json", results),

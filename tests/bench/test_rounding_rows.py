@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,19 +43,22 @@ def test_rates_divergences_and_ratios() -> None:
     assert rows(found)[1] == ["plain", "15.00, 0.1500", "", ""]
 
 
-def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_the_file_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Spoken:
         speaker, text = "a", "some words"
 
-    class Counting:
-        data, full = rounding.Path("data"), "full"
-        sets = rounding.SETS
-
+    class Counting(rounding.Bench):
         def __init__(self) -> None:
             self.calls: list[Any] = []
+            self.name, self.data, self.full = "tiny.en", Path("data"), "full"  # type: ignore[assignment]
+            self.sets, self.keep = rounding.SETS, None
 
         def make(self, variant: str) -> Any:
             self.calls.append(("make", variant))
+            if self.keep and variant != rounding.PLAIN:
+                self.kept(variant, self.keep).touch()
             return variant, {}
 
         def errors(self, speech: Any, key: str, title: str, said: Any) -> Any:
@@ -72,7 +76,7 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
 
     def run(variants: list[str], kl_only: bool) -> list[Any]:
         bench.calls.clear()
-        rounding.measure(bench, found, lambda: saved.append(1), variants, 5, kl_only)  # type: ignore[arg-type]
+        rounding.measure(bench, found, lambda: saved.append(1), variants, 5, kl_only)
         return list(bench.calls)
 
     first = run(["plain"], True)
@@ -87,6 +91,11 @@ def test_what_is_in_the_file_is_not_measured_again(monkeypatch: pytest.MonkeyPat
         ("errors", "plain", key) for key in rounding.ENGLISH
     ]
     assert len(rows(found)) == 3
+    # What is to be kept is made for that, once.
+    bench.keep = tmp_path
+    assert run(["plain", "calibrated 0"], True) == [("make", "calibrated 0")]
+    assert (tmp_path / "tiny.en-0.safetensors").exists()
+    assert run(["plain", "calibrated 0"], True) == []
 
 
 def test_a_recipe_is_its_name_and_its_fields() -> None:
