@@ -30,6 +30,7 @@ import typer
 from rich.console import Console
 
 from bench.accuracy.defaults_rows import HEADS, rows
+from bench.accuracy.named import named
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES, check_sets, training_speech
 from bench.report.environment import about
@@ -156,15 +157,6 @@ def measure(
             show.print(f"{variant.name}: {key}, {system}")
 
 
-def _own(given: str) -> tuple[str, dict[str, Any]]:
-    """A variant's name and what it changes."""
-    name, _, changes = given.partition(":")
-    try:
-        return name, dict(json.loads(changes))
-    except (TypeError, ValueError) as error:
-        raise SAMLError(f"--variant {given}: expected NAME:{{JSON}}, as in VARIANTS") from error
-
-
 def main(
     data: Annotated[Path, typer.Option(help="Holds LibriSpeech/, speechocean762/ and so on.")],
     json_file: Annotated[Path, typer.Option("--json", help="Results, added to.")],
@@ -179,7 +171,9 @@ def main(
     ] = False,
 ) -> None:
     quiet_libraries()
-    plan = dict(map(_own, variant or []))
+    plan: dict[str, dict[str, Any]] = dict(
+        named("--variant", one, dict, ", as in VARIANTS") for one in variant or []
+    )
     if only or not plan:
         names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
         if unknown := [name for name in names if name not in VARIANTS]:

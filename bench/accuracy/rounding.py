@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.accuracy.named import named
 from bench.accuracy.rounding_rows import FULL, HEADS, rows
 from bench.accuracy.speech import training_speech
 from bench.models.clips import spread
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
-from saml_kernels.errors import SAMLError
 from saml_kernels.files import read_json, write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.calibrate import Recipe, calibrate_on
@@ -287,11 +287,7 @@ def _parts(variant: str) -> tuple[str, str]:
 
 def _recipe(given: str) -> tuple[str, Recipe]:
     """Its name and the recipe."""
-    name, _, fields = given.partition(":")
-    try:
-        return name, Recipe(**json.loads(fields))
-    except (TypeError, ValueError) as error:
-        raise SAMLError(f"--recipe {given}: expected NAME:{{JSON}} of Recipe's fields") from error
+    return named("--recipe", given, Recipe, " of Recipe's fields")
 
 
 def main(

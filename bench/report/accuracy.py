@@ -30,8 +30,8 @@ SYSTEMS = {
 def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
     found = {name: read(results / f"{prefix}-{name}.json") for name in sets}
-    heads = ["speech", *SYSTEMS.values(), "adapted / full (95 %)", "adapted / experts (95 %)"]
-    heads.append("by the paper's scoring: full, adapted")
+    ratios = ("adapted / full (95 %)", "adapted / experts (95 %)")
+    heads = ["speech", *SYSTEMS.values(), *ratios, "by the paper's scoring: full, adapted"]
     rows = []
     for name, data in found.items():
         who, how = SPEECH[name]

@@ -242,6 +242,7 @@ def _replacements(
     made: dict[nn.Module, nn.Module] = {}
     tied: dict[int, SAMLEmbedding] = {}
     heads: dict[nn.Module, str] = {}
+    found = calibration or Calibration({})
     for place in places:
         layer: Any = place.layer
         if layer in made or layer in heads:  # registered twice
@@ -257,11 +258,10 @@ def _replacements(
             context,
             block,
             width,
-            None if calibration is None else _beside(layer, calibration.weights.get(place.path)),
+            _beside(layer, found.weights.get(place.path)),
         )
         if isinstance(new, SAMLEmbedding):
-            finer = None if calibration is None else calibration.finer.get(place.path)
-            new.finer = _beside(layer, finer)
+            new.finer = _beside(layer, found.finer.get(place.path))
             tied[tie(layer)] = new
     for layer, path in heads.items():
         embedding = tied.get(tie(layer))
