@@ -1,18 +1,19 @@
 """Recipes of both stages on many voices, compared over speakers.
 
-    python -m bench defaults --data DATA --json bench/results/choices-tiny.en.json --work DIR
+    python -m bench defaults --data DATA --json bench/results/defaults-tiny.en.json --work DIR
     python -m bench defaults ... --only default,"one LoRA" --sets choosing --seeds 0,1,2
     python -m bench defaults ... --variant 'hot:{"adaptation": {"learning_rate": 4e-4}}'
 
 Stage 1 of a variant is `pretrain` on the training speech (or `"experts": FILE`, or with
-`"experts": true` what ships), stage 2 `adapt` on each fold of each set of voices (`VOICES`), the
-experts alone, adapted with each seed, and another speaker's adaptation are then heard on the fold's
-other utterances, greedily. Defaults are chosen on the set "choosing", forty voices.
+`"experts": true` what ships, with `"experts": false` nothing), stage 2 `adapt` on each fold of each
+set of voices (`VOICES`), the experts alone, adapted with each seed, and another speaker's
+adaptation are then heard on the fold's other utterances, greedily. Defaults are chosen on the set
+"choosing", forty voices.
 
-Each variant runs in a process of its own. What was heard is written after each fold, and what is in
-the file is not done again; `--work` keeps stage 1's checkpoint, experts and profiles. The table
-gives pooled word error rates, ratios with 95 % intervals over speakers, and how many speakers
-adaptation made worse.
+Each variant runs in a process of its own. Errors are written after each fold, without what was
+said, and what is in the file is not done again; `--work` keeps stage 1's checkpoint, experts and
+profiles. The table gives pooled word error rates, ratios with 95 % intervals over speakers, how
+many speakers adaptation made worse, and how many of what was heard ran into loops.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.files import write_json
 from saml_models.compress.loading import load_model
 from saml_models.compress.shipped_rounding import compress
-from saml_models.evaluation.protocol import Fold, other_fold
+from saml_models.evaluation.protocol import Fold, in_loop, other_fold
 from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.text.wer import WordErrors, word_errors
 from saml_models.training.adapt import ADAPTATION, adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pretrain import PRETRAINING, pretrain
@@ -74,14 +76,16 @@ class Variant:
     def adaptable(self, show: Console) -> tuple[Any, Any]:
         """The model with the experts of this variant's stage 1."""
         given = self.changes.get("experts")
+        config = replace(SAMLConfig(), **self.changes.get("config", {}))
         if given is True:
             return load_adaptable(self.model)
+        if given is False:
+            return load_adaptable(self.model, config)
         experts = Path(given) if given else self.work / "experts.safetensors"
         if given and not experts.exists():
             raise SAMLError(f"{self.name}: {experts}: no such file of experts")
         if not experts.exists():
             self.pretrain(experts, show)
-        config = replace(SAMLConfig(), **self.changes.get("config", {}))
         network, processor = load_adaptable(self.model, config, experts)
         return network, processor
 
@@ -133,9 +137,7 @@ def measure(
     loaded: list[tuple[Any, Any]] = []
     for key in sets:
         folds = VOICES[key].folds(variant.data)
-        results["speech"].setdefault(key, [
-            {"speaker": fold.speaker, "said": [u.text for u in fold.test]} for fold in folds
-        ])  # fmt: skip
+        results["speech"].setdefault(key, _said(folds))
         heard = own["heard"].setdefault(key, {})
         # Of one speaker alone there is no other one's adaptation.
         kinds = ("adapted", "other") if len({f.speaker for f in folds}) > 1 else ("adapted",)
@@ -152,9 +154,25 @@ def measure(
                     place = variant.work / f"{key}-{seed}"
                     profile = variant.adapted(loaded[0], folds, chosen, place, int(seed))
                 clips = [u.load() for u in folds[number].test]
-                done.append(decode_clips(bind(*loaded[0]), clips, speakers=[profile] * len(clips)))
+                speech = bind(*loaded[0])
+                texts = decode_clips(speech, clips, speakers=[profile] * len(clips))
+                errors = [one.errors for one in _errors(folds[number], texts)]
+                done.append({"errors": errors, "loops": sum(in_loop(speech, t) for t in texts)})
                 save()
             show.print(f"{variant.name}: {key}, {system}")
+
+
+def _said(folds: Sequence[Fold]) -> dict[str, list[Any]]:
+    """Speaker and number of words of each utterance that is heard."""
+    counts = [one for fold in folds for one in _errors(fold, [u.text for u in fold.test])]
+    return {
+        "speakers": [fold.speaker for fold in folds for _ in fold.test],
+        "words": [one.words for one in counts],
+    }
+
+
+def _errors(fold: Fold, heard: Sequence[str]) -> list[WordErrors]:
+    return word_errors([u.text for u in fold.test], heard)
 
 
 def main(

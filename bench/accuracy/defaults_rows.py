@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.accuracy.over_speakers import made_worse, ratio
-from saml_models.text.wer import WordErrors, word_errors
 
-__all__ = ["HEADS", "counted", "rows"]
+__all__ = ["HEADS", "counted", "loops", "rows"]
 
 HEADS = (
     "variant",
@@ -18,12 +17,13 @@ HEADS = (
     "to another's",
     "to the first variant",
     "made worse",
+    "loops",
 )
 
-Counts = list[WordErrors]
+Runs = list[list[int]]
 
 
-def counted(results: dict[str, Any], variant: str, key: str, kind: str) -> list[Counts]:
+def counted(results: dict[str, Any], variant: str, key: str, kind: str) -> Runs:
     """Word errors of each utterance, in order, of each seed that was heard to the end.
 
     Args:
@@ -32,18 +32,19 @@ def counted(results: dict[str, Any], variant: str, key: str, kind: str) -> list[
         key: the set of voices.
         kind: "experts", "adapted" or "other".
     """
-    speech = results["speech"][key]
-    said = [text for fold in speech for text in fold["said"]]
     found = []
     for system, folds in results["variants"][variant]["heard"].get(key, {}).items():
-        if system.split(" ")[0] == kind and len(folds) == len(speech):
-            found.append(word_errors(said, [text for fold in folds for text in fold]))
+        errors = [count for fold in folds for count in fold["errors"]]
+        if system.split(" ")[0] == kind and len(errors) == len(results["speech"][key]["words"]):
+            found.append(errors)
     return found
 
 
-def speakers(results: dict[str, Any], key: str) -> list[str]:
-    """Of each utterance."""
-    return [fold["speaker"] for fold in results["speech"][key] for _ in fold["said"]]
+def loops(results: dict[str, Any], variant: str, key: str) -> int:
+    """How many utterances ran into a loop after adaptation, of all seeds."""
+    heard = results["variants"][variant]["heard"][key]
+    own = [folds for system, folds in heard.items() if system.startswith("adapted")]
+    return sum(fold["loops"] for folds in own for fold in folds)
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -52,7 +53,8 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     first = next(iter(results["variants"]), "")
     for variant, one in results["variants"].items():
         for key in one["heard"]:
-            owners = speakers(results, key)
+            speech = results["speech"][key]
+            owners, words = speech["speakers"], sum(speech["words"])
             alone, own, other, before = (
                 counted(results, name, key, kind)
                 for name, kind in (
@@ -66,34 +68,34 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
                 [
                     variant,
                     key,
-                    _rate(alone),
-                    _rate(own),
+                    _rate(alone, words),
+                    _rate(own, words),
                     _ratio(owners, own, alone),
                     _ratio(owners, own, other),
                     "" if variant == first else _ratio(owners, own, before),
                     _worse(owners, own, alone),
+                    str(loops(results, variant, key)),
                 ]
             )
     return found
 
 
-def _rate(runs: list[Counts]) -> str:
-    total = sum((one for run in runs for one in run), start=WordErrors())
-    return f"{total.wer:.2f}" if runs else ""
+def _rate(runs: Runs, words: int) -> str:
+    return f"{100 * sum(_mean(runs)) / words:.2f}" if runs else ""
 
 
-def _errors(runs: list[Counts]) -> list[float]:
-    """Of each utterance, mean over seeds."""
-    return [sum(one.errors for one in same) / len(same) for same in zip(*runs, strict=True)]
+def _mean(runs: Runs) -> list[float]:
+    """Of each utterance, over seeds."""
+    return [sum(same) / len(same) for same in zip(*runs, strict=True)]
 
 
-def _ratio(owners: list[str], runs: list[Counts], others: list[Counts]) -> str:
+def _ratio(owners: list[str], runs: Runs, others: Runs) -> str:
     if not runs or not others:
         return ""
-    return ratio(owners, _errors(runs), _errors(others))
+    return ratio(owners, _mean(runs), _mean(others))
 
 
-def _worse(owners: list[str], own: list[Counts], alone: list[Counts]) -> str:
+def _worse(owners: list[str], own: Runs, alone: Runs) -> str:
     if not own or not alone:
         return ""
-    return made_worse(owners, _errors(own), _errors(alone))
+    return made_worse(owners, _mean(own), _mean(alone))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import conformer as grown
+from bench.accuracy import defaults_rows, rounding_rows
 from bench.accuracy import experts as alone
-from bench.accuracy import rounding_rows
 from bench.accuracy.profiles import KINDS
 from bench.report.markdown import markdown_table, read
 
-__all__ = ["SPEECH", "conformer", "experts", "profiles", "rounding", "sizes", "wer"]
+__all__ = ["SPEECH", "conformer", "experts", "profiles", "rounding", "sizes", "variants", "wer"]
 
 # The sets of speech that wer-*.json is about: who speaks, and the protocol.
 SPEECH = {
@@ -116,10 +116,7 @@ def rounding(results: Path) -> str:
         clips = ", ".join(f"{len(one['speakers'])} of {k}" for k, one in data["speech"].items())
         first, last = rounding_rows.HEADS
         lines = markdown_table([first, *data["speech"], last], rounding_rows.rows(data))
-        lines.append(
-            f"{_called(about['model'])}; clips: {clips}. Measured on: {about['device']}; torch "
-            f"{about['versions']['torch']}; {about['date']}."
-        )
+        lines.append(f"{_called(about['model'])}; clips: {clips}. {_on(about)}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -136,13 +133,21 @@ def experts(results: Path) -> str:
     return _unadapted(data, alone.HEADS, alone.rows(data), "Greedy")
 
 
+def variants(model: str, results: Path) -> str:
+    """Recipes of both stages compared, from defaults-*.json of `bench defaults`."""
+    data = read(results / f"defaults-{model}.json")
+    lines = markdown_table(defaults_rows.HEADS, defaults_rows.rows(data))
+    lines.append(f"{_called(model)}, greedy. {_on(data['about'])}")
+    return "\n".join(lines)
+
+
+def _on(about: dict[str, Any]) -> str:
+    return f"Measured on: {about['device']}; torch {about['versions']['torch']}; {about['date']}."
+
+
 def _unadapted(data: dict[str, Any], heads: Sequence[str], rows: list[list[str]], how: str) -> str:
     """A table of systems that heard every utterance of some sets."""
     clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
-    about = data["about"]
     lines = markdown_table(heads, rows)
-    lines.append(
-        f"{how}; clips: {clips}. Measured on: {about['device']}; torch "
-        f"{about['versions']['torch']}; {about['date']}."
-    )
+    lines.append(f"{how}; clips: {clips}. {_on(data['about'])}")
     return "\n".join(lines)

@@ -145,9 +145,8 @@ def _predicted(devices: tuple[predicted.Named, ...]) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: accuracy.wer("wer", tuple(accuracy.SPEECH), results),
     "wer-base": lambda results: accuracy.wer("wer-base", ("test-other", "speechocean762"), results),
-    "wer-conformer": lambda results: accuracy.wer(
-        "wer-conformer", ("train-clean-5", "test-other"), results
-    ),
+    "wer-conformer": lambda results: accuracy.wer("wer-conformer", tuple(accuracy.SPEECH), results),
+    "defaults-conformer": lambda results: accuracy.variants("conformer-tiny.en", results),
     "conformer": accuracy.conformer,
     "experts": accuracy.experts,
     "sizes": accuracy.sizes,

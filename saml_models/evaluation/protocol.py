@@ -269,7 +269,7 @@ def evaluate(
     def record(system: str, hypotheses: list[str], started: float) -> None:
         result.hypotheses[system] = hypotheses
         result.errors[system] = word_errors(result.references, hypotheses, scoring)
-        result.loops[system] = sum(_is_loop(speech, text) for text in hypotheses)
+        result.loops[system] = sum(in_loop(speech, text) for text in hypotheses)
         result.seconds[system] = time.monotonic() - started
 
     plain = {"full_precision": full, "quantised": quantised, "experts": saml}
@@ -367,7 +367,8 @@ def with_word_errors(
     return replace(profile, about=profile.about | noted)
 
 
-def _is_loop(speech: SpeechModel, text: str) -> bool:
+def in_loop(speech: SpeechModel, text: str) -> bool:
+    """Whether what a model heard repeats itself to no end; see `models.loops`."""
     ids, prompt = speech.token_ids(text)
     return is_loop(ids[prompt:-1], len(ids))
 

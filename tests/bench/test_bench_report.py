@@ -121,6 +121,17 @@ def test_tables_of_results_by_hand(tmp_path):
         "Whisper tiny.en: 10.0 MB in float32, 2.0 MB quantised, 2.5 MB with experts (4.00x "
         "smaller). Measured on: a machine; torch 2.13.0; 2026-01-02."
     )
+    heard = {"experts": [{"errors": [2], "loops": 0}], "adapted 0": [{"errors": [1], "loops": 0}]}
+    data = {
+        "about": {"model": "x", "device": "a machine", "date": "now", "versions": {"torch": "2"}},
+        "speech": {"readers": {"speakers": ["a"], "words": [4]}},
+        "variants": {"one LoRA": {"heard": {"readers": heard}}},
+    }
+    (tmp_path / "defaults-conformer-tiny.en.json").write_text(json.dumps(data))
+    assert TABLES["defaults-conformer"](tmp_path).splitlines()[2:] == [
+        "| one LoRA | readers | 50.00 | 25.00 | 0.500 |  |  | 0 of 1 | 0 |", "",
+        "conformer-tiny.en, greedy. Measured on: a machine; torch 2; now.",
+    ]  # fmt: skip
     row = {"in": 64, "out": 32, "rows": 1, "experts": 0.5, "experts_over_bitsandbytes": 0.25}
     rows = [row | {"warm": True}, row | {"warm": False, "experts": 0.75}]
     (tmp_path / "cpu-operator.json").write_text(json.dumps({"about": "a CPU", "rows": rows}))

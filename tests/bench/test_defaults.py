@@ -10,20 +10,19 @@ from rich.console import Console
 
 from bench.accuracy import defaults
 from bench.accuracy.defaults_rows import counted, rows
-from saml_kernels import SAMLError
+from saml_kernels import SAMLConfig, SAMLError
 from saml_models.data.corpora import Utterance
 from saml_models.evaluation.protocol import Fold
 
 SAID = "here they all went"
-WRONG = {n: " ".join(["x"] * n + SAID.split()[n:]) for n in range(5)}
 
 
 def results() -> dict[str, Any]:
-    def heard(*counts: int) -> list[list[str]]:
-        return [[WRONG[n]] for n in counts]
+    def heard(*counts: int) -> list[dict[str, Any]]:
+        return [{"errors": [n], "loops": n // 4} for n in counts]
 
     return {
-        "speech": {"choosing": [{"speaker": s, "said": [SAID]} for s in "aabb"]},
+        "speech": {"choosing": {"speakers": ["a", "a", "b", "b"], "words": [4] * 4}},
         "variants": {
             "default": {
                 "heard": {
@@ -47,8 +46,8 @@ def test_rows_pool_seeds_and_compare_the_same_utterances() -> None:
     assert default[:4] == ["default", "choosing", "50.00", "50.00"]
     # Mean errors of the seeds: 1, 1, 3, 3 of the experts' 2 each.
     assert default[4].startswith("1.000 (0.500 to 1.500")
-    assert default[5].startswith("1.000") and default[6] == "" and default[7] == "1 of 2"
-    assert hot[2:6] == ["", "75.00", "", ""] and hot[7] == ""
+    assert default[5].startswith("1.000") and default[6] == "" and default[7:] == ["1 of 2", "2"]
+    assert hot[2:6] == ["", "75.00", "", ""] and hot[7:] == ["", "2"]
     assert hot[6].startswith("1.500 (1.3")
     assert len(counted(results(), "default", "choosing", "adapted")) == 2
 
@@ -92,11 +91,12 @@ def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.M
         heard.append((clips[0], speakers[0]))
         if len(heard) == stop:
             raise KeyboardInterrupt
-        return [SAID] * len(clips)
+        return ["here they walked"] * len(clips)
 
     monkeypatch.setattr(defaults, "VOICES", {"choosing": Voices})
     monkeypatch.setattr(defaults, "decode_clips", decode)
     monkeypatch.setattr(defaults, "bind", lambda *loaded: loaded)
+    monkeypatch.setattr(defaults, "in_loop", lambda speech, text: False)
     variant = Quick("some name", {}, "tiny.en", tmp_path, tmp_path)
     variant.asked = []
     found: dict[str, Any] = {"speech": {}, "variants": {}}
@@ -116,6 +116,8 @@ def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.M
     assert {system: len(folds) for system, folds in own.items()} == {
         "experts": 3, "adapted 7": 3, "other 7": 3,
     }  # fmt: skip
+    assert own["adapted 7"][0] == {"errors": [2], "loops": 0}
+    assert found["speech"]["choosing"] == {"speakers": ["a", "b", "b"], "words": [4, 4, 4]}
     # Another's adaptation is that of the next fold of another speaker.
     assert heard[-3:] == [("a", "profile 1"), ("b", "profile 0"), ("b", "profile 0")]
     variant.asked.clear()
@@ -140,6 +142,14 @@ def test_bad_variants_are_named(tmp_path: Path) -> None:
     variant = defaults.Variant("hot", {"experts": "none"}, "tiny.en", tmp_path, tmp_path)
     with pytest.raises(SAMLError, match="hot: none: no such file"):
         variant.adaptable(Console(quiet=True))
+
+
+def test_experts_that_ship_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(defaults, "load_adaptable", lambda *given: asked.append(given) or (0, 0))
+    for changes in ({"experts": True}, {"experts": False, "config": {"num_experts": 1}}):
+        defaults.Variant("v", changes, "tiny.en", tmp_path, tmp_path).adaptable(Console(quiet=True))
+    assert asked == [("tiny.en",), ("tiny.en", SAMLConfig(num_experts=1))]
 
 
 def test_options_from_json() -> None:
