@@ -14,7 +14,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saml_kernels.cuda import capture, current
+
 __all__ = [
-    "Timing", "Train", "cache_bytes", "captured", "current", "interleaved", "overwrite_caches",
-    "sample", "timed",
+    "Timing", "Train", "cache_bytes", "captured", "interleaved", "overwrite_caches", "sample",
+    "timed",
 ]  # fmt: skip
 
 Train = Sequence[Callable[[], Any]]
@@ -63,11 +64,6 @@ class Timing:
         low, high = self.quartiles
         values = {"median_us": self.median, "low_us": low, "high_us": high}
         return {k: round(v, 2) for k, v in values.items()}
-
-
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block a GPU is the current one: events, streams and captures go by that."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -185,20 +181,20 @@ def timed(
 class _Replay:
     """A captured graph, its last result, and the calls whose memory it reads."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     result: Any
     train: Train
 
     def __call__(self) -> Any:
-        self.graph.replay()
+        self.replay()
         return self.result
 
 
 def captured(train: Train) -> Callable[[], Any]:
     """The whole train as one CUDA graph of the current device.
 
-    A graph holds the addresses of what its kernels read, and keeps none of it alive. What the calls
-    of `train` hold (weights, inputs) is kept by what this returns; it must not be replaced.
+    What the calls of `train` hold (weights, inputs) is kept by what this returns; it must not be
+    replaced.
 
     Returns:
         Replays the graph and gives the last result.
@@ -212,19 +208,5 @@ def captured(train: Train) -> Callable[[], Any]:
         for call in train:
             call()
     before.wait_stream(stream)
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    results = []
-    try:
-        with torch.cuda.graph(graph, pool, stream):
-            for call in train:
-                results.append(call())
-    except Exception:
-        # Where a capture cannot be ended, torch leaves its stream current and its allocator in the
-        # capture, and whoever empties the cache next fails.
-        torch.cuda.set_stream(before)
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(before.device_index, pool)
-            torch._C._cuda_releasePool(before.device_index, pool)
-        raise
-
-    return _Replay(graph, results[-1], tuple(train))
+    results, replay = capture(lambda: [call() for call in train], before.device)
+    return _Replay(replay, results[-1], tuple(train))

@@ -84,7 +84,7 @@ class Recogniser:
             name_or_path: openai-whisper's name ("tiny.en"), a Hugging Face id, or a folder in
                 Hugging Face's, CTranslate2's or `Recogniser.save`'s layout.
             device: None is the CPU.
-            dtype: of what stays in floating point; None is float32.
+            dtype: of what stays in floating point but experts and routers; None is float32.
             experts: a file that `saml pretrain` wrote, or the name of experts in this package
                 ("english" for base); None takes those that ship for this model, if there are any.
             compress: False leaves the model at full precision; it cannot be adapted then.
@@ -100,7 +100,7 @@ class Recogniser:
         else:
             pair = load_model(name_or_path, device)
         if dtype is not None:
-            pair[0].to(dtype)
+            _cast(pair[0], dtype)
         return cls(*pair)
 
     @classmethod
@@ -400,3 +400,12 @@ def load(
 def _is_samples(audio: Any) -> bool:
     """Whether a list holds numbers, and not recordings."""
     return len(audio) > 0 and isinstance(audio[0], int | float)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """All but experts and routers: the hash of their numbers is in profiles."""
+    saml = getattr(model, "saml", None)
+    own = [] if saml is None else [(p, p.data) for p in saml.experts().values()]
+    model.to(dtype)
+    for parameter, data in own:
+        parameter.data = data

@@ -49,13 +49,15 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     `.replayed` is called at each replay, `.before` is the stream outside of captures, and `.told`
     lists what was made current.
     """
-    before = SimpleNamespace(device_index=1, wait_stream=lambda other: None)
+    before = SimpleNamespace(
+        device=torch.device("cpu"), device_index=1, wait_stream=lambda other: None
+    )
     fakes = SimpleNamespace(replayed=lambda: None, before=before, told=[])
     side = SimpleNamespace(wait_stream=lambda other: None)
     graph = SimpleNamespace(replay=lambda: fakes.replayed())
     for name, fake in {
         "Stream": lambda: side, "current_stream": lambda: before, "CUDAGraph": lambda: graph,
-        "stream": lambda s: nullcontext(), "graph": lambda *given: nullcontext(),
+        "stream": lambda s: nullcontext(), "graph": lambda *given, **how: nullcontext(),
         "graph_pool_handle": lambda: (0, 7), "set_stream": fakes.told.append,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)

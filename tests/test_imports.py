@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Each imports from those above it and from itself; those on one line do not import each other.
 ORDER = [
-    ("saml_kernels.errors", "saml_kernels.timing"),
+    ("saml_kernels.cuda", "saml_kernels.errors"),
+    ("saml_kernels.timing",),
     ("saml_kernels.files",),
     ("saml_kernels.quantization",),
     ("saml_kernels.config",),

@@ -16,8 +16,9 @@ from bench.layers.registry import contenders
 from bench.layers.roofline import Roofs, measure_roofs
 from bench.layers.stage import Stage, Step
 from bench.report.file import Results
+from saml_kernels.cuda import current
 from saml_kernels.errors import SAMLError
-from saml_kernels.timing import captured, current, interleaved, sample
+from saml_kernels.timing import captured, interleaved, sample
 
 __all__ = ["Setting", "chosen", "run_case", "run_cases", "takes_part"]
 

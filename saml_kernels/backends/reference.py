@@ -26,6 +26,7 @@ __all__ = [
     "Gating",
     "Gradients",
     "backward",
+    "everybodys_logits",
     "forward",
     "gates_from_logits",
     "route",
@@ -87,15 +88,20 @@ def route(
         top_k, temperature: see `gates_from_logits`.
         speakers: integers, or None.
     """
-    if speakers is None:
-        logits = F.linear(x, router)
-    else:
-        count, experts, _ = router.shape
-        everyone = F.linear(x, router.flatten(0, 1)).unflatten(-1, (count, experts))
-        # An index out of range is the backend's to report.
-        index = speakers.clamp(0, count - 1).long().expand(x.shape[:-1])[..., None, None]
-        logits = everyone.gather(-2, index.expand(*x.shape[:-1], 1, experts)).squeeze(-2)
+    logits = F.linear(x, router) if speakers is None else everybodys_logits(x, router, speakers)
     return gates_from_logits(logits, top_k, temperature).to(x.dtype)
+
+
+def everybodys_logits(x: Tensor, router: Tensor, speakers: Tensor) -> Tensor:
+    """x V_s^T, s the speaker of a row: x [..., K], router [S, E, K], speakers [...] -> [..., E].
+
+    All routers are applied, and of each row its speaker's are taken.
+    """
+    count, experts, _ = router.shape
+    everyone = F.linear(x, router.flatten(0, 1)).unflatten(-1, (count, experts))
+    # An index out of range is the backend's to report.
+    index = speakers.clamp(0, count - 1).long().expand(x.shape[:-1])[..., None, None]
+    return everyone.gather(-2, index.expand(*x.shape[:-1], 1, experts)).squeeze(-2)
 
 
 def saml_linear_reference(

@@ -21,6 +21,7 @@ from saml_kernels.backends.triton.facts import Facts, weight_parts
 from saml_kernels.backends.triton.launcher import on_device
 from saml_kernels.backends.triton.plan import backward_plan, forward_plan
 from saml_kernels.backends.triton.signature import ALIGNMENT
+from saml_kernels.cuda import keep
 from saml_kernels.ops.arguments import autocast_dtype, check, span
 from saml_kernels.ops.autograd import Operator, learning
 from saml_kernels.quantization.tensor import QuantizedTensor
@@ -68,6 +69,7 @@ class Prepared:
         self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
         self.changes = configs.changes
         self.calls: dict[Any, Kind] = {}
+        self.biases: dict[torch.dtype, tuple[int, Tensor]] = {}  # cast, and of which version
 
     def __deepcopy__(self, memo: Any) -> None:
         """None: a copied layer is prepared anew."""
@@ -217,7 +219,7 @@ class Kind:
         )  # fmt: skip
         self.plan = forward_plan(self.facts, keep)
         self.casts_bias = self.plan.route == "scratch" and bias is not None and bias.dtype != dtype
-        self.bias: tuple[int, Tensor] | None = None
+        self.biases = layer.biases
         self.backward_facts: dict[bool, Facts] = {}
 
     def given(
@@ -265,10 +267,14 @@ class Kind:
         """The bias in the type that cuBLAS wants, cast again where it was changed in place."""
         if bias.is_inference():  # which counts no versions
             return bias.to(self.dtype)
-        version = bias._version
-        if self.bias is None or self.bias[0] != version:
-            self.bias = (version, bias.detach().to(self.dtype))
-        return self.bias[1]
+        found = self.biases.get(self.dtype)
+        if found is not None and found[0] == bias._version:
+            keep(found[1])
+            return found[1]
+        cast = bias.detach().to(self.dtype)
+        if not (cast.is_cuda and torch.cuda.is_current_stream_capturing()):  # it has no values yet
+            self.biases[self.dtype] = bias._version, cast
+        return cast
 
 
 class _Bound:

@@ -28,7 +28,8 @@ def on_device(model: Any, device: str | torch.device | None) -> Any:
 def mixed_precision(device: torch.device) -> str:
     """The accelerate name of the fastest safe precision: "bf16", "fp16" or "no"."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Cards before Ampere emulate it, slowly.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return "bf16"
     return "no"

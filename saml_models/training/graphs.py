@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saml_kernels.cuda import capture
 from saml_kernels.errors import SAMLError, one_line
 from saml_models.training.batches import Batch
 
@@ -51,21 +52,17 @@ def why_not_graphed(
 
 
 class CudaCapture:
-    """What `GraphedPass` captures with on the current CUDA device; its graphs share their memory.
+    """What `GraphedPass` captures with on a CUDA device; its graphs share their memory.
 
     They may, as they are replayed one at a time and each result is read before the next replay.
     """
 
-    def __init__(self) -> None:
-        self.pool: Any = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """The tensor that `run` gives, once what is returned with it was called."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread pins the memory of the next batch meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = run()
-        return loss, graph.replay
+        return capture(run, self.device, self.pool)
 
 
 @dataclass

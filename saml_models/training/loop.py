@@ -89,6 +89,8 @@ def fit(
     if device.type == "cpu":
         keep_freed_memory()
     accelerator, precision = _accelerator(device)
+    if accelerator.num_processes > 1:
+        device = accelerator.device  # each has its own
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     objective = Objective(speech, options)
     parameters = objective.parameters_trained
@@ -110,7 +112,7 @@ def fit(
         accelerator.backward(loss)
         return loss.detach()
 
-    graphed = _graphed(learn, model, options, accelerator)
+    graphed = _graphed(learn, model, device, options, accelerator)
     ranks, rank = accelerator.num_processes, accelerator.process_index
     batches = plan_batches([s.seconds for s in samples], options)
     steps = math.ceil(len(batches) / ranks)
@@ -126,7 +128,7 @@ def fit(
     todo = [(i, batches[(i * ranks + rank) % len(batches)]) for i in range(done, steps)]
 
     def prepare(job: tuple[int, list[int]]) -> Batch:
-        return make(*job).pinned() if accelerator.device.type == "cuda" else make(*job)
+        return make(*job).pinned() if device.type == "cuda" else make(*job)
 
     accelerators = [device] if device.type == "cuda" else []
     try:
@@ -140,10 +142,7 @@ def fit(
                 for group in optimiser.param_groups:
                     group["lr"] = _learning_rate(i, steps, options)
                 torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
-                if graphed is not None:
-                    loss = graphed(batch)
-                else:
-                    loss = learn(batch.to(accelerator.device))
+                loss = learn(batch.to(device)) if graphed is None else graphed(batch)
                 norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
                 if accelerator.scaler is None:  # float16's has a way of its own
                     loss = torch.where(norm.isfinite(), loss, norm)
@@ -225,17 +224,23 @@ class _Losses:
 def _accelerator(device: torch.device) -> tuple[Accelerator, str]:
     """accelerate's way to the device, and the precision to compute in.
 
-    Its state is one for the whole process: what a Trainer left is taken as it is.
+    Its state is one for the whole process: what a Trainer left, or a model elsewhere, is taken as
+    it is. The device in it counts where several processes learn together; one alone learns where
+    its model is.
     """
     wanted = mixed_precision(device)
-    given = bool(AcceleratorState._shared_state)
-    made = Accelerator(cpu=device.type == "cpu", mixed_precision=None if given else wanted)
+    if AcceleratorState._shared_state:
+        made = Accelerator()
+    else:
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision=wanted)
+    made.device_placement = made.num_processes > 1
     return made, wanted if wanted == "bf16" else made.mixed_precision
 
 
 def _graphed(
     learn: Callable[[Batch], Tensor],
     model: nn.Module,
+    device: torch.device,
     options: TrainingOptions,
     accelerator: Accelerator,
 ) -> GraphedPass | None:
@@ -243,12 +248,12 @@ def _graphed(
     if options.cuda_graphs is False:
         return None
     ctc = hasattr(model, "ctc_head") or hasattr(model, "ctc")
-    device, precision = accelerator.device, accelerator.mixed_precision
     reason = why_not_graphed(
-        model, device, ctc and options.ctc > 0, precision, accelerator.num_processes
-    )
+        model, device, ctc and options.ctc > 0, accelerator.mixed_precision,
+        accelerator.num_processes,
+    )  # fmt: skip
     if reason is None:
-        return GraphedPass(learn, device, CudaCapture(), options.cuda_graphs is True)
+        return GraphedPass(learn, device, CudaCapture(device), options.cuda_graphs is True)
     if options.cuda_graphs:
         raise SAMLError(f"cuda_graphs: not possible here, {reason}; leave it None")
     return None

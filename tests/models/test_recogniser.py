@@ -109,6 +109,14 @@ def test_speakers_by_name_and_one_for_each_recording(
         recogniser.transcribe(paths, speaker=["ann"])
 
 
+def test_experts_of_a_half_model_are_the_same(model: saml.Recogniser, folder: Path) -> None:
+    """Profiles of gates name them by their hash."""
+    half = saml.load("tiny.en", dtype=torch.bfloat16)
+    assert half.model.model.encoder.layer_norm.weight.dtype == torch.bfloat16
+    assert half.model.saml.experts_hash() == model.model.saml.experts_hash()
+    assert isinstance(half.transcribe(folder / "0.wav").text, str)
+
+
 def test_saved_and_loaded(
     model: saml.Recogniser, utterances: list[Utterance], tmp_path: Path
 ) -> None:

@@ -1,9 +1,10 @@
 """Counters that kernels find at zero and leave at zero, never shared by calls that may overlap.
 
 Calls of one stream come one after the other and share theirs. A captured call may be replayed on
-any stream and at any time, so it owns its counters for good: they are cut from a block that was
-zeroed outside of any capture. Where none is left (a block is made by the next call that is not
-captured), the capture itself zeroes new ones, which costs a node of the graph.
+any stream and at any time, so it owns its counters for as long as its graph lives: they are cut
+from a block that was zeroed outside of any capture, and that the graph keeps (`cuda.keep`). Where
+none is left (a block is made by the next call that is not captured), or a graph keeps nothing, the
+capture itself zeroes new ones, which costs a node of the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from saml_kernels.cuda import keep
 
 __all__ = ["Counters", "counters"]
 
@@ -63,6 +66,8 @@ class Counters:
         left = self.block
         if left is None or left.numel() < count:
             self.low = True
+            return self._zeros(count)
+        if not keep(left):
             return self._zeros(count)
         taken = -(-count // STEP) * STEP
         self.block = left[taken:]

@@ -42,10 +42,11 @@ from saml_kernels.backends.triton.configs import (
 from saml_kernels.backends.triton.facts import weight_parts
 from saml_kernels.backends.triton.launcher import triton_errors
 from saml_kernels.backends.triton.plan import backward_plan
+from saml_kernels.cuda import current
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import write_json
 from saml_kernels.quantization.tensor import QuantizedTensor, quantize
-from saml_kernels.timing import current, timed
+from saml_kernels.timing import timed
 
 __all__ = ["DTYPES", "MINUTES", "TOKENS", "Problem", "candidates", "likely", "tune"]
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from saml_kernels.cuda import capture
 from saml_models.models.loops import TEMPERATURES, Tried, best_of, draws, is_loop, once, repeated
 from saml_models.models.own_words import OwnWords, Spelt
 from saml_models.models.whisper.decoder import Decoder, Window, encode
@@ -256,14 +257,11 @@ def _replays(device: torch.device) -> bool:
 def _capture(step: Step) -> Callable[[], None] | None:
     """What replays the step as a CUDA graph; None where it cannot be captured."""
     step.can_replay = False
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
+        return capture(step, step.text.device)[1]
     except RuntimeError as error:
         warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
         return None
-    return graph.replay
 
 
 def _listen(

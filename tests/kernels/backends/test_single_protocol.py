@@ -6,6 +6,8 @@ memory that others see. States are explored until no new one is found; nothing i
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -165,6 +167,13 @@ class Device:
         self.stream, self.captured = 1, False
         cpu = torch.device("cpu")
         self.counters = Counters(cpu, lambda index: self.stream, lambda: self.captured)
+        self.kept = []  # by the graph that is captured
+        monkeypatch.setattr(counters_module, "keep", self.keep)
+
+    def keep(self, tensor):
+        if self.kept is not None:
+            self.kept.append(tensor)
+        return self.kept is not None
 
     def __call__(self, count=10):
         return self.counters.take(count)
@@ -203,6 +212,25 @@ def test_captured_calls_share_with_nobody(gpu):
         t.fill_(7)  # in the middle of a replay
     gpu.captured, gpu.stream = False, 1
     assert gpu() is eager and not gpu().any()
+
+
+def test_counters_live_as_long_as_their_graph(gpu):
+    gpu()
+    gpu.captured = True
+    storage = weakref.ref(gpu(600).untyped_storage())
+    gpu.captured = False
+    gpu()  # another block
+    gpu.captured = True
+    kept, gpu.kept = gpu.kept, []
+    gpu(600)
+    gc.collect()
+    assert storage() is not None
+    del kept
+    gc.collect()
+    assert storage() is None
+    gpu.kept = None  # captured by somebody whose graph keeps nothing: zeroed by the capture
+    one, other = gpu(), gpu()
+    assert apart(one, other, gpu.counters.block)
 
 
 def test_a_block_is_made_outside_of_captures(gpu):

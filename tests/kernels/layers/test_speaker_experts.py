@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from saml_kernels import SAMLConfig, SAMLError, SAMLLinear, quantize
+from saml_kernels.backends import grouping
+from saml_kernels.backends.reference import everybodys_logits
 from saml_kernels.layers.context import BatchContext, SpeakerExperts
 
 K, N, SPEAKERS = 64, 48, 3
@@ -29,6 +31,16 @@ def stacked(layers, offsets=None):
     routers = [layer.router.weight.detach() for layer in layers]
     offset = None if offsets is None else torch.stack(offsets)
     return SpeakerExperts(*map(torch.stack, columns), torch.stack(routers), offset)
+
+
+def test_gates_of_many_speakers_wait_for_no_gpu():
+    """A step that waits cannot be captured."""
+    x, routers = torch.randn(6, 5, K), torch.randn(SPEAKERS, 4, K)
+    speakers = torch.tensor([0, 2, 2, 1, 0, 2], dtype=torch.int32).unsqueeze(1)
+    expected = grouping.logits(x, routers, speakers)
+    torch.testing.assert_close(everybodys_logits(x, routers, speakers), expected)
+    # Without values, whoever asks for them fails.
+    assert grouping.logits(*(t.to("meta") for t in (x, routers, speakers))).shape == expected.shape
 
 
 CONFIGS = {

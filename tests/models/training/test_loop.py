@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from synthetic import small_whisper
 
 from saml_kernels import SAMLConfig, SAMLError
@@ -315,9 +316,20 @@ def test_adapt_returns_a_profile_and_leaves_the_model_alone(
         adapt(model, tiny_en[1], [replace(utterances[0], text=" ")], options)
 
 
-def test_beside_what_a_trainer_left_in_the_process(tiny_en: Any, samples: list[Sample]) -> None:
-    """accelerate's state is one for the process; another precision in it is no reason to fail."""
+@pytest.fixture
+def left_behind() -> Iterator[None]:
+    """A Trainer's state."""
     AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True, mixed_precision="no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_beside_what_a_trainer_left_in_the_process(
+    device: str, left_behind: None, tiny_en: Any, samples: list[Sample]
+) -> None:
+    """accelerate's state is one for the process: another precision or device in it is no fault."""
+    PartialState().device = torch.device(device)
     report = fit(bind(make(), tiny_en[1]), samples, replace(OPTIONS, epochs=1))
     assert math.isfinite(report.last_loss)

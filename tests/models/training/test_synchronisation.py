@@ -175,7 +175,7 @@ def trained(
 ) -> dict[str, Tensor]:
     """The experts that `fit` ends with, passes going through `capture`."""
     with monkeypatch.context() as patch:
-        patch.setattr(training, "CudaCapture", lambda: capture)
+        patch.setattr(training, "CudaCapture", lambda device: capture)
         patch.setattr(training, "why_not_graphed", lambda *_: None)
         model = whisper()
         fit(bind(model, processor), samples(), replace(OPTIONS, **options))
