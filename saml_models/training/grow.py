@@ -120,8 +120,8 @@ def grow_conformer(
     if control:
         grown = copy.deepcopy(model)
     else:
-        with torch.random.fork_rng([]):  # the caller's state comes back
-            torch.manual_seed(growth.branches.seed)
+        with torch.random.fork_rng([]):  # the caller's state comes back; all is drawn on the CPU
+            torch.default_generator.manual_seed(growth.branches.seed)
             grown = ConformerWhisper.grown_from(model, **growth.sizes)
     encoder = {f"model.encoder.{name}" for name, _ in grown.model.encoder.named_parameters()}
     encoder.discard("model.encoder.embed_positions.weight")  # sinusoids
