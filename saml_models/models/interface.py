@@ -310,6 +310,10 @@ class SpeechModel(ABC):
                 found.append(self.detect_language(piece.clip))
         return found
 
+    def heard_at_once(self, pieces: Sequence[Piece]) -> int:
+        """How many of these pieces, from the first on, `hear` decodes in one pass."""
+        return len(pieces)
+
     @classmethod
     @abstractmethod
     def computed(cls, name: str) -> Callable[[torch.Size], Tensor] | None:

@@ -29,6 +29,7 @@ __all__ = ["Segment", "Transcript", "Word", "transcribe", "transcribe_many"]
 Speaker = SpeakerProfile | str | os.PathLike[str] | None
 
 GATHERED = 2  # batches that wait for each other, to be sorted by length
+HELD = 7200.0  # seconds of audio in memory at once, unless one recording has more: 0.5 GB
 TOGETHER = 32  # clips of a list in one batch at most
 
 
@@ -156,7 +157,7 @@ def transcribe_many(
         waiting: deque[Passage] = deque()  # in their order, begun or finished
         for number, (clip, profile) in enumerate(pairs):
             waiting.append(together.add(clip, profile, options, partial(show, number)))
-            while len(waiting) >= GATHERED * batch_size:
+            while len(waiting) >= GATHERED * batch_size or _held(waiting) > HELD:
                 if not waiting[0].is_done:
                     together.step()
                 else:
@@ -165,6 +166,11 @@ def transcribe_many(
             while not waiting[0].is_done:
                 together.step()
             yield waiting.popleft().result()
+
+
+def _held(waiting: Iterable[Passage]) -> float:
+    """Seconds of audio that are still to be heard."""
+    return sum(passage.seconds for passage in waiting if not passage.is_done)
 
 
 def _with_speakers(

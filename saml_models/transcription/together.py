@@ -2,7 +2,8 @@
 
 A recording asks for one piece at a time (`SpeechModel.pieces`): a clip, or a window of a long
 recording. Pieces of many recordings and speakers share a batch, and who has waited longest comes
-first, so that a short clip never waits for the whole of a long recording.
+first; after a batch for a long recording it is a short one's turn, so that a clip never waits for
+more than one, however many long recordings there are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saml_kernels.errors import SAMLError
-from saml_models.data.audio import MAX_SAMPLES, SAMPLE_RATE
+from saml_models.data.audio import MAX_SAMPLES, MAX_SECONDS, SAMPLE_RATE
 from saml_models.models.interface import DecodingOptions, Piece, SpeechModel
 from saml_models.runtime.threads import shared_cores
 from saml_models.speakers.mixing import hears_short_windows, mixed_batch
@@ -107,6 +108,7 @@ class Together:
         self.speech, self.batch_size = speech, batch_size
         self._going: list[Passage] = []
         self._step = 0
+        self._was_long = False  # who the last step was for
 
     def __len__(self) -> int:
         """Passages that are not done."""
@@ -170,16 +172,22 @@ class Together:
         """Who has waited longest, and those of the same kind nearest to it in length."""
         if not self._going:
             return []
-        first = min(self._going, key=lambda passage: passage.since)
+        is_long = {passage: passage.seconds > MAX_SECONDS for passage in self._going}
+
+        def rank(passage: Passage) -> tuple[bool, int]:
+            return self._was_long and is_long[passage], passage.since
+
+        first = min(self._going, key=rank)
         kind = self._kind(first)
-        alike = [passage for passage in self._going if self._kind(passage) == kind]
+        alike = sorted((p for p in self._going if self._kind(p) == kind), key=rank)
+        self._was_long = is_long[first]
         size = max(1, self.batch_size // first.options.beam_size)
         if kind[0] == "plain":
             alike.sort(key=lambda passage: len(_piece(passage).clip))
             at = alike.index(first)
             start = max(0, min(at - size // 2, len(alike) - size))
             return alike[start : start + size]
-        return sorted(alike, key=lambda passage: passage.since)[:size]
+        return alike[: self.speech.heard_at_once([_piece(p) for p in alike[:size]])]
 
     def _kind(self, passage: Passage) -> tuple[Any, ...]:
         piece, network = _piece(passage), self.speech.network

@@ -44,7 +44,7 @@ from saml_models.models.whisper.languages import (
 )
 from saml_models.models.whisper.longform import generate_segments, read_segments
 from saml_models.models.whisper.recording import windows_of
-from saml_models.models.whisper.timed import can_time, hear_windows
+from saml_models.models.whisper.timed import can_time, hear_windows, heard_at_once
 from saml_models.models.whisper.windows import (
     FRAMES_PER_SECOND,
     FULL_WINDOW,
@@ -175,6 +175,12 @@ class WhisperSpeechModel(SpeechModel):
         if pieces[0].kind == "window":
             return hear_windows(self.network, self.processor, [piece.given for piece in pieces])
         return super().hear(pieces)
+
+    def heard_at_once(self, pieces: Sequence[Piece]) -> int:
+        """Windows by their length."""
+        if pieces[0].kind == "window":
+            return heard_at_once(self.network, [piece.given for piece in pieces])
+        return super().heard_at_once(pieces)
 
     def _alone(
         self,

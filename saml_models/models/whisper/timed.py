@@ -32,7 +32,7 @@ from saml_models.models.whisper.windows import FULL_WINDOW, audio_mask, clip_win
 from saml_models.runtime.prefetch import ahead
 from saml_models.runtime.threads import look
 
-__all__ = ["HeardWindow", "TimedWindow", "can_time", "hear_windows"]
+__all__ = ["HeardWindow", "TimedWindow", "can_time", "hear_windows", "heard_at_once"]
 
 # openai-whisper's: below the first a text is tried again, unless there is no speech.
 LOG_PROB, NO_SPEECH = -1.0, 0.6
@@ -105,8 +105,7 @@ def hear_windows(
             ask = partial(no_speech_probability, model, processor, window.clip)
             if has_speech(window.clip, ask):
                 spoken.append(i)
-    wholes = [window.whole for window in windows]
-    frames = [FULL_WINDOW if whole is None else clip_window(model, whole) for whole in wholes]
+    frames = _frames(model, windows)
     order = sorted(spoken, key=lambda i: frames[i])
     for part in _parts([frames[i] for i in order]):
         rows = order[part]
@@ -117,6 +116,22 @@ def hear_windows(
             for i, found in zip(rows, batch.heard(), strict=True):
                 heard[i] = found
     return heard
+
+
+def heard_at_once(model: Any, windows: Sequence[TimedWindow]) -> int:
+    """How many windows, from the first on, `hear_windows` decodes in one pass; at least one."""
+    longest = 0
+    for count, frames in enumerate(_frames(model, windows)):
+        longest = max(longest, frames)
+        if count and longest * (count + 1) > TOGETHER:
+            return count
+    return len(windows)
+
+
+def _frames(model: Any, windows: Sequence[TimedWindow]) -> list[int]:
+    """Mel frames of each."""
+    wholes = [window.whole for window in windows]
+    return [FULL_WINDOW if whole is None else clip_window(model, whole) for whole in wholes]
 
 
 def _parts(frames: Sequence[int]) -> Iterator[slice]:

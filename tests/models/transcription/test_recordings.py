@@ -1,5 +1,6 @@
 """Transcribing real speech with the real tiny.en."""
 
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from saml_models.models.registry import bind
 from saml_models.models.whisper.wheels import find_model
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import pooled, word_errors
+from saml_models.transcription import recordings
 from saml_models.transcription.clips import decode_clips
 from saml_models.transcription.recordings import transcribe, transcribe_many
 
@@ -181,6 +183,24 @@ def test_many_are_heard_as_one_by_one_and_in_order(small_saml, utterances):
         alone = transcribe(*small_saml, recording, timestamps=False)
         assert one.segments[-1:] and one.text.split()[:2] == alone.text.split()[:2]
     assert {n for n, whole in seen if whole} == set(range(6))
+
+
+def test_long_recordings_are_not_all_in_memory(small_saml, monkeypatch):
+    monkeypatch.setattr(recordings, "HELD", 60.0)
+    alive, most = set(), 0
+
+    def silent():
+        nonlocal most
+        for number in range(8):
+            clip = np.zeros(31 * 16000, np.float32)
+            alive.add(number)
+            weakref.finalize(clip, alive.discard, number)
+            most = max(most, len(alive))
+            yield clip
+
+    found = list(transcribe_many(*small_saml, silent(), batch_size=8))
+    # Two wait, one is read ahead, and whoever reads and yields holds the one before.
+    assert len(found) == 8 and most <= 5
 
 
 def test_a_consumer_that_stops_leaves_the_model_as_it_was(small_saml, utterances):

@@ -48,6 +48,9 @@ class Slow:
             on_text(" ".join(said))
         return " ".join(said), [Segment(0, 0.0, 1.0, " ".join(said))]
 
+    def heard_at_once(self, pieces: Sequence[Piece]) -> int:
+        return min(3, len(pieces))
+
     def hear(self, pieces: Sequence[Piece]) -> list[str]:
         self.batches.append(len(pieces))
         if any(piece.clip[0] == 13 for piece in pieces):
@@ -78,6 +81,19 @@ def test_a_short_one_does_not_wait_for_long_ones(together: Together) -> None:
         together.step()
     assert [p.result().text for p in long] == [" ".join(map(str, range(9)))] * 3
     assert together.step() == [] and max(together.speech.batches) == 2  # type: ignore[attr-defined]
+
+
+def test_a_short_one_waits_for_one_batch_of_many_long_ones() -> None:
+    together = Together(Slow(), 16)  # type: ignore[arg-type]
+    long = np.full(31 * 16000, 9, np.float32)
+    for _ in range(12):
+        together.add(long, None, ENGLISH)
+    for _ in range(2):
+        assert len(together.step()) == 3  # what is decoded in one pass
+    short = [together.add(recording(1), None, ENGLISH) for _ in range(2)]
+    assert together.step()[:2] == short and all(passage.is_done for passage in short)
+    together.add(recording(2), None, ENGLISH)
+    assert [p.seconds > 30 for p in together.step()] == [True] * 3  # the short ones had theirs
 
 
 def test_who_leaves_frees_the_place_and_who_fails_fails_alone(together: Together) -> None:
