@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from saml_models.text.wer import bootstrap_speakers
+from saml_models.text.wer import over_speakers
 
 __all__ = ["made_worse", "ratio", "table"]
 
@@ -18,7 +18,7 @@ def ratio(speakers: Sequence[str], errors: Sequence[float], others: Sequence[flo
         speakers: of each utterance, as are the others.
         errors, others: word errors of both.
     """
-    found, low, high = bootstrap_speakers(speakers, errors, others)
+    found, low, high = over_speakers(speakers, errors, others)
     several = len(set(speakers)) > 1
     return f"{found:.3f} ({low:.3f} to {high:.3f})" if several else f"{found:.3f}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saml_models.text.wer import bootstrap_speakers
+from saml_models.text.wer import over_speakers
 
 __all__ = ["FULL", "HEADS", "mean_kl", "pooled_ratio", "rows", "wer"]
 
@@ -24,13 +24,8 @@ def mean_kl(results: dict[str, Any], variant: str, key: str) -> float:
     return float(sum(one["kl"]) / sum(one["tokens"]))
 
 
-def pooled_ratio(
-    results: dict[str, Any], variant: str, other: str, samples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """WER of one variant to that of another, its sets pooled, and a 95 % interval over speakers.
-
-    Speakers are drawn with replacement, with all that they say, the same ones for both variants.
-    """
+def pooled_ratio(results: dict[str, Any], variant: str, other: str) -> tuple[float, float, float]:
+    """WER of one variant to that of another, its sets pooled, and a 95 % interval over speakers."""
     speakers: list[str] = []
     errors: tuple[list[int], list[int]] = [], []
     for key in counted(results):
@@ -38,7 +33,7 @@ def pooled_ratio(
         speakers += [f"{key} {speaker}" for speaker in speech["speakers"]]
         for own, name in zip(errors, (variant, other), strict=True):
             own += results["variants"][name]["sets"][key]["errors"]
-    return bootstrap_speakers(speakers, *errors, samples, seed)
+    return over_speakers(speakers, *errors)
 
 
 def counted(results: dict[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ class Voices:
         return make_folds(by_speaker(found), self.first, 2)
 
 
-# Defaults are chosen on the first; the others are reported.
+# Defaults are chosen on the first. The others are reported; some choices were made on them too.
 VOICES = {
     "choosing": Voices("speechocean762-more/choosing.jsonl"),
     "learners": Voices("speechocean762/test.jsonl"),

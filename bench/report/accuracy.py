@@ -31,7 +31,7 @@ def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     """WER of every system on each set of speech, from wer-*.json of `saml evaluate`."""
     found = {name: read(results / f"{prefix}-{name}.json") for name in sets}
     ratios = ("adapted / full (95 %)", "adapted / experts (95 %)")
-    heads = ["speech", *SYSTEMS.values(), *ratios, "by the paper's scoring: full, adapted"]
+    heads = ["speech", *SYSTEMS.values(), *ratios, "words counted as in the paper: full, adapted"]
     rows = []
     for name, data in found.items():
         who, how = SPEECH[name]

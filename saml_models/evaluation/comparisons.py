@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saml_models.text.wer import WordErrors, bootstrap_speakers, pooled
+from saml_models.text.wer import WordErrors, over_speakers, pooled
 
 __all__ = ["made_worse", "ratios"]
 
@@ -38,7 +38,7 @@ def ratios(
         amounts, counts = ([e.errors for e in errors[system]] for system in (one, other))
         if not amounts or not sum(counts):
             continue
-        ratio, low, high = bootstrap_speakers(speakers, amounts, counts)
+        ratio, low, high = over_speakers(speakers, amounts, counts)
         found[name] = {
             "ratio": round(ratio, 4),
             "interval_95": [round(low, 4), round(high, 4)] if several else None,

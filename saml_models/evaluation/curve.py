@@ -10,7 +10,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
 from saml_models.evaluation.protocol import Fold
 from saml_models.models.registry import bind
-from saml_models.text.wer import WordErrors, bootstrap_speakers, pooled, word_errors
+from saml_models.text.wer import WordErrors, over_speakers, pooled, word_errors
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
@@ -49,8 +49,8 @@ class Curve:
         after = [one for errors in own.values() for one in errors]
         before = [one for name in own for one in self.errors[0][name]]
         wrong, words = [one.errors for one in after], [one.words for one in after]
-        _, *rate = bootstrap_speakers(owners, wrong, words)
-        _, *ratio = bootstrap_speakers(owners, wrong, [one.errors for one in before])
+        _, *rate = over_speakers(owners, wrong, words)
+        _, *ratio = over_speakers(owners, wrong, [one.errors for one in before])
         several = len(own) > 1
         return {
             "utterances": count,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_models.models.interface import Clip, SpeechModel
-from saml_models.text.wer import bootstrap_speakers
+from saml_models.text.wer import over_speakers
 
 __all__ = ["Divergence", "divergences"]
 
@@ -51,16 +51,9 @@ class Divergence:
         """Share of the tokens, 0 to 1."""
         return sum(self.agreed) / sum(self.tokens)
 
-    def interval(
-        self, speakers: Sequence[str], samples: int = 2000, seed: int = 0
-    ) -> tuple[float, float]:
-        """95 % of `mean`, speakers drawn with replacement with all that they say.
-
-        Args:
-            speakers: of each clip.
-            samples, seed: of the bootstrap.
-        """
-        _, low, high = bootstrap_speakers(speakers, self.kl, self.tokens, samples, seed)
+    def interval(self, speakers: Sequence[str]) -> tuple[float, float]:
+        """95 % of `mean`, over `speakers`, who are given for each clip."""
+        _, low, high = over_speakers(speakers, self.kl, self.tokens)
         return low, high
 
     def to_dict(self) -> dict[str, Any]:

@@ -129,6 +129,10 @@ class Evaluation:
                 speaker: {s: round(self.wer(s, speaker), 3) for s in systems}
                 for speaker in dict.fromkeys(self.speakers)
             },
+            "speaker_words": {
+                speaker: pooled(self._of("full_precision", speaker)).words
+                for speaker in dict.fromkeys(self.speakers)
+            },
             "detail": detail,
             "trainable_parameters": self.trainable,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},

@@ -25,7 +25,7 @@ def test_ratios_are_of_pooled_errors() -> None:
     assert found["quantised_to_full_precision"] == {"ratio": 2.0, "interval_95": [2.0, 2.0]}
     assert found["adapted_to_experts"]["ratio"] == round(6 / 7, 4)
     low, high = found["adapted_to_experts"]["interval_95"]
-    assert 0.5 <= low < 6 / 7 < high <= 1.5
+    assert 0.1 < low < 6 / 7 < high < 7
     # To no errors at all there is no ratio, nor to what was not run.
     assert "adapted_to_other_speaker" not in found
     assert "adapted_to_experts" not in ratios(SPEAKERS, ERRORS | {"adapted": []})

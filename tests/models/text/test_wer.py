@@ -11,9 +11,10 @@ from saml_models.text import normalise as normaliser
 from saml_models.text.normalise import english_spelling, normalise
 from saml_models.text.wer import (
     WordErrors,
+    _student,
     bootstrap_interval,
     bootstrap_ratio,
-    bootstrap_speakers,
+    over_speakers,
     pooled,
     word_errors,
 )
@@ -129,29 +130,38 @@ def test_bare_words_as_the_authors_count_them() -> None:
     assert word_errors(["DON'T"], ["Don't!"], "paper") == [WordErrors(hits=1)]
 
 
-def test_interval_over_speakers_is_bias_corrected() -> None:
-    """BCa by its known cases: symmetry gives the plain quantiles, skew moves them."""
-    even = [float(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9)]
-    names = [str(n) for n in even]
-    ratio, low, high = bootstrap_speakers(names, even, [10.0] * 9)
-    assert ratio == 0.5 and low < 0.5 < high
-    assert high - 0.5 == pytest.approx(0.5 - low, rel=0.15)
-    skewed = [1.0] * 8 + [30.0]
-    ratio, low, high = bootstrap_speakers([str(n) for n in range(9)], skewed, [10.0] * 9)
-    assert high - ratio > 1.5 * (ratio - low)
-    assert bootstrap_speakers(["a", "b"], [1.0, 1.0], [2.0, 2.0]) == (0.5, 0.5, 0.5)
+def test_interval_over_speakers_by_hand() -> None:
+    """Three speakers with 1, 2 and 4 errors of 10 words: leaving one out, 6, 5 and 3 of 20."""
+    ratio, low, high = over_speakers("aabc", [1.0, 0.0, 2.0, 4.0], [4.0, 6.0, 10.0, 10.0])
+    logs = np.log([6 / 20, 5 / 20, 3 / 20])
+    spread = math.sqrt(2 / 3 * ((logs - logs.mean()) ** 2).sum())
+    assert ratio == pytest.approx(7 / 30)
+    assert high / ratio == pytest.approx(ratio / low) == pytest.approx(math.exp(4.303 * spread))
+    assert over_speakers(["a", "b"], [1.0, 1.0], [2.0, 2.0]) == (0.5, 0.5, 0.5)
+    assert over_speakers(["a", "a"], [1.0, 0.0], [2.0, 2.0]) == (0.25, 0.25, 0.25)
+    # Without whoever erred, no logarithm: half an error more.
+    ratio, low, high = over_speakers(["a", "b"], [0.0, 3.0], [10.0, 10.0])
+    assert ratio == 0.15 and 0 < low < 0.15 < high < math.inf
+    assert over_speakers(["a", "b"], [0.0, 0.0], [10.0, 10.0])[0] == 0.0
+    with pytest.raises(ValueError, match="at least one utterance"):
+        over_speakers([], [], [])
 
 
-def test_interval_over_speakers_covers_the_truth() -> None:
+def test_student_joins_its_table() -> None:
+    assert _student(11) == pytest.approx(2.201, abs=0.003)
+    assert _student(39) == pytest.approx(2.023, abs=0.001)
+
+
+@pytest.mark.parametrize(("speakers", "least"), [(5, 88), (15, 90)])
+def test_interval_over_speakers_covers_the_truth(speakers: int, least: int) -> None:
     """Speakers of skewed rates, few of them: 95 % hold the mean in most draws."""
     held = 0
     for seed in range(100):
-        rates = np.random.default_rng(seed).gamma(2.0, 0.1, size=15)
-        _, low, high = bootstrap_speakers(
-            [str(n) for n in range(15)], (100 * rates).tolist(), [100.0] * 15, samples=400
-        )
+        rates = np.random.default_rng(seed).gamma(2.0, 0.1, size=speakers)
+        names = [str(n) for n in range(speakers)]
+        _, low, high = over_speakers(names, (100 * rates).tolist(), [100.0] * speakers)
         held += low <= 0.2 <= high
-    assert 84 <= held <= 99
+    assert least <= held <= 99
 
 
 def test_bootstrap_refuses() -> None:
