@@ -70,6 +70,9 @@ class Talker:
             on_text(" ".join(heard))
         return " ".join(heard), segments
 
+    def heard_at_once(self, pieces: Sequence[Piece]) -> int:
+        return len(pieces)
+
     def hear(self, pieces: Sequence[Piece]) -> list[list[str]]:
         self.batches.append(len(pieces))
         self.gate.wait(60)

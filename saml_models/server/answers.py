@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from saml_kernels.errors import SAMLError
+from saml_models.server.errors import error_body, kind_of, refusal
 from saml_models.text.transcript import Segment, Transcript
 from saml_models.text.writers import render
 
@@ -68,9 +70,10 @@ def done(transcript: Transcript) -> str:
     return _event(body | {"usage": _usage(transcript)}) + "data: [DONE]\n\n"
 
 
-def failed(message: str) -> str:
+def failed(error: SAMLError) -> str:
     """The last server-sent event where there is no text."""
-    return _event({"type": "error", "error": {"message": message, "type": "invalid_request_error"}})
+    kind = kind_of(refusal(error).status_code)
+    return _event({"type": "error", **error_body(str(error), kind)})
 
 
 def _usage(transcript: Transcript) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from saml_kernels.errors import one_line
+from saml_kernels.errors import SAMLError, one_line
 from saml_models.server.engine import Engine
-from saml_models.server.guard import Guard, error_body
+from saml_models.server.errors import error_body, kind_of, refusal
+from saml_models.server.guard import Guard
 from saml_models.server.learning import Learning
 from saml_models.server.metrics import Metrics
 from saml_models.server.requests import Server
@@ -34,7 +36,7 @@ POLICY = (
     "connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_log = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -74,11 +76,16 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
-        kind = KINDS.get(error.status_code, "invalid_request_error")
-        kind = "rate_limit_error" if error.status_code == 429 else kind
-        return JSONResponse(
-            error_body(str(error.detail), kind), error.status_code, error.headers or None
-        )
+        status, text = error.status_code, str(error.detail)
+        if isinstance(error.__cause__, OSError):  # to FastAPI a full disk is a malformed body
+            status, text = 500, f"upload: cannot be kept: {error.__cause__.strerror}"
+        if status == 500:
+            _log.error("%s: %s", request.url.path, text)
+        return JSONResponse(error_body(text, kind_of(status)), status, error.headers or None)
+
+    @app.exception_handler(SAMLError)
+    async def failed(request: Request, error: SAMLError) -> Response:
+        return await refused(request, refusal(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:

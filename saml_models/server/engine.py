@@ -25,7 +25,7 @@ from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.transcript import Transcript
 from saml_models.transcription.together import Passage, Together
 
-__all__ = ["Counts", "Engine", "Job", "QueueFull", "ignored"]
+__all__ = ["Counts", "Engine", "EngineClosed", "Job", "QueueFull", "ignored"]
 
 Result = TypeVar("Result")
 
@@ -38,6 +38,13 @@ class QueueFull(SAMLError):
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} recordings are waiting; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
+
+
+class EngineClosed(SAMLError):
+    """The engine has ended, as it was told to or by an error of the model's."""
+
+    def __init__(self, text: str = "engine: is closed; start another") -> None:
+        super().__init__(text)
 
 
 @dataclass
@@ -140,7 +147,8 @@ class Engine:
         return self.speech.language_code(language, task)
 
     def check_room(self) -> None:
-        """Raise QueueFull where one more recording would be refused."""
+        """Raise QueueFull or EngineClosed where one more recording would be refused."""
+        self._check_open()
         if len(self._jobs) >= self.max_queue:
             raise QueueFull(len(self._jobs), self._seconds_left())
 
@@ -163,11 +171,10 @@ class Engine:
 
         Raises:
             QueueFull: too many wait.
-            SAMLError: the engine is closed.
+            EngineClosed: it has ended.
         """
         job = Job(clip, profile, options or DecodingOptions(), on_text, on_progress)
         with self._changed:
-            self._check_open()
             self.check_room()
             self._jobs.add(job)
             self._inbox.append(job)
@@ -205,7 +212,7 @@ class Engine:
         return self.call(chosen)
 
     def close(self) -> None:
-        """End the thread; what is not done is cancelled."""
+        """End the thread; what is not done fails with EngineClosed."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -221,7 +228,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise SAMLError("engine: is closed; start another")
+            raise EngineClosed
 
     def _seconds_left(self) -> float:
         """Until a place may be free, by what a recording has taken so far."""
@@ -237,12 +244,14 @@ class Engine:
             with self._changed:
                 self._closing = True
                 left = [*self._inbox, *going.values()]
-                futures = [job.future for job in left] + [one for _, one in self._errands]
+                errands = [future for _, future in self._errands]
                 self._inbox.clear()
                 self._jobs.clear()
                 self._errands.clear()
-            for future in futures:
-                future.set_exception(CancelledError())
+            for job in left:
+                job.future.set_exception(CancelledError() if job.cancelled else EngineClosed())
+            for future in errands:
+                future.set_exception(EngineClosed())
 
     def _work(self, together: Together, going: dict[Passage, Job]) -> None:
         while self._wait(together):

@@ -25,7 +25,7 @@ from saml_kernels.errors import SAMLError, needs, one_line
 from saml_models.models.interface import DecodingOptions
 from saml_models.models.registry import bind
 from saml_models.recogniser import Recogniser
-from saml_models.server.engine import Counts, Engine, Job, QueueFull, ignored
+from saml_models.server.engine import Counts, Engine, EngineClosed, Job, QueueFull, ignored
 from saml_models.speakers.profile import SpeakerProfile
 
 __all__ = ["RayEngine", "Replica"]
@@ -208,6 +208,8 @@ class RayEngine:
 
     def check_room(self) -> None:
         """As `Engine.check_room`."""
+        if not self.is_alive:
+            raise EngineClosed
         if len(self._jobs) >= self.max_queue:
             raise QueueFull(len(self._jobs), WAIT)
 
@@ -256,9 +258,10 @@ class RayEngine:
                 return
             self._jobs[job] = asyncio.current_task()
         clip, job.clip = job.clip, None
-        ask = self._handle.options(stream=True).transcribe.remote
-        answers = ask(clip, self._object(job.profile), job.options)
+        answers: Any = None
         try:
+            ask = self._handle.options(stream=True).transcribe.remote
+            answers = ask(clip, self._object(job.profile), job.options)
             async for answer in answers:
                 if isinstance(answer, str):
                     job.on_text(answer)
@@ -268,7 +271,8 @@ class RayEngine:
                 self.counts.audio += answer.duration
                 job.future.set_result(answer)
         except asyncio.CancelledError:
-            answers.cancel()
+            if answers is not None:
+                answers.cancel()
             job.future.set_exception(CancelledError())
         except Exception as error:
             self._leave(job)

@@ -10,16 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from saml_models.server.errors import error_body
 from saml_models.server.settings import Settings, is_loopback
 
-__all__ = ["Guard", "error_body"]
+__all__ = ["Guard"]
 
 OPEN, PAGE = ("/healthz", "/"), "/page/"  # what needs no token
-
-
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 class Guard:
@@ -62,11 +58,16 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         settings, path = self.settings, scope["path"]
         origin, host = headers.get("origin"), headers.get("host", "")
-        own = origin is None or urlsplit(origin).netloc == host
+        try:
+            site, name = urlsplit(origin or "").netloc, urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            text = f"host {host!r}, origin {origin!r}: one is no address; send those of this server"
+            return JSONResponse(error_body(text, "permission_error", "host"), 403)
+        own = origin is None or site == host
         if not own and origin not in settings.origins:
             text = "pages of other sites may not call this server; see --origin"
             return JSONResponse(error_body(text, "permission_error", "origin"), 403)
-        if not settings.tokens and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not settings.tokens and not is_loopback(name):
             # Without tokens the address is all there is: a name that was pointed here is not it.
             text = f"host {host!r}: without tokens this server answers on localhost only"
             return JSONResponse(error_body(text, "permission_error", "host"), 403)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
-from saml_kernels.errors import SAMLError
+from saml_kernels.errors import SAMLError, one_line
 from saml_models.server.settings import Settings
 from saml_models.server.voices import Voice, is_running
 from saml_models.speakers.store import ProfileStore
@@ -19,6 +20,7 @@ __all__ = ["Learning"]
 
 TRIES = 4  # of a learner that dies
 POLL = 0.2  # seconds between two looks at how far it is
+_log = logging.getLogger(__name__)
 
 
 class Learning:
@@ -45,8 +47,7 @@ class Learning:
         """End; what is being learnt goes on when the server comes again."""
         if self._worker is not None:
             self._worker.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._worker
+            await asyncio.wait([self._worker])  # however it ends
         await self._kill()
 
     def begin(self, voice: Voice) -> None:
@@ -84,17 +85,24 @@ class Learning:
     async def _work(self) -> None:
         while True:
             voice = await self._queue.get()
-            for _ in range(TRIES):
-                if not voice.exists or not is_running(voice.status):
-                    break
-                voice.status = {**voice.status, "state": "learning"}
-                if await self._learnt(voice) == 0:
-                    break
-            else:
-                voice.status = {
-                    "state": "failed",
-                    "error": f"the process that learns it has ended {TRIES} times",
-                }
+            try:
+                await self._learn(voice)
+            except Exception as error:  # of this voice alone: those behind it have their turn
+                _log.exception("speaker %r: cannot be learnt", voice.name)
+                with suppress(Exception):  # what cannot be written stays as it is
+                    voice.status = {"state": "failed", "error": one_line(error)}
+
+    async def _learn(self, voice: Voice) -> None:
+        for _ in range(TRIES):
+            if not voice.exists or not is_running(voice.status):
+                return
+            voice.status = {**voice.status, "state": "learning"}
+            if await self._learnt(voice) == 0:
+                return
+        voice.status = {
+            "state": "failed",
+            "error": f"the process that learns it has ended {TRIES} times",
+        }
 
     async def _learnt(self, voice: Voice) -> int:
         settings = self.settings

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from saml_kernels.errors import SAMLError
-from saml_models.server.engine import Engine, Job, QueueFull
+from saml_models.server.engine import Engine, Job
 from saml_models.server.settings import Settings
 from saml_models.server.uploads import Memory, MemoryFull, decode_upload
 from saml_models.server.voices import Profiles, Voices
@@ -41,14 +41,7 @@ class Server:
         self.engine, self.settings = engine, settings
         self.memory = Memory(settings.limits.memory)
         self.decoders = anyio.CapacityLimiter(settings.limits.decoders)
-        self.profiles = Profiles()
-
-    def check_room(self) -> None:
-        """Answer 429 where the queue is full, before a recording is decoded."""
-        try:
-            self.engine.check_room()
-        except QueueFull as error:
-            raise _full(error) from error
+        self.profiles = Profiles(settings.limits.voices)
 
     def voices_of(self, request: Request) -> Voices:
         """Those of whose token it is; everybody's where there are no tokens."""
@@ -60,17 +53,15 @@ class Server:
         upload = Upload(self.memory)
         most = min(seconds or self.settings.limits.seconds, self.settings.limits.seconds)
         try:
-            upload.clip = await anyio.to_thread.run_sync(
-                decode_upload, file, most, upload.take, limiter=self.decoders
-            )
+            try:
+                upload.clip = await anyio.to_thread.run_sync(
+                    decode_upload, file, most, upload.take, limiter=self.decoders
+                )
+            except MemoryFull:
+                raise
+            except SAMLError as error:
+                raise SAMLError(f"file: {error}") from error
             yield upload
-        except MemoryFull as error:
-            raise HTTPException(429, str(error), {"Retry-After": "10"}) from error
-        except QueueFull as error:
-            raise _full(error) from error
-        except SAMLError as error:
-            text = str(error) if upload.clip.size else f"file: {error}"
-            raise HTTPException(400, text) from error
         finally:
             upload.clip = upload.clip[:0].copy()
             self.memory.give(upload.held)
@@ -87,10 +78,6 @@ class Upload:
         """Hold so many bytes more."""
         self.memory.take(size)
         self.held += size
-
-
-def _full(error: QueueFull) -> HTTPException:
-    return HTTPException(429, str(error), {"Retry-After": f"{error.retry_after:.0f}"})
 
 
 @contextmanager

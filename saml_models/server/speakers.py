@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Body, File, Form, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from saml_kernels.errors import SAMLError
 from saml_models.server.learning import Learning
 from saml_models.server.requests import Server, found_or_404
-from saml_models.server.voices import Voice, is_running
+from saml_models.server.voices import Voice, is_running, read_profile
 
 __all__ = ["speaker_routes"]
 
@@ -34,14 +35,17 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
 
     def room_for(request: Request, name: str) -> Voice:
         voices = server.voices_of(request)
-        try:
-            voice = Voice(voices.store, name)
-        except SAMLError as error:
-            raise HTTPException(400, str(error)) from error
+        voice = Voice(voices.store, name)
         if voice.exists:
             raise HTTPException(409, f"speaker {name!r}: is there already; delete it first")
         if len(voices.names()) >= limits.voices:
             raise HTTPException(400, f"speakers: the limit of voices is {limits.voices}")
+        return voice
+
+    def clip_of(request: Request, name: str, id: str, at_rest: bool = False) -> Voice:
+        voice = voice_of(request, name, at_rest)
+        if id not in voice.notes["clips"]:
+            raise HTTPException(404, f"clip {id!r}: there is no such clip")
         return voice
 
     @routes.get("")
@@ -55,7 +59,7 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
         return {"object": "list", "data": found}
 
     @routes.post("", status_code=201)
-    def create(
+    async def create(
         request: Request,
         name: Annotated[str, Body()],
         identify: Annotated[bool, Body()] = False,
@@ -77,14 +81,15 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
         voice.delete()
         await learning.cancel(voice)
         voice.delete()  # what the learner wrote until it ended
-        server.profiles.forget(voice.path)
+        await anyio.to_thread.run_sync(server.profiles.forget, voice.path)
         return Response(status_code=204)
 
     async def stored(
         request: Request, name: str, file: UploadFile, text: str, id: str | None
     ) -> dict[str, Any]:
-        voice = voice_of(request, name, at_rest=True)
+        voice_of(request, name, at_rest=True)
         async with server.decoded(file.file, LONGEST_CLIP) as upload:
+            voice = voice_of(request, name, at_rest=True)  # it may be gone, or being learnt
             number = voice.add(upload.clip, text, id, limits.clips)
             return {"id": number, **voice.notes["clips"][number]}
 
@@ -112,28 +117,19 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
     @routes.get("/{name}/clips/{id}")
     def played(request: Request, name: str, id: str) -> Response:
         """A clip as FLAC."""
-        voice = voice_of(request, name)
-        if id not in voice.notes["clips"]:
-            raise HTTPException(404, f"clip {id!r}: there is no such clip")
-        return FileResponse(voice.clip(id), media_type="audio/flac")
+        return FileResponse(clip_of(request, name, id).clip(id), media_type="audio/flac")
 
     @routes.delete("/{name}/clips/{id}", status_code=204)
-    def taken_back(request: Request, name: str, id: str) -> Response:
+    async def taken_back(request: Request, name: str, id: str) -> Response:
         """Delete a clip."""
-        try:
-            voice_of(request, name, at_rest=True).remove_clip(id)
-        except SAMLError as error:
-            raise HTTPException(404, str(error)) from error
+        clip_of(request, name, id, at_rest=True).remove_clip(id)
         return Response(status_code=204)
 
     @routes.post("/{name}/learn", status_code=202)
     async def learn(request: Request, name: str) -> Response:
         """Learn the voice from its clips; see its events."""
         voice = voice_of(request, name, at_rest=True)
-        try:
-            learning.begin(voice)
-        except SAMLError as error:
-            raise HTTPException(400, str(error)) from error
+        learning.begin(voice)
         return JSONResponse(voice.status, 202)
 
     @routes.get("/{name}/events")
@@ -153,7 +149,7 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
         )
 
     @routes.put("/{name}/profile", status_code=201)
-    def imported(
+    async def imported(
         request: Request,
         name: str,
         file: Annotated[UploadFile, File()],
@@ -161,10 +157,9 @@ def speaker_routes(server: Server, learning: Learning) -> APIRouter:
     ) -> dict[str, Any]:
         """A profile from elsewhere as a new voice."""
         room_for(request, name)
-        try:
-            voice = server.voices_of(request).take_in(name, file.file, identify)
-        except SAMLError as error:
-            raise HTTPException(400, str(error)) from error
-        return voice.describe(server.profiles)
+        profile = await anyio.to_thread.run_sync(read_profile, file.file)
+        voice = room_for(request, name)  # it may have been made meanwhile
+        voice.enrol(profile, identify)
+        return await anyio.to_thread.run_sync(voice.describe, server.profiles)
 
     return routes

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, File, Form, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,7 +18,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.models.interface import DecodingOptions
 from saml_models.server.answers import FORMATS, MEDIA_TYPES, answer, delta, done, failed
 from saml_models.server.engine import Job
-from saml_models.server.requests import Gone, Server, Upload, found_or_404, waited_for
+from saml_models.server.requests import Gone, Server, found_or_404, waited_for
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import AUTO
 
@@ -50,26 +51,25 @@ def transcription_routes(server: Server) -> APIRouter:
                 return found
         raise HTTPException(404, f"model {name!r}: there is no such model; see /v1/models")
 
-    async def speaker_of(
-        request: Request, asked: str, speaker: str | None, upload: Upload
-    ) -> SpeakerProfile | None:
-        """Whom a request names, by its model or its speaker; by voice where it says auto."""
+    def speaker_of(asked: str, speaker: str | None) -> str | None:
+        """Whom a request names, by its model or its speaker."""
         base, at, named = asked.partition("@")
-        if base != settings.model and asked not in ALIASES:
+        if base not in (settings.model, *ALIASES):
             raise HTTPException(404, f"model {asked!r}: there is no such model; see /v1/models")
         if at and speaker not in (None, "", named):
             raise HTTPException(400, f"speaker {speaker!r}: the model names {named!r}; give one")
-        name = named if at else speaker
-        if not name:
-            return None
+        return (named if at else speaker) or None
+
+    def profiles_of(request: Request, name: str) -> list[SpeakerProfile]:
+        """The profile of a name; for auto, of all who may be recognised."""
         voices = server.voices_of(request)
         if name != AUTO:
             with found_or_404(name):
-                return voices.profile(name)
+                return [voices.profile(name)]
         candidates = voices.candidates()
         if not candidates:
             raise HTTPException(400, "speaker auto: none of your voices agreed to be recognised")
-        return await asyncio.wrap_future(engine.identify(upload.clip, candidates))
+        return candidates
 
     @routes.post("/v1/audio/transcriptions")
     async def transcriptions(
@@ -87,22 +87,24 @@ def transcription_routes(server: Server) -> APIRouter:
         """Text of a recording, with or without times."""
         asked = granularities or ["segment"]
         _check(response_format, asked, prompt, temperature)
-        server.check_room()
+        name = speaker_of(model, speaker)
+        engine.check_room()
         words = "word" in asked and response_format == "verbose_json"
-        try:
-            code = engine.language_code(language or None)
-        except SAMLError as error:
-            raise HTTPException(400, str(error)) from error
         options = DecodingOptions(
-            language=code,
+            language=engine.language_code(language or None),
             timestamps=response_format in ("srt", "vtt", "verbose_json"),
             words=words,
             prompt=prompt,
             temperature=temperature,
         )
+        profiles: list[SpeakerProfile] = []
+        if name is not None:
+            profiles = await anyio.to_thread.run_sync(profiles_of, request, name)
         async with AsyncExitStack() as stack:
             upload = await stack.enter_async_context(server.decoded(file.file))
-            profile = await speaker_of(request, model, speaker, upload)
+            profile = profiles[0] if profiles else None
+            if name == AUTO:
+                profile = await asyncio.wrap_future(engine.identify(upload.clip, profiles))
             texts: asyncio.Queue[str] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 
@@ -157,7 +159,7 @@ async def _events(job: Job, texts: asyncio.Queue[str]) -> AsyncIterator[str]:
         try:
             yield done(future.result())
         except SAMLError as error:  # the answer has begun: its status cannot be changed
-            yield failed(str(error))
+            yield failed(error)
     finally:
         future.cancel()
         if newest is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,17 +24,33 @@ from saml_models.data.audio import SAMPLE_RATE
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import ProfileStore, check_name
 
-__all__ = ["Profiles", "Voice", "Voices", "is_running"]
+__all__ = ["Profiles", "StoreError", "Voice", "Voices", "is_running", "read_profile"]
 
 LONGEST_TEXT = 1000  # characters of a clip's text
 HELD_BACK = 5  # of so many clips one is kept, to tell before from after
 _CLIP = re.compile(r"\d{4}")
 
 
-class Profiles:
-    """Profiles by file, each read once: the same speaker is the same object in every batch."""
+class StoreError(SAMLError):
+    """A file of the server's own cannot be read or written: no fault of who asks."""
 
-    def __init__(self, most: int = 64) -> None:
+
+@contextmanager
+def _stored(path: Path) -> Iterator[None]:
+    """Within the block errors are the store's; they do not say in which folder it is."""
+    try:
+        yield
+    except SAMLError as error:
+        raise StoreError(str(error).replace(f"{path.parent}{os.sep}", "")) from error
+
+
+class Profiles:
+    """Profiles by file, each read once: the same speaker is the same object in every batch.
+
+    From any thread but an event loop's: reading takes its time, and who comes meanwhile waits.
+    """
+
+    def __init__(self, most: int) -> None:
         """Keep `most` in memory."""
         self.most = most
         self._read: OrderedDict[Path, tuple[tuple[int, int], SpeakerProfile]] = OrderedDict()
@@ -47,7 +67,8 @@ class Profiles:
             if path in self._read and self._read[path][0] == stamp:
                 self._read.move_to_end(path)
                 return self._read[path][1]
-            profile = SpeakerProfile.load(path)
+            with _stored(path):
+                profile = SpeakerProfile.load(path)
             self._read[path] = stamp, profile
             while len(self._read) > self.most:
                 self._read.popitem(last=False)
@@ -61,6 +82,8 @@ class Profiles:
 
 class Voice:
     """One voice: its profile, if it has been learnt, and its recordings.
+
+    Nothing is locked: a server makes, edits and deletes voices on its event loop alone.
 
     Attributes:
         name: checked.
@@ -82,12 +105,19 @@ class Voice:
     @property
     def notes(self) -> dict[str, Any]:
         """What was said when it was made: `identify`, and the clips' texts and seconds by id."""
-        path = self.folder / "voice.json"
-        return read_json(path) if path.is_file() else {"identify": False, "clips": {}}
+        return self._read("voice.json", {"identify": False, "clips": {}})
 
     def create(self, identify: bool) -> None:
         """Make room for recordings; what is there stays."""
-        write_json(self.folder / "voice.json", self.notes | {"identify": identify})
+        self._write("voice.json", self.notes | {"identify": identify})
+
+    def enrol(self, profile: SpeakerProfile, identify: bool) -> None:
+        """Store a profile from elsewhere as this voice's."""
+        named = replace(profile, about=profile.about | {"speaker": self.name})
+        with _stored(self.path):
+            named.save(self.path)
+        if identify:
+            self.create(identify)
 
     def add(self, clip: npt.NDArray[np.float32], text: str, id: str | None, most: int) -> str:
         """Store a clip with its text, in place of another's if `id` is given.
@@ -97,6 +127,7 @@ class Voice:
 
         Raises:
             SAMLError: no text or too much, more than 30 s, no such id, or more than `most` clips.
+            StoreError: it cannot be written.
         """
         text = " ".join(text.split())
         if not text or len(text) > LONGEST_TEXT:
@@ -113,10 +144,11 @@ class Voice:
             if len(clips) >= most:
                 raise SAMLError(f"clips: there are {len(clips)}; the limit of clips is {most}")
             id = f"{max(map(int, clips), default=0) + 1:04d}"
-        with atomic_path(self.clip(id)) as temporary:
+        path = self.clip(id)
+        with _stored(path), atomic_path(path) as temporary:
             soundfile.write(temporary, np.clip(clip, -1, 1), SAMPLE_RATE, "PCM_16", format="FLAC")
         clips[id] = {"text": text, "seconds": round(len(clip) / SAMPLE_RATE, 2)}
-        write_json(self.folder / "voice.json", notes)
+        self._write("voice.json", notes)
         return id
 
     def clip(self, id: str) -> Path:
@@ -134,21 +166,19 @@ class Voice:
         notes, path = self.notes, self.clip(id)
         if notes["clips"].pop(id, None) is None:
             raise SAMLError(f"clip {id!r}: there is no such clip")
-        write_json(self.folder / "voice.json", notes)
+        self._write("voice.json", notes)
         path.unlink(missing_ok=True)
 
     @property
     def status(self) -> dict[str, Any]:
         """How far learning is: `state` is recording, queued, learning, learnt or failed."""
-        path = self.folder / "status.json"
-        if path.is_file():
-            return read_json(path)
-        return {"state": "learnt" if self.path.is_file() else "recording"}
+        at_rest = "learnt" if self.path.is_file() else "recording"
+        return self._read("status.json", {"state": at_rest})
 
     @status.setter
     def status(self, value: dict[str, Any]) -> None:
         if self.folder.is_dir():  # a deleted voice stays deleted
-            write_json(self.folder / "status.json", value)
+            self._write("status.json", value)
 
     def describe(self, profiles: Profiles) -> dict[str, Any]:
         """What an owner sees of it."""
@@ -179,6 +209,19 @@ class Voice:
         """Everything of the person: profile, recordings, texts, checkpoints and progress."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.path.unlink(missing_ok=True)
+
+    def _read(self, file: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+        path = self.folder / file
+        if not path.is_file():
+            return otherwise
+        with _stored(path):
+            found = read_json(path)
+        return found
+
+    def _write(self, file: str, value: dict[str, Any]) -> None:
+        path = self.folder / file
+        with _stored(path):
+            write_json(path, value)
 
 
 class Voices:
@@ -222,35 +265,28 @@ class Voices:
         found = []
         for name in self.store.names():
             voice = Voice(self.store, name)
-            if voice.notes.get("identify"):
-                try:
+            with suppress(SAMLError):  # one damaged file does not hide the others
+                if voice.notes.get("identify"):
                     profile = self.profiles.load(voice.path)
-                except SAMLError:  # one damaged file does not hide the others
-                    continue
-                if profile.embedding is not None:
-                    found.append(profile)
+                    if profile.embedding is not None:
+                        found.append(profile)
         return found
 
-    def take_in(self, name: str, file: BinaryIO, identify: bool) -> Voice:
-        """Store a profile from elsewhere under a name.
 
-        Raises:
-            SAMLError: it is no profile, or the name is not safe.
-        """
-        voice = Voice(self.store, name)
-        with atomic_path(voice.path) as temporary:
-            with open(temporary, "wb") as handle:
-                shutil.copyfileobj(file, handle)
-            try:
-                profile = SpeakerProfile.load(temporary)
-            except SAMLError as error:
-                text = str(error).replace(f"{temporary}: ", "")
-                raise SAMLError(f"profile: {text}") from error
-            named = replace(profile, about=profile.about | {"speaker": name})
-            named.save(temporary)
-        if identify:
-            voice.create(identify)
-        return voice
+def read_profile(file: BinaryIO) -> SpeakerProfile:
+    """A profile from elsewhere.
+
+    Raises:
+        SAMLError: it is none.
+    """
+    with NamedTemporaryFile() as given:
+        shutil.copyfileobj(file, given)
+        given.flush()
+        try:
+            return SpeakerProfile.load(given.name)
+        except SAMLError as error:
+            text = str(error).replace(f"{given.name}: ", "")
+            raise SAMLError(f"profile: {text}") from error
 
 
 def is_running(status: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from serving import Talker, noise, said
 
 from saml_kernels import SAMLError
 from saml_models.models.interface import DecodingOptions
-from saml_models.server.engine import Engine, QueueFull
+from saml_models.server.engine import Engine, EngineClosed, QueueFull
 
 PLAIN = DecodingOptions("en", timestamps=False)
 TIMED = DecodingOptions("en")
@@ -34,8 +34,10 @@ def test_what_comes_at_once_is_decoded_together() -> None:
     assert texts == [" ".join(said((n % 3 + 1) * 16000)) for n in range(8)]
     assert talker.batches == [4, 4] and engine.counts.recordings == 8
     assert engine.counts.audio == 15 and engine.waiting == 0
-    with pytest.raises(SAMLError, match="closed"):
+    with pytest.raises(EngineClosed, match="closed"):
         engine.submit(noise(1))
+    with pytest.raises(EngineClosed):  # before a recording is decoded
+        engine.check_room()
 
 
 def test_a_full_queue_says_so_at_once_and_a_place_is_free_when_one_leaves() -> None:
@@ -52,7 +54,7 @@ def test_a_full_queue_says_so_at_once_and_a_place_is_free_when_one_leaves() -> N
         with pytest.raises(CancelledError):
             long[0].future.result(20)
         assert not long[1].future.done() and engine.counts.cancelled == 1
-    with pytest.raises(CancelledError):  # closed meanwhile
+    with pytest.raises(EngineClosed):  # closed meanwhile
         long[1].future.result(20)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import CancelledError
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import small_voices
 
 from saml_kernels import SAMLError
 from saml_models.models.interface import DecodingOptions
-from saml_models.server.engine import QueueFull
+from saml_models.server.engine import EngineClosed, QueueFull
 from saml_models.server.fleet import RayEngine, Replica
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
@@ -46,6 +48,20 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(SAMLError, match=r"--engine ray.*saml-kernels\[ray\]"):
         RayEngine("tiny.en", None, "cpu")
+
+
+def test_what_ray_cannot_store_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = MagicMock()
+    ray.put.side_effect = RuntimeError("the object store is full")
+    monkeypatch.setitem(__import__("sys").modules, "ray", ray)
+    silence = np.zeros(16000, np.float32)
+    with RayEngine("tiny.en", None, "cpu") as engine:
+        job = engine.submit(silence, SpeakerProfile.of(small_voices.make()), TIMED)
+        with pytest.raises(RuntimeError, match="store is full"):
+            job.future.result(10)
+        assert engine.waiting == 0 and engine.counts.failed == 1
+    with pytest.raises(EngineClosed):
+        engine.submit(silence)
 
 
 def test_a_replica_keeps_one_object_for_a_speaker() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import io
 import os
@@ -11,8 +12,11 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,15 +25,20 @@ import openai
 import pytest
 import small_voices
 import soundfile
+import torch
 from serving import CONTAINERS, Talker, encoded, noise, said, served, wav
+from starlette.datastructures import UploadFile
 
 from saml_kernels import SAMLError
 from saml_models.models.interface import DecodingOptions
+from saml_models.server import engine as engines
 from saml_models.server.app import create_app
 from saml_models.server.engine import Engine
 from saml_models.server.settings import Limits, Settings, is_loopback, read_tokens
 from saml_models.server.uploads import decode_upload
+from saml_models.server.voices import Voice
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.speakers.store import ProfileStore
 
 TOKENS = {"ann": "a" * 20, "bob": "b" * 20}
 MIB = 2**20
@@ -106,9 +115,10 @@ def test_models_and_speakers(client: openai.OpenAI, voice: SpeakerProfile) -> No
     file = ("a.wav", wav())
     assert create(file=file, model="small@eve").speaker_hash == voice.hash
     assert create(file=file, model="small", extra_body={"speaker": "eve"}).speaker_hash
+    assert create(file=file, model="whisper-1@eve").speaker_hash == voice.hash
     for name in ("small@nobody", "/etc/passwd", "../small", "tiny.en"):
         with pytest.raises(openai.NotFoundError):
-            create(file=file, model=name)
+            create(file=("a.wav", b"refused before it is decoded"), model=name)
     for name in ("../eve", "eve\x00", "auto ", "eve.safetensors", "/etc/passwd", "x" * 500):
         with pytest.raises(openai.NotFoundError, match="no such voice"):
             create(file=file, model="small", extra_body={"speaker": name})
@@ -334,6 +344,9 @@ def test_without_a_token_nothing_and_with_one_nobody_elses(
 def test_other_sites_and_other_names_of_this_address(place: str, tmp_path: Path) -> None:
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
         assert http.get(f"{place}/v1/models", headers=headers).status_code == 403
+    for name, value in (("Origin", "http://["), ("Host", "[")):
+        answer = http.get(f"{place}/v1/models", headers={name: value})
+        assert answer.status_code == 403 and repr(value) in answer.text
     own = {"Origin": place}
     answer = http.get(f"{place}/v1/models", headers=own)
     assert answer.status_code == 200 and "access-control-allow-origin" not in answer.headers
@@ -390,6 +403,67 @@ def test_a_full_queue_a_client_that_leaves_and_metrics(tmp_path: Path) -> None:
         text = http.get(f"{url}/metrics").text
         assert "saml_cancelled_total 3.0" in text and 'status="429"' in text
         assert http.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def ask(url: str, file: bytes, **fields: str) -> httpx.Response:
+    where = f"{url}/v1/audio/transcriptions"
+    return http.post(where, files={"file": file}, data={"model": "small", **fields})
+
+
+def test_what_is_the_servers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients ask again after 500 and 503; after 400 they do not."""
+
+    def full(*given: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    def fault(answer: httpx.Response) -> tuple[int, str]:
+        error = answer.json()["error"]
+        assert error["type"] == "server_error" and str(tmp_path) not in answer.text
+        return answer.status_code, error["message"]
+
+    (tmp_path / "ann.safetensors").write_bytes(b"damaged")
+    with (
+        Engine(Talker(pause=0.05)) as engine,
+        served(create_app(engine, settings(tmp_path))) as url,  # type: ignore[arg-type]
+    ):
+        status, message = fault(ask(url, wav(), speaker="ann"))
+        assert status == 500 and message.startswith("ann.safetensors: not a whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(UploadFile, "write", full)
+            assert fault(ask(url, wav())) == (500, "upload: cannot be kept: No space left")
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(ask, url, wav(300))
+            streamed = pool.submit(ask, url, wav(300), stream="true")
+            until(lambda: engine.waiting == 2)
+            engine.close()
+        assert fault(asked.result()) == (503, "engine: is closed; start another")
+        assert streamed.result().text.count('"server_error"') == 1
+        assert fault(ask(url, b"refused before it is decoded"))[0] == 503
+
+
+def test_profiles_are_read_beside_the_event_loop(
+    tmp_path: Path, voice: SpeakerProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    load = SpeakerProfile.load
+
+    def watched(path: Path) -> SpeakerProfile:
+        threads.append(threading.current_thread().name)
+        return load(path)
+
+    monkeypatch.setattr(SpeakerProfile, "load", watched)
+    monkeypatch.setattr(engines, "identify", lambda *given: SimpleNamespace(profile=given[2][0]))
+    for name in ("ann", "eve"):
+        one = Voice(ProfileStore(tmp_path), name)
+        replace(voice, embedding=torch.zeros(2, 4)).save(one.path)
+        one.create(identify=name == "ann")
+    with (
+        Engine(Talker()) as engine,
+        served(create_app(engine, settings(tmp_path))) as url,  # type: ignore[arg-type]
+    ):
+        for name in ("auto", "eve"):
+            assert ask(url, wav(), speaker=name).json()["speaker_hash"] == voice.hash
+    assert threads == ["AnyIO worker thread"] * 2
 
 
 def test_tokens_files_and_addresses(tmp_path: Path) -> None:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import small_voices
+import torch
 from serving import Talker, served, wav
 
 from saml_kernels import SAMLError
+from saml_models.server import requests
 from saml_models.server.app import create_app
 from saml_models.server.engine import Engine
 from saml_models.server.learner import divided
+from saml_models.server.requests import Server
 from saml_models.server.settings import Limits, Settings
+from saml_models.server.uploads import decode_upload
 from saml_models.server.voices import Profiles, Voice, Voices
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.speakers.store import ProfileStore
@@ -46,6 +54,10 @@ def record(client: httpx.Client, name: str, count: int) -> list[dict[str, Any]]:
     answers = [record_one(client, name, 1 + n / 10, f"this is {n}") for n in range(count)]
     assert all(a.status_code == 201 for a in answers)
     return [a.json() for a in answers]
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_names_are_refused_alike(place: httpx.Client, tmp_path: Path) -> None:
@@ -83,7 +95,73 @@ def test_clips_are_recorded_and_recorded_again(place: httpx.Client, tmp_path: Pa
     assert found["identify"] and not found["enrolled"] and len(found["clips"]) == 6
     assert place.get(f"{ANN}/profile").status_code == 404
     assert place.delete(ANN).status_code == 204 and place.get(ANN).status_code == 404
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(("meanwhile", "code"), [("deleted", 404), ("queued", 409)])
+def test_a_voice_that_is_deleted_or_learnt_while_a_clip_is_decoded(
+    place: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str, code: int
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*given: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        return decode_upload(*given)
+
+    monkeypatch.setattr(requests, "decode_upload", held)
+    place.post("/speakers", json={"name": "ann"})
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(record_one, place, "ann", 1, "a")
+        assert begun.wait(30)
+        if meanwhile == "deleted":
+            assert place.delete(ANN).status_code == 204
+        else:
+            Voice(ProfileStore(tmp_path), "ann").status = {"state": meanwhile}
+        before = files(tmp_path)
+        go_on.set()
+    assert answer.result().status_code == code
+    assert files(tmp_path) == before
+
+
+def test_twenty_clips_deleted_at_once(place: httpx.Client, tmp_path: Path) -> None:
+    ann = Voice(ProfileStore(tmp_path), "ann")
+    ids = [ann.add(np.zeros(8000, np.float32), "a", None, most=20) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda id: place.delete(f"{ANN}/clips/{id}"), ids))
+    assert [answer.status_code for answer in answers] == [204] * 20
+    assert place.get(ANN).json()["clips"] == [] and not list(tmp_path.rglob("*.flac"))
+
+
+def test_a_full_disk_is_the_servers_fault_and_a_bad_profile_the_clients(
+    place: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    given = tmp_path / "given"
+    SpeakerProfile.of(small_voices.make(voice=1), speaker="eve").save(given)
+    file = {"file": given.read_bytes()}
+    place.post("/speakers", json={"name": "ann"})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for answer in (
+            record_one(place, "ann", 1, "a"),
+            place.post("/speakers", json={"name": "bob"}),
+            place.put("/speakers/bob/profile", files=file),
+        ):
+            error = answer.json()["error"]
+            assert answer.status_code == 500 and error["type"] == "server_error"
+            assert "No space left" in error["message"] and str(tmp_path) not in answer.text
+    refused = place.put("/speakers/bob/profile", files={"file": b"no profile"})
+    assert refused.status_code == 400 and "profile" in refused.json()["error"]["message"]
+    taken = place.put("/speakers/bob/profile", files=file, data={"identify": "true"})
+    assert taken.status_code == 201 and taken.json()["identify"] and taken.json()["enrolled"]
+    assert SpeakerProfile.load(tmp_path / "bob.safetensors").name == "bob"
+    (tmp_path / "enrolment" / "ann" / "voice.json").write_text("{")
+    damaged = place.get(ANN)
+    assert damaged.status_code == 500 and "voice.json" in damaged.json()["error"]["message"]
+    assert [voice["name"] for voice in place.get("/speakers").json()["data"]] == ["bob"]
 
 
 def children() -> list[int]:
@@ -142,7 +220,7 @@ def test_a_learner_that_is_killed_goes_on(place: httpx.Client, tmp_path: Path) -
     assert names == ["ann", "eve"]
     for name in names:
         assert place.delete(f"/speakers/{name}").status_code == 204
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not files(tmp_path)
 
 
 def test_every_fifth_clip_is_held_back() -> None:
@@ -154,10 +232,8 @@ def test_every_fifth_clip_is_held_back() -> None:
 def test_who_agreed_is_recognised_and_who_is_deleted_is_forgotten(tmp_path: Path) -> None:
     voices = Voices(tmp_path, Profiles(most=1))
     profile = SpeakerProfile.of(small_voices.make(voice=1), speaker="eve")
-    file = tmp_path / "given"
-    profile.save(file)
     for name, agreed in (("ann", True), ("bob", False)):
-        voices.take_in(name, io.BytesIO(file.read_bytes()), agreed)
+        Voice(voices.store, name).enrol(profile, agreed)
     assert voices.candidates() == []  # has no embedding
     assert voices.profile("ann") is voices.profile("ann")
     assert voices.profile("bob") is not voices.profile("ann")
@@ -171,3 +247,21 @@ def test_who_agreed_is_recognised_and_who_is_deleted_is_forgotten(tmp_path: Path
     ProfileStore(tmp_path).remove("bob")
     with pytest.raises(SAMLError):
         ProfileStore(tmp_path).load("bob")
+
+
+def test_eighty_voices_are_read_once_and_a_damaged_one_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(Engine(Talker()), Settings("small", store=tmp_path))  # type: ignore[arg-type]
+    voices = Voices(tmp_path, server.profiles)
+    plain = SpeakerProfile.of(small_voices.make(voice=1), speaker="ann")
+    profile = replace(plain, embedding=torch.zeros(2, 4))
+    for number in range(80):
+        voice = Voice(voices.store, f"voice{number}")
+        profile.save(voice.path)
+        voice.create(identify=True)
+    assert len(voices.candidates()) == 80
+    (tmp_path / "enrolment" / "voice7" / "voice.json").write_text("{")
+    with monkeypatch.context() as patch:
+        patch.delattr(SpeakerProfile, "load")
+        assert len(voices.candidates()) == 79
