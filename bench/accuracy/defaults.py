@@ -31,6 +31,7 @@ import typer
 from rich.console import Console
 
 from bench.accuracy.defaults_rows import HEADS, rows
+from bench.accuracy.kept import check_speech, resumed, speech_of
 from bench.accuracy.named import named
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES, check_sets, training_speech
@@ -45,7 +46,7 @@ from saml_models.models.registry import bind
 from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
-from saml_models.text.wer import WordErrors, word_errors
+from saml_models.text.wer import word_errors
 from saml_models.training.adapt import ADAPTATION, adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pretrain import PRETRAINING, pretrain
@@ -134,10 +135,15 @@ def measure(
 ) -> None:
     """Whatever of these sets and seeds is not in the results yet, fold by fold."""
     own = results["variants"].setdefault(variant.name, {"variant": variant.changes, "heard": {}})
+    if own["variant"] != variant.changes:
+        raise SAMLError(
+            f"{variant.name}: in the results it is {json.dumps(own['variant'])}; give this one "
+            "another name"
+        )
     loaded: list[tuple[Any, Any]] = []
     for key in sets:
         folds = VOICES[key].folds(variant.data)
-        results["speech"].setdefault(key, _said(folds))
+        check_speech(results, key, speech_of([u for fold in folds for u in fold.test]))
         heard = own["heard"].setdefault(key, {})
         # Of one speaker alone there is no other one's adaptation.
         kinds = ("adapted", "other") if len({f.speaker for f in folds}) > 1 else ("adapted",)
@@ -156,23 +162,11 @@ def measure(
                 clips = [u.load() for u in folds[number].test]
                 speech = bind(*loaded[0])
                 texts = decode_clips(speech, clips, speakers=[profile] * len(clips))
-                errors = [one.errors for one in _errors(folds[number], texts)]
+                found = word_errors([u.text for u in folds[number].test], texts)
+                errors = [one.errors for one in found]
                 done.append({"errors": errors, "loops": sum(in_loop(speech, t) for t in texts)})
                 save()
             show.print(f"{variant.name}: {key}, {system}")
-
-
-def _said(folds: Sequence[Fold]) -> dict[str, list[Any]]:
-    """Speaker and number of words of each utterance that is heard."""
-    counts = [one for fold in folds for one in _errors(fold, [u.text for u in fold.test])]
-    return {
-        "speakers": [fold.speaker for fold in folds for _ in fold.test],
-        "words": [one.words for one in counts],
-    }
-
-
-def _errors(fold: Fold, heard: Sequence[str]) -> list[WordErrors]:
-    return word_errors([u.text for u in fold.test], heard)
 
 
 def main(
@@ -199,9 +193,7 @@ def main(
         plan |= {name: VARIANTS[name] for name in names}
     check_sets(sets.split(","))
     console = Console()
-    results: dict[str, Any] = {"speech": {}, "variants": {}}
-    if json_file.exists():
-        results = json.loads(json_file.read_text())
+    results = resumed(json_file, model, ("speech", "variants"))
     if here:
         ((name, changes),) = plan.items()
         results["about"] = about(torch.device("cpu")) | {"model": model}

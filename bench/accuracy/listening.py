@@ -6,13 +6,13 @@ Results are {"speech": {set: {"speakers": [...], "words": [...]}}, "systems": {s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.accuracy.kept import check_speech, resumed, speech_of
 from bench.accuracy.over_speakers import made_worse, ratio
 from bench.accuracy.speech import VOICES, check_sets
 from bench.report.environment import about
@@ -42,13 +42,11 @@ def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> d
         The results.
 
     Raises:
-        SAMLError: there is no such set.
+        SAMLError: there is no such set, or the file is of another model or other speech.
     """
     chosen = [key.strip() for key in sets.split(",")]
     check_sets(chosen)
-    results: dict[str, Any] = {"speech": {}, "systems": {}}
-    if file.exists():
-        results = json.loads(file.read_text())
+    results = resumed(file, model, ("speech", "systems"))
     results["about"] = about(torch.device("cpu")) | {"model": model}
     for system, make in systems.items():
         errors = results["systems"].setdefault(system, {})
@@ -57,10 +55,9 @@ def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> d
         for key in missing:
             assert speech is not None
             said = load_corpus(data / VOICES[key].path, VOICES[key].speakers)
+            check_speech(results, key, speech_of(said))
             found = word_errors([u.text for u in said], _heard(speech, said, f"{system}: {key}"))
             errors[key] = [one.errors for one in found]
-            own = {"speakers": [u.speaker for u in said], "words": [one.words for one in found]}
-            results["speech"].setdefault(key, own)
             write_json(file, results)
     return results
 

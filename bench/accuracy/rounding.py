@@ -15,7 +15,6 @@ draw is written as it ships (saml_models/shipped/rounding).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.accuracy.kept import check_speech, resumed, speech_of
 from bench.accuracy.named import named
 from bench.accuracy.rounding_rows import FULL, HEADS, rows
 from bench.accuracy.speech import training_speech
@@ -254,12 +254,12 @@ def measure(
     everyone = {key: spread(one.speech(bench.data), clips) for key, one in bench.sets.items()}
     own = {name: one["sets"] for name, one in results["variants"].items()}
     for key, said in everyone.items():
+        english = bench.sets[key].language == "en"
+        check_speech(results, key, speech_of(said) | ({} if english else {"words": []}))
         if key not in own[FULL]:
-            own[FULL][key], words = {}, list[int]()
-            if bench.sets[key].language == "en":
-                words = [one.words for one in word_errors([u.text for u in said], [""] * len(said))]
+            own[FULL][key] = {}
+            if english:
                 own[FULL][key]["errors"] = bench.errors(bench.full, key, FULL, said)
-            results["speech"][key] = {"speakers": [u.speaker for u in said], "words": words}
             save()
     for key, said in everyone.items():
         missing = [variant for variant in variants if "kl" not in own[variant].get(key, {})]
@@ -307,9 +307,7 @@ def main(
 ) -> None:
     quiet_libraries()
     recipes = dict(map(_recipe, recipe or []))
-    results: dict[str, Any] = {"speech": {}, "variants": {}}
-    if json_file.exists():
-        results = json.loads(json_file.read_text())
+    results = resumed(json_file, model, ("speech", "variants"))
     results["about"] = about(torch.device("cpu")) | {"model": model}
     console = Console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as show:

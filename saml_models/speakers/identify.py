@@ -25,7 +25,7 @@ from saml_models.speakers.profile import SpeakerProfile
 __all__ = ["THRESHOLD", "Match", "distance", "embed", "identify"]
 
 # `python -m bench identification`, 26 development speakers with five clips of each enrolled: the
-# nearest is the right one for 95 % of the clips; here 8.5 % are turned away, and a stranger, who has
+# nearest is the right one for 95 % of the clips; 8.5 % are turned away, and a stranger, who has
 # 25 chances, is taken for somebody in 35 %. Fewer enrolled are fewer chances.
 THRESHOLD = 0.225
 

@@ -50,7 +50,7 @@ def test_systems_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         conformer.CONTROL: "25.00",
     }
     assert rows[conformer.GROWN][3] == ""
-    assert rows[conformer.WHISPER][3] .startswith("0.000 (0.000 to 0.")
+    assert rows[conformer.WHISPER][3].startswith("0.000 (0.000 to 0.")
     assert "new branches zero" in capsys.readouterr().out
     assert "quick" not in out.read_text()  # counts, not what people said
 

@@ -123,6 +123,10 @@ def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.M
     variant.asked.clear()
     measure()
     assert variant.asked == []
+    variant.changes = {"guard": True}
+    with pytest.raises(SAMLError, match=r"some name: in the results it is .*; give this one"):
+        measure()
+    variant.changes = {}
     # Of one speaker there is no other one's adaptation.
     monkeypatch.setattr(Voices, "folds", staticmethod(lambda data: [fold("a"), fold("a")]))
     stop, found["speech"], found["variants"] = 0, {}, {}
