@@ -37,7 +37,11 @@ class QueueFull(SAMLError):
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} recordings are waiting; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
+        self.waiting, self.retry_after = waiting, retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From another process, as Ray brings it."""
+        return type(self), (self.waiting, self.retry_after)
 
 
 class EngineClosed(SAMLError):

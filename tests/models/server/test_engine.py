@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from concurrent.futures import CancelledError
 from itertools import pairwise
@@ -88,3 +89,8 @@ def test_errors_are_the_recordings_own() -> None:
         assert engine.is_alive
     with pytest.raises(SAMLError, match="max_batch"):
         Engine(talker, max_batch=0)  # type: ignore[arg-type]
+
+
+def test_a_full_queue_is_told_across_processes() -> None:
+    found = pickle.loads(pickle.dumps(QueueFull(3, 1.5)))
+    assert found.retry_after == 1.5 and str(found).startswith("3 recordings are waiting")
