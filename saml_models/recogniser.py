@@ -277,6 +277,7 @@ class Recogniser:
         options: TrainingOptions | None = None,
         guard: bool = True,
         beam_size: int = 1,
+        language: str | None = None,
         scoring: str = "whisper",
         on_stage: Callable[[str, int], None] | None = None,
         on_done: Callable[[int], None] | None = None,
@@ -291,6 +292,7 @@ class Recogniser:
             options: of the adaptation.
             guard: as for `adapt`.
             beam_size: of every system.
+            language: that is spoken in the test clips; None lets a multilingual model detect it.
             scoring: "whisper" or "paper", as `saml evaluate --scoring`.
             on_stage, on_done: progress, as for `protocol.evaluate`.
 
@@ -310,6 +312,7 @@ class Recogniser:
             device=bind(self.model, self.processor).device,
             guard=guard,
             beam_size=beam_size,
+            language=language,
             scoring=scoring,
             on_stage=on_stage,
             on_done=on_done,

@@ -42,6 +42,10 @@ def evaluate(
     beam_size: Annotated[
         int, typer.Option("--beam-size", "--beam_size", min=1, help="Of every system; 1 is greedy.")
     ] = 1,
+    language: Annotated[
+        str | None,
+        typer.Option(help="Code or name; default: detected in each clip, where there are several."),
+    ] = None,
     scoring: Annotated[
         str,
         typer.Option(
@@ -71,8 +75,8 @@ def evaluate(
     if curve is not None:
         if adapt_utterances is not None:
             raise SAMLError("--curve: has counts of its own; leave out --adapt-utterances")
-        _curve(by_name, curve, model, experts, guard, beam_size, scoring, device, json_file, figure,
-               overwrite)  # fmt: skip
+        _curve(by_name, curve, model, experts, guard, beam_size, language, scoring, device,
+               json_file, figure, overwrite)  # fmt: skip
         return
     plan = make_folds(by_name, adapt_utterances, folds, choosing=scoring == "paper")
     if json_file is not None:
@@ -80,7 +84,7 @@ def evaluate(
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         check_output(figure, is_figure, overwrite)
-    result = _run(model, experts, plan, beam_size, device_named(device), scoring, guard)
+    result = _run(model, experts, plan, beam_size, device_named(device), language, scoring, guard)
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
@@ -108,6 +112,7 @@ def _curve(
     experts: Path | None,
     guard: bool,
     beam_size: int,
+    language: str | None,
     scoring: str,
     device: str | None,
     json_file: Path | None,
@@ -141,12 +146,14 @@ def _curve(
             show(done, total, "")
 
         found = learning_curve(
-            saml, plan, guard=guard, beam_size=beam_size, scoring=scoring, on_done=on_done
-        )
+            saml, plan,
+            guard=guard, beam_size=beam_size, language=language, scoring=scoring, on_done=on_done,
+        )  # fmt: skip
     result = {
         "model": name,
         "guard": guard,
         "beam_size": beam_size,
+        "language": language,
         "scoring": scoring,
         **found.to_dict(),
     }
@@ -218,6 +225,7 @@ def _run(
     plan: Sequence[Any],
     beam_size: int,
     device: str,
+    language: str | None = None,
     scoring: str = "whisper",
     guard: bool = True,
 ) -> dict[str, Any]:
@@ -229,10 +237,10 @@ def _run(
     with _progress() as (stage, done):
         result = evaluate_systems(
             name, saml, plan,
-            device=device, guard=guard, beam_size=beam_size, scoring=scoring, on_stage=stage,
-            on_done=done,
+            device=device, guard=guard, beam_size=beam_size, language=language, scoring=scoring,
+            on_stage=stage, on_done=done,
         )  # fmt: skip
-    return {"model": name, "beam_size": beam_size, **result.to_dict()}
+    return {"model": name, "beam_size": beam_size, "language": language, **result.to_dict()}
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def learning_curve(
     *,
     guard: bool = True,
     beam_size: int = 1,
+    language: str | None = None,
     scoring: str = "whisper",
     on_done: Callable[[int], None] | None = None,
 ) -> Curve:
@@ -110,26 +111,30 @@ def learning_curve(
         saml: a model with SAML layers and pretrained experts, and its processor.
         plan: from `curve_folds`.
         options: of the adaptation; the defaults unless given.
-        guard, beam_size, scoring: as for `protocol.evaluate`.
+        guard, beam_size, language, scoring: as for `protocol.evaluate`.
         on_done: called with the number of adaptations done, after each.
 
     Raises:
-        SAMLError: as `adapt`.
+        SAMLError: as `adapt`, or a language that the model does not know.
     """
     curve = Curve({0: {}})
     speech = bind(*saml)
+    code = None if language is None else speech.language_code(language, "transcribe")
+
+    def errors(fold: Fold) -> list[WordErrors]:
+        clips = [u.load() for u in fold.test]
+        heard = decode_clips(speech, clips, beam_size=beam_size, language=code)
+        return word_errors([u.text for u in fold.test], heard, scoring)
+
     for count, folds in plan.items():
         curve.errors[count], curve.unused[count] = {}, 0
         for fold in folds:
-            said, clips = [u.text for u in fold.test], [u.load() for u in fold.test]
             if fold.speaker not in curve.errors[0]:
-                heard = decode_clips(speech, clips, beam_size=beam_size)
-                curve.errors[0][fold.speaker] = word_errors(said, heard, scoring)
+                curve.errors[0][fold.speaker] = errors(fold)
             profile = adapt(*saml, fold.train, options, skip_long=True, guard=guard)
             curve.unused[count] += not profile.about.get("adapted", True)
             with profile.applied(saml[0]):
-                heard = decode_clips(speech, clips, beam_size=beam_size)
-            curve.errors[count][fold.speaker] = word_errors(said, heard, scoring)
+                curve.errors[count][fold.speaker] = errors(fold)
             if on_done:
                 on_done(1)
     return curve

@@ -231,6 +231,7 @@ def evaluate(
     *,
     guard: bool = True,
     beam_size: int = 1,
+    language: str | None = None,
     scoring: str = "whisper",
     on_stage: Callable[[str, int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
@@ -248,9 +249,14 @@ def evaluate(
         options: of the adaptation; the defaults unless given.
         guard: as for `adapt`; not where a fold chooses an epoch.
         beam_size: of every system.
+        language: code or name of what is spoken in the test clips; None lets a multilingual model
+            detect it in each.
         scoring: how words are counted, of `SCORINGS`.
         on_stage: called with the name and the number of parts of each stage that begins.
         on_done: called with the number of parts done.
+
+    Raises:
+        SAMLError: as `adapt`, or a language that the model does not know.
 
     Example:
         >>> folds = make_folds({"ann": load_corpus("my_clips/")}, 10, 2)  # doctest: +SKIP
@@ -269,6 +275,10 @@ def evaluate(
     )
 
     speech = bind(*full)
+    code = None if language is None else speech.language_code(language, "transcribe")
+
+    def hear(system: tuple[Any, Any], clips: Sequence[np.ndarray]) -> list[str]:
+        return decode_clips(bind(*system), clips, beam_size=beam_size, language=code, on_done=done)
 
     def record(system: str, hypotheses: list[str], started: float) -> None:
         result.hypotheses[system] = hypotheses
@@ -280,11 +290,10 @@ def evaluate(
     for system, candidate in plain.items():
         stage(SYSTEMS[system], len(clips))
         started = time.monotonic()
-        texts = decode_clips(bind(*candidate), clips, beam_size=beam_size, on_done=done)
-        record(system, texts, started)
+        record(system, hear(candidate, clips), started)
 
     stage("distribution", len(clips))
-    _compare(bind(*full), bind(*quantised), clips, result, done)
+    _compare(bind(*full), bind(*quantised), clips, code, result, done)
 
     stage("adapting", len(folds))
     started = time.monotonic()
@@ -307,7 +316,7 @@ def evaluate(
             part = clips[at : at + len(fold.test)]
             at += len(part)
             with profiles[chosen[i]].applied(saml[0]):
-                texts += decode_clips(bind(*saml), part, beam_size=beam_size, on_done=done)
+                texts += hear(saml, part)
         record(system, texts, started)
     return result
 
@@ -316,11 +325,12 @@ def _compare(
     full: SpeechModel,
     quantised: SpeechModel,
     clips: Sequence[np.ndarray],
+    language: str | None,
     result: Evaluation,
     done: Callable[[int], None],
 ) -> None:
     """The quantised model's divergence, on texts that fit the decoder."""
-    language = full.prompt_language(clips)
+    language = language or full.prompt_language(clips)
     heard = result.hypotheses["full_precision"]
     texts = [in_model_style(*pair) for pair in zip(result.references, heard, strict=True)]
     most = target_limit(full.network)

@@ -96,7 +96,7 @@ def test_each_count_adapts_anew_and_is_heard_with_its_profile(
     monkeypatch.setattr(
         module,
         "decode_clips",
-        lambda speech, clips, beam_size: (
+        lambda speech, clips, beam_size, language: (
             ["here they went" if current[-1] > 5 else "here"] * len(clips)
         ),
     )

