@@ -74,7 +74,7 @@ def adapt(
     quiet_libraries()
     from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_output
-    from saml_models.data.corpora import load_corpus, only_speaker
+    from saml_models.data.corpora import load_corpus, only_speaker, short_clips
     from saml_models.evaluation.protocol import with_word_errors
     from saml_models.speakers.pretrained import load_adaptable
     from saml_models.speakers.profile import is_profile
@@ -117,6 +117,7 @@ def adapt(
         )
     kept = len(utterances) - test_utterances
     utterances, held = utterances[:kept][:adapt_utterances], utterances[kept:]
+    short_clips(held)  # what is wrong with them is said before the learning
     network, processor = load_adaptable(model, experts=experts, device=device_named(device))
     options = replace(options_for(kind, network), **given(epochs, learning_rate, seed))
     checkpoint = checkpoint_of(out)

@@ -56,13 +56,13 @@ def grow_conformer(
     quiet_libraries()
     from saml_kernels.files import atomic_folder, check_new_folder
     from saml_models.compress.loading import load_model
-    from saml_models.data.corpora import load_corpus
+    from saml_models.data.corpora import load_corpora
     from saml_models.training.grow import BRANCHES, ENCODER, Growth
     from saml_models.training.grow import grow_conformer as grow
 
     check_new_folder(out)
-    kept_out = {name.strip() for name in exclude_speakers.split(",")}
-    everybody = [utterance for path in data for utterance in load_corpus(path)]
+    kept_out = {name.strip() for name in exclude_speakers.split(",") if name.strip()}
+    utterances = load_corpora(data, kept_out)
     growth = Growth(
         replace(BRANCHES, **given(epochs, learning_rate, seed)),
         replace(ENCODER, **given(encoder_epochs, encoder_rate, None if seed is None else seed + 1)),
@@ -74,7 +74,7 @@ def grow_conformer(
         grown, reports = grow(
             network,
             processor,
-            [utterance for utterance in everybody if utterance.speaker not in kept_out],
+            utterances,
             growth,
             control=control,
             checkpoint=checkpoint,

@@ -71,7 +71,7 @@ def pretrain(
     from saml_kernels.files import check_output
     from saml_models.compress.loading import load_model
     from saml_models.compress.shipped_rounding import compress
-    from saml_models.data.corpora import load_corpus
+    from saml_models.data.corpora import load_corpora
     from saml_models.speakers.profile import is_profile
     from saml_models.training.calibration import starts_from_error
     from saml_models.training.pretrain import PRETRAINING
@@ -79,9 +79,8 @@ def pretrain(
     from saml_models.training.samples import PER_SPEAKER
 
     check_output(out, is_profile, overwrite)
-    kept_out = {name.strip() for name in exclude_speakers.split(",")}
-    everybody = [utterance for path in data for utterance in load_corpus(path)]
-    utterances = [utterance for utterance in everybody if utterance.speaker not in kept_out]
+    kept_out = {name.strip() for name in exclude_speakers.split(",") if name.strip()}
+    utterances = load_corpora(data, kept_out)
     options = replace(PRETRAINING, **given(epochs, learning_rate, seed))
     if teacher is not None:
         options = replace(options, teacher=teacher)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import (
     AUDIO_SUFFIXES,
+    MAX_SAMPLES,
     SAMPLE_RATE,
     load_audio,
     samples_of,
@@ -31,7 +32,7 @@ from saml_models.data.audio import (
 )
 from saml_models.data.tedlium import parse_stm
 
-__all__ = ["Utterance", "by_speaker", "load_corpus"]
+__all__ = ["Utterance", "by_speaker", "load_corpora", "load_corpus", "short_clips"]
 
 _LAYOUTS = (
     "a LibriSpeech folder, a TED-LIUM 3 folder, a .jsonl manifest or a folder of clip.wav + "
@@ -102,18 +103,44 @@ def load_corpus(
     utterances = list(_read(path, need_text, need_audio, faults))
     if not utterances and not faults:
         raise SAMLError(f"{path}: holds no utterance; expected transcribed speech")
+    _check_ids(utterances, path, faults)
+    if faults:
+        utterances = [u for u in utterances if u.speaker not in faults]
+    return utterances if speakers is None else _select(utterances, speakers, path)
+
+
+def load_corpora(
+    paths: Sequence[str | os.PathLike[str]], excluded: Collection[str] = ()
+) -> list[Utterance]:
+    """Several corpora with text, one after the other.
+
+    Args:
+        paths: each as for `load_corpus`.
+        excluded: speakers who are left out.
+
+    Raises:
+        SAMLError: as `load_corpus`, an id that two corpora use, or nobody has an excluded name.
+    """
+    utterances: list[Utterance] = []
+    for path in paths:
+        utterances += load_corpus(path)
+        _check_ids(utterances, Path(path), None)
+    unknown = sorted(set(excluded).difference(u.speaker for u in utterances))
+    if unknown:
+        raise SAMLError(f"speakers to leave out: nobody is called {', '.join(unknown)}")
+    return [u for u in utterances if u.speaker not in excluded]
+
+
+def _check_ids(utterances: Sequence[Utterance], path: Path, faults: Faults | None) -> None:
     seen: dict[str, Utterance] = {}
     for utterance in utterances:
         twin = seen.setdefault(utterance.id, utterance)
         if twin is not utterance:
             error = SAMLError(
                 f"{path}: utterance id {utterance.id!r} is used twice "
-                f"({twin.audio.name}, {utterance.audio.name}); ids have to differ"
+                f"({twin.audio}, {utterance.audio}); ids have to differ"
             )
             _note(faults, utterance.speaker, error)
-    if faults:
-        utterances = [u for u in utterances if u.speaker not in faults]
-    return utterances if speakers is None else _select(utterances, speakers, path)
 
 
 def _note(faults: Faults | None, owner: str, error: SAMLError) -> None:
@@ -129,6 +156,20 @@ def by_speaker(utterances: Sequence[Utterance]) -> dict[str, list[Utterance]]:
     for utterance in utterances:
         groups.setdefault(utterance.speaker, []).append(utterance)
     return groups
+
+
+def short_clips(utterances: Sequence[Utterance]) -> list[npt.NDArray[np.float32]]:
+    """The speech of utterances that are heard in one window.
+
+    Raises:
+        SAMLError: one is longer than 30 s, or as `Utterance.load`.
+    """
+    clips = [utterance.load() for utterance in utterances]
+    for utterance, clip in zip(utterances, clips, strict=True):
+        if len(clip) > MAX_SAMPLES:
+            seconds = len(clip) / SAMPLE_RATE
+            raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
+    return clips
 
 
 def _select(utterances: list[Utterance], speakers: Sequence[str], path: Path) -> list[Utterance]:
@@ -218,7 +259,7 @@ def _tedlium_splits(path: Path) -> list[Path]:
 def _read_tedlium(split: Path, faults: Faults | None) -> Iterator[Utterance]:
     for stm in sorted((split / "stm").glob("[!.]*.stm")):
         try:
-            segments = parse_stm(_lines(stm), str(stm))
+            segments = list(parse_stm(_lines(stm), str(stm)))
         except SAMLError as error:
             _note(faults, str(stm), error)
             continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE
-from saml_models.data.corpora import Utterance
+from saml_models.data.corpora import Utterance, short_clips
 from saml_models.evaluation.comparisons import made_worse, ratios
 from saml_models.evaluation.divergence import Divergence, divergences
 from saml_models.models.interface import SpeechModel
@@ -355,7 +355,7 @@ def heard_before_and_after(
     profile: SpeakerProfile, model: Any, processor: Any, utterances: Sequence[Utterance]
 ) -> tuple[list[str], list[str]]:
     """The texts of utterances without a profile, and with it."""
-    clips, speech = [u.load() for u in utterances], bind(model, processor)
+    clips, speech = short_clips(utterances), bind(model, processor)
     before, after = (
         decode_clips(speech, clips, speakers=[who] * len(clips)) for who in (None, profile)
     )
@@ -370,7 +370,10 @@ def with_word_errors(
     Args:
         profile: made for `model`.
         model, processor: with the experts that adaptation started from.
-        utterances: with text, that it has not learnt from, each at most 30 s long.
+        utterances: with text, that it has not learnt from.
+
+    Raises:
+        SAMLError: one of them is longer than 30 s.
     """
     references = [u.text for u in utterances]
     before, after = (

@@ -66,6 +66,7 @@ def adapt(
     skip_long: bool = False,
     unsure: Sequence[Utterance] = (),
     choose: Sequence[Utterance] = (),
+    language: str | None = None,
     guard: bool = True,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -85,6 +86,7 @@ def adapt(
         choose: others of the speaker, not learnt from: of the weights after each epoch those are
             taken, in place of the last ones' average, that find most of their tokens likeliest. So
             do SAML's authors. Not with a checkpoint.
+        language: code of what is spoken; None is what a multilingual model hears in most of a few.
         guard: from five of `utterances` on, and without `choose`: learn from half of them first,
             and use what all teach as far as that made the other half likelier; see `guard`.
         checkpoint: as for `training.fit`; the guard adds its name to the file's.
@@ -118,9 +120,10 @@ def adapt(
     saml.check_whole()
     make = SpeakerProfile.of if kind == "experts" else SpeakerProfile.of_gates
     with saml.snapshot():
-        samples = training_samples(speech, utterances, skip_long=skip_long)
+        samples = training_samples(speech, utterances, skip_long=skip_long, language=language)
+        language = samples[0].language
         guarded = guard and not choose and len(samples) >= LEAST
-        more = training_samples(speech, unsure, skip_long=skip_long) if unsure else []
+        more = training_samples(speech, unsure, skip_long=skip_long, language=language)
         watching = Guard(speech, samples, more) if guarded else None
         samples += more
         unadapted = saml.short_windows
@@ -133,12 +136,13 @@ def adapt(
                 saml.short_windows = saml.short_windows if verdict.share else unadapted
             elif choose:
                 options = replace(options, average=0.0)
-                held = training_samples(speech, choose, skip_long=skip_long)
+                held = training_samples(speech, choose, skip_long=skip_long, language=language)
                 best = BestEpoch(speech, held, options)
                 report = fit(speech, samples, options, None, on_step, best.look)
                 best.take()
             else:
-                report = fit(speech, samples, options, checkpoint, on_step)
+                origin = saml.experts_hash()
+                report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
         profile = make(
             model,
             speaker=speaker or names[0],
@@ -180,7 +184,8 @@ def _guarded(
         return TrainingReport(), verdict
     own = trained_parameters(watching.speech.network)
     start = {name: tensor.detach().clone() for name, tensor in own.items()}
-    report = fit(watching.speech, samples, options, checkpoint, at(ahead))
+    origin = compression_of(watching.speech.network).experts_hash()
+    report = fit(watching.speech, samples, options, checkpoint, at(ahead), origin=origin)
     if verdict.share < 1:
         end = {name: tensor.detach().clone() for name, tensor in own.items()}
         between(watching.speech, own, start, end, verdict.share)

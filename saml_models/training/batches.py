@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saml_models.data.audio import at_speed
+from saml_models.data.audio import MAX_SAMPLES, at_speed
 from saml_models.data.noise import BABBLERS, babble, hum, mixed, pink
 from saml_models.models.interface import SpeechModel
 
@@ -184,7 +184,9 @@ class BatchMaker:
         return ids, shares
 
     def _prepared(self, i: int, rng: random.Random, step: int) -> Tensor:
-        samples = at_speed(self.samples[i].load(), rng.choice(self.options.speeds))
+        samples, speed = self.samples[i].load(), rng.choice(self.options.speeds)
+        if len(samples) <= MAX_SAMPLES * speed:  # else its end, which the text has, would be cut
+            samples = at_speed(samples, speed)
         if self.options.noise > 0:
             draw = np.random.default_rng((self.options.seed, step, i))
             if draw.random() < self.options.noise:

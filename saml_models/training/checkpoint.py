@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -19,12 +20,6 @@ from saml_models.training.batches import Sample
 from saml_models.training.options import TrainingOptions
 
 __all__ = ["beside", "checkpoints", "forget"]
-
-# Options that are gone, as runs had them: checkpoints of then are resumed.
-REMOVED = {
-    "anchor": 0.0, "distil": 0.0, "flat_start": 0, "smoothing": 0.0, "corrupt": 0.0,
-    "keep_prepared": False,
-}  # fmt: skip
 
 
 def beside(checkpoint: Path | None, name: str) -> Path | None:
@@ -43,19 +38,16 @@ def checkpoints(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}*"))
 
 
-def fingerprint(model: nn.Module, samples: Sequence[Sample], options: TrainingOptions) -> str:
-    """What must be equal for a checkpoint to be resumed."""
+def fingerprint(
+    model: nn.Module, samples: Sequence[Sample], options: TrainingOptions, origin: str = ""
+) -> str:
+    """Of what must be equal for a checkpoint to be resumed: SHA-256 (hex)."""
     clips = [(round(s.seconds, 3), s.text, s.language) for s in samples]
-    settings = REMOVED | asdict(replace(options, checkpoint_every=0))
-    if settings["cuda_graphs"] is None:
-        del settings["cuda_graphs"]  # as it was before there were any
-    if not settings["noise"]:
-        del settings["noise"], settings["noise_decibels"]
-    if not settings["teacher"]:
-        del settings["teacher"]
+    settings = asdict(replace(options, checkpoint_every=0))
     saml, config = getattr(model, "saml", None), getattr(model, "config", None)
     made_for = [weight_hash(model), saml.config.to_dict() if saml else config.to_dict()]  # type: ignore
-    return json.dumps([settings, clips, made_for], sort_keys=True, default=str)
+    run = json.dumps([settings, clips, made_for, origin], sort_keys=True, default=str)
+    return hashlib.sha256(run.encode()).hexdigest()
 
 
 class Checkpoint:
@@ -93,8 +85,8 @@ class Checkpoint:
         tensors, about = read_tensors(self.path)
         if about.get("run") != self.fingerprint:
             raise SAMLError(
-                f"{self.path}: belongs to a run with other data or options; repeat those, or "
-                "remove the file to start anew"
+                f"{self.path}: belongs to a run with other data, options or experts; repeat "
+                "those, or remove the file to start anew"
             )
         try:
             for name, value in self.changing.items():

@@ -159,12 +159,14 @@ def run(job: Job) -> Outcome:
 def _run(job: Job) -> str:
     check_name(job.speaker)
     store = ProfileStore(job.store)
+    model, processor = _loaded(job.model, job.experts, job.device)
     try:
-        if store.load(job.speaker).about.get("job") == job.fingerprint:
+        found = store.load(job.speaker)
+        found.check(model)
+        if found.about.get("job") == job.fingerprint:
             return "there already"
     except SAMLError:
-        pass  # not there, or damaged: it is made
-    model, processor = _loaded(job.model, job.experts, job.device)
+        pass  # not there, damaged, or another model's: it is made
     options = replace(job.options or options_for(job.kind, model), **job.changes)
     checkpoint = Path(job.store) / ".progress" / f"{job.speaker}.safetensors"
     do = adapt_unsupervised if job.unsupervised else adapt

@@ -126,7 +126,8 @@ class Guard:
         own = trained_parameters(self.speech.network)
         start = {name: tensor.detach().clone() for name, tensor in own.items()}
         losses_before, (errors_before, words) = self.before
-        fit(self.speech, self.learnt, options, checkpoint, on_step)
+        origin = compression_of(self.speech.network).experts_hash()
+        fit(self.speech, self.learnt, options, checkpoint, on_step, origin=origin)
         end = {name: tensor.detach().clone() for name, tensor in own.items()}
         tokens = self._tokens()
         allowed = errors_before + max(1, int(CHANCE * words))

@@ -63,6 +63,8 @@ def fit(
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[], None] | None = None,
+    *,
+    origin: str = "",
 ) -> TrainingReport:
     """Train in place what has gradients: after `apply_saml`, the experts and routers.
 
@@ -78,6 +80,8 @@ def fit(
             several at a time, and the loss is the last that was.
         on_epoch: called after each pass over the samples that ends in this process; may run the
             model, whose mode comes back.
+        origin: what else must be the same for a checkpoint to be resumed, such as the hash of the
+            experts that are there at the beginning.
 
     Raises:
         SAMLError: nothing to train on, a checkpoint of another run, or a loss that is not finite:
@@ -117,7 +121,7 @@ def fit(
     batches = plan_batches([s.seconds for s in samples], options)
     steps = math.ceil(len(batches) / ranks)
     average: dict[str, Tensor] = {}
-    run = fingerprint(model, samples, options)
+    run = fingerprint(model, samples, options, origin)
     changing = {**parameters, **moving}
     state = Checkpoint(checkpoint, changing, list(parameters), optimiser, average, run)
     done = state.resume()

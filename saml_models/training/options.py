@@ -20,7 +20,7 @@ class TrainingOptions:
         warmup: share of the steps.
         weight_decay: AdamW's.
         clip_norm: gradients are clipped to this norm.
-        speeds: a clip is resampled to one of these speeds.
+        speeds: a clip is resampled to one of these speeds, unless it would last over 30 s.
         margins: seconds of silence after the clip; one is drawn for each batch.
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) over mel bins.
         time_masks, time_share: SpecAugment over time, each mask at most this share of the clip.

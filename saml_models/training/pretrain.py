@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import compression_of
+from saml_models.compress.layers import compression_of, model_hash
 from saml_models.data.corpora import Utterance, by_speaker
 from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import bind
@@ -89,7 +89,8 @@ def pretrain(
     saml.short_windows = True
     if teacher is not None and starts_from_error(model):
         start_experts(model, teacher.network, input_moments(teacher, samples, options))
-    report = fit(speech, samples, options, checkpoint, on_step)
+    origin = "" if teacher is None else model_hash(teacher.network)
+    report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
     return SpeakerProfile.of(
         model,
         speaker="pretrained",

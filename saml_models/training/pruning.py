@@ -18,7 +18,7 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.layers.linear import SAMLLinear
 from saml_models.compress.layers import compression_of
 from saml_models.compress.packing import pack_experts
-from saml_models.data.corpora import Utterance
+from saml_models.data.corpora import Utterance, short_clips
 from saml_models.models.interface import Clip, SpeechModel
 from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
@@ -152,9 +152,12 @@ def prune_curve(
         utterances: of the speaker, with text; usage and WER are measured on them.
         profile: of kind "experts", whole.
         max_loss: WER in per cent, absolute, that may be lost.
+
+    Raises:
+        SAMLError: an utterance of over 30 s, or a profile that cannot be pruned.
     """
     _check_whole(profile)
-    clips, references = [u.load() for u in utterances], [u.text for u in utterances]
+    clips, references = short_clips(utterances), [u.text for u in utterances]
     speech = bind(model, processor)
     usage = measure_usage(speech, clips, profile)
     layers, most = len(usage.layers), usage.shares.numel()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,15 @@ def pseudo_labels(
     clips: Sequence[Clip],
     profile: SpeakerProfile | None = None,
     beam_size: int = 4,
+    language: str | None = None,
 ) -> list[Label]:
-    """The beam's text for each clip (at most 30 s), heard with `profile`."""
-    speakers = [profile] * len(clips)
-    greedy = decode_clips(speech, clips, speakers=speakers)
-    beams = decode_clips(speech, clips, speakers=speakers, beam_size=beam_size)
+    """The beam's text for each clip (at most 30 s) in a language, heard with `profile`."""
+    hear = partial(decode_clips, speech, clips, speakers=[profile] * len(clips), language=language)
+    greedy, beams = hear(), hear(beam_size=beam_size)
     labels = []
     with mixed_batch(speech.network, [profile]):
         for clip, text, other in zip(clips, beams, greedy, strict=True):
-            sure = confidence(speech, clip, text)
+            sure = confidence(speech, clip, text, language)
             apart = word_errors([text], [other])[0].wer if text else 100.0
             labels.append(Label(text, sure.log_prob, sure.entropy, max(0.0, 1 - apart / 100)))
     return labels
@@ -112,16 +113,18 @@ def believed(labels: Sequence[Label], seconds: Sequence[float], rule: Filter) ->
 
 
 def disagreement(
-    speech: SpeechModel, clips: Sequence[Clip], profile: SpeakerProfile | None
+    speech: SpeechModel,
+    clips: Sequence[Clip],
+    profile: SpeakerProfile | None,
+    language: str | None = None,
 ) -> tuple[float, int]:
     """Per cent of words that change with the clips' speed, and the words heard at their own."""
-    speakers = [profile] * len(clips)
-    own = decode_clips(speech, clips, speakers=speakers)
+    hear = partial(decode_clips, speech, speakers=[profile] * len(clips), language=language)
+    own = hear(clips)
     changed = []
     for speed in SPEEDS:
         moved = [at_speed(clip, speed)[:MAX_SAMPLES] for clip in clips]
-        other = decode_clips(speech, moved, speakers=speakers)
-        changed += word_errors(own, other)
+        changed += word_errors(own, hear(moved))
     return float(pooled(changed).wer), sum(len(text.split()) for text in own)
 
 
@@ -174,6 +177,8 @@ def adapt_unsupervised(
     learnt = [u for i, u in enumerate(pieces) if not held or i % LEAST != LEAST - 1]
     clips = [u.load() for u in learnt]
     seconds = [len(clip) / SAMPLE_RATE for clip in clips]
+    # One for all: a clip that is taken for another language would be learnt in it.
+    language = speech.prompt_language([u.load() for u in known] or clips)
     used = []
 
     def learn(
@@ -182,12 +187,12 @@ def adapt_unsupervised(
         at = beside(checkpoint, str(number))
         return adapt(
             model, processor, sure, options, unsure=unsure, speaker=speaker, kind=kind,
-            guard=guarded, checkpoint=at, on_step=on_step,
+            language=language, guard=guarded, checkpoint=at, on_step=on_step,
         )  # fmt: skip
 
     profile = learn(0, known, (), False) if known else None
     for number in range(1, rounds + 1):
-        labels = pseudo_labels(speech, clips, profile)
+        labels = pseudo_labels(speech, clips, profile, language=language)
         chosen = believed(labels, seconds, rule or Filter())
         if not chosen:
             raise SAMLError("unsupervised: no words were heard in any clip; give clearer speech")
@@ -206,15 +211,15 @@ def adapt_unsupervised(
         "clips_believed": used,
     }
     profile = replace(profile, about=profile.about | notes)
-    return _unless_useless(speech, profile, held) if held else profile
+    return _unless_useless(speech, profile, held, language) if held else profile
 
 
 def _unless_useless(
-    speech: SpeechModel, profile: SpeakerProfile, held: Sequence[Clip]
+    speech: SpeechModel, profile: SpeakerProfile, held: Sequence[Clip], language: str | None
 ) -> SpeakerProfile:
     """The profile where held-back clips change less with their speed, else the unadapted one."""
-    before, words_before = disagreement(speech, held, None)
-    after, words_after = disagreement(speech, held, profile)
+    before, words_before = disagreement(speech, held, None, language)
+    after, words_after = disagreement(speech, held, profile, language)
     helps = after < before and words_after >= FEWEST_WORDS * words_before
     about = profile.about | {
         "adapted": helps,

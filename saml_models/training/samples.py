@@ -39,11 +39,12 @@ def training_samples(
     keep_audio: bool = True,
     skip_long: bool = False,
     heard: Path | None = None,
+    language: str | None = None,
     on_done: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Clips and targets for `fit`; bare transcripts borrow the model's own case and punctuation.
 
-    To a multilingual Whisper they are all in one language, the one it hears in most of a few.
+    To a multilingual Whisper they are all in one language.
 
     Args:
         speech: transcribes the clips whose text is bare, to find the style.
@@ -51,6 +52,7 @@ def training_samples(
         keep_audio: hold the audio in memory; else it is read again in every epoch.
         skip_long: leave out what is longer than 30 s instead of refusing it.
         heard: a JSON file that keeps what the model heard, and from which it is taken again.
+        language: its code; None is what the model hears in most of a few.
         on_done: called with (clips prepared, clips in all).
 
     Raises:
@@ -65,7 +67,6 @@ def training_samples(
         check_target(speech.network, utterance.id, speech.token_ids(plain, None)[0])
     known = _Heard(heard, speech)
     samples: list[Sample] = []
-    language: str | None = None
     for first in range(0, len(utterances), TOGETHER):
         kept = []
         for utterance in utterances[first : first + TOGETHER]:
@@ -75,7 +76,7 @@ def training_samples(
                 kept.append((utterance, clip))
             elif not skip_long:
                 raise SAMLError(f"{utterance.id}: {seconds:.1f} s long; cut it to 30 s at most")
-        if kept and not samples:
+        if kept and not samples and language is None:
             language = speech.prompt_language([clip for _, clip in kept])
         texts = known.texts(kept, language)
         for (utterance, clip), text in zip(kept, texts, strict=True):

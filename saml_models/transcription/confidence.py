@@ -25,9 +25,14 @@ class Confidence:
 
 
 @torch.inference_mode()
-def confidence(speech: SpeechModel, clip: Clip, text: str) -> Confidence:
-    """Of a model in a text for a clip (float32 [samples] at 16 kHz, at most 30 s)."""
-    ids, prompt = speech.token_ids(text, speech.prompt_language([clip]))
+def confidence(
+    speech: SpeechModel, clip: Clip, text: str, language: str | None = None
+) -> Confidence:
+    """Of a model in a text for a clip (float32 [samples] at 16 kHz, at most 30 s).
+
+    `language` is as `prompt_language` gives it; None asks that of this clip.
+    """
+    ids, prompt = speech.token_ids(text, language or speech.prompt_language([clip]))
     log_probs = speech.text_logits(clip, ids, prompt, speech.margin).log_softmax(-1)
     own = log_probs.gather(-1, torch.tensor(ids[prompt:], device=speech.device).unsqueeze(-1))
     return Confidence(float(own.mean()), float(-(log_probs.exp() * log_probs).sum(-1).mean()))

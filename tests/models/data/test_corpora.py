@@ -12,7 +12,7 @@ import soundfile
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.audio import SAMPLE_RATE, load_audio
-from saml_models.data.corpora import Utterance, by_speaker, load_corpus
+from saml_models.data.corpora import Utterance, by_speaker, load_corpora, load_corpus
 from saml_models.data.tedlium import clean_text, parse_stm
 
 
@@ -293,6 +293,22 @@ def test_manifest_ids_have_to_differ(spoken: list[Utterance], tmp_path: Path) ->
     _refused(_manifest(tmp_path, GOOD, GOOD), "used twice", "a.flac")
 
 
+def test_several_corpora_are_one(spoken: list[Utterance], tmp_path: Path) -> None:
+    manifests = []
+    for folder, speaker, id in (("one", "ann", "1"), ("two", "bob", "2"), ("three", "ann", "1")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(spoken[0].audio, tmp_path / folder / "a.flac")
+        row = GOOD | {"speaker": speaker, "id": id}
+        manifests.append(_manifest(tmp_path / folder, row))
+    assert [u.speaker for u in load_corpora(manifests[:2])] == ["ann", "bob"]
+    assert [u.speaker for u in load_corpora(manifests[:2], {"ann"})] == ["bob"]
+    with pytest.raises(SAMLError, match="leave out: nobody is called 7O1, eve"):
+        load_corpora(manifests[:2], {"eve", "bob", "7O1"})
+    # What was heard, and who is drawn, goes by ids.
+    with pytest.raises(SAMLError, match=r"three.*id '1' is used twice .*one.*three"):
+        load_corpora(manifests)
+
+
 # Clips
 
 
@@ -398,3 +414,9 @@ def test_other_layouts_keep_faults_with_their_speaker_too(tmp_path: Path) -> Non
     faults = {}
     found = load_corpus(tmp_path / "LibriSpeech", faults=faults)
     assert [u.speaker for u in found] == ["8"] and list(faults) == ["7"]
+    for kind in ("sph", "stm"):
+        (tmp_path / "ted" / "train" / kind).mkdir(parents=True)
+    talk = tmp_path / "ted" / "train" / "stm" / "talk.stm"
+    talk.write_text("no line of this kind\n")
+    faults = {}
+    assert load_corpus(tmp_path / "ted", faults=faults) == [] and list(faults) == [str(talk)]

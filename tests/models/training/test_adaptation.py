@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from saml_kernels import SAMLError
 from saml_models.cli.main import app
 from saml_models.data.corpora import load_corpus
+from saml_models.evaluation.protocol import with_word_errors
 from saml_models.models.registry import bind
+from saml_models.models.whisper.speech_model import WhisperSpeechModel
 from saml_models.speakers.identify import distance, embed, identify
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
@@ -23,7 +25,7 @@ from saml_models.speakers.store import ProfileStore
 from saml_models.training import pseudo_labels as unsupervised
 from saml_models.training.adapt import GATE_ADAPTATION, adapt
 from saml_models.training.options import TrainingOptions
-from saml_models.training.pruning import SHARES, measure_usage, prune
+from saml_models.training.pruning import SHARES, measure_usage, prune, prune_curve
 from saml_models.training.pseudo_labels import (
     Filter,
     Label,
@@ -130,7 +132,7 @@ def test_recordings_beside_clips_with_text(experts, utterances, monkeypatch):
         asked.append((given[2], how))
         return adapt(*given, **how)
 
-    def labels(speech, clips, profile):
+    def labels(speech, clips, profile, language):
         heard.append((len(clips), profile))
         return [Label("Some words.", -0.1, 0.2, 1.0)] * len(clips)
 
@@ -147,6 +149,59 @@ def test_recordings_beside_clips_with_text(experts, utterances, monkeypatch):
     assert [u.text for u in both["unsure"]] == ["Some words."] * pieces
     assert profile.about["utterances"] == 6 + pieces or not profile.about["adapted"]
     assert profile.about["method"].startswith("semi")
+
+
+def test_recordings_are_all_in_one_language(experts, utterances, monkeypatch):
+    """What is heard in another one would be learnt as this one."""
+    asked = []
+    monkeypatch.setattr(WhisperSpeechModel, "prompt_language", lambda speech, clips: "de")
+    profile = SpeakerProfile.of(experts[0])
+
+    def learn(*given, language, **how):
+        asked.append(language)
+        return profile
+
+    def labels(speech, clips, profile, language):
+        asked.append(language)
+        return [Label("Einige Worte.", -0.1, 0.2, 1.0)] * len(clips)
+
+    def change(speech, clips, profile, language):
+        asked.append(language)
+        return 1.0, 2
+
+    for name, fake in {"adapt": learn, "pseudo_labels": labels, "disagreement": change}.items():
+        monkeypatch.setattr(unsupervised, name, fake)
+    adapt_unsupervised(*experts, utterances["1688"][:5], QUICK, rounds=1)
+    assert asked == ["de"] * 4
+
+
+def test_a_run_goes_on_beside_its_own_experts_alone(experts, utterances, tmp_path):
+    model, path = experts[0], tmp_path / "run"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    given = (*experts, utterances["1688"][:2], replace(QUICK, checkpoint_every=1))
+    with pytest.raises(KeyboardInterrupt):
+        adapt(*given, guard=False, checkpoint=path, on_step=stop)
+    with model.saml.snapshot():
+        with torch.no_grad():
+            for parameter in model.saml.experts().values():
+                parameter.add_(0.5)
+        with pytest.raises(SAMLError, match="other data, options or experts"):
+            adapt(*given, guard=False, checkpoint=path)
+    adapt(*given, guard=False, checkpoint=path)
+
+
+def test_what_is_measured_fits_one_window(experts, utterances):
+    profile = SpeakerProfile.of(experts[0])
+    long = replace(utterances["1688"][0], samples=np.zeros(31 * 16000, np.float32))
+    for measure in (
+        lambda: prune_curve(*experts, [long], profile, 1.0),
+        lambda: with_word_errors(profile, *experts, [long]),
+    ):
+        with pytest.raises(SAMLError, match=r"31\.0 s long; cut it to 30 s"):
+            measure()
 
 
 def test_the_guard_counts_words_that_change_with_the_speed(experts, utterances):
@@ -284,6 +339,11 @@ def test_a_fleet_in_turn_resumes_and_reports(manifest, tmp_path):
     assert ProfileStore(tmp_path).names() == ["1688", "1998"]
     again = CliRunner().invoke(app, [str(a) for a in arguments])
     assert "1688: there already" in again.stdout and "eve: failed" in again.stdout
+    # The same clips and options, but beside weights that are gone.
+    store = ProfileStore(tmp_path)
+    store.save(replace(store.load("1688"), weight_hash="0" * 64), "1688")
+    anew = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert "1688: adapted" in anew.stdout and "1998: there already" in anew.stdout
     both = CliRunner().invoke(app, ["adapt", "--manifest", str(manifest), "--data", "x"])
     assert both.exit_code == 2
 

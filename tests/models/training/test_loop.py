@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_run_is_refused(
         (samples, replace(OPTIONS, learning_rate=1e-3), make()),
         (samples, OPTIONS, make(replace(CONFIG, top_k=1))),
     ]:
-        with pytest.raises(SAMLError, match="other data or options"):
+        with pytest.raises(SAMLError, match="other data, options or experts"):
             fit(bind(model, tiny_en[1]), data, options, checkpoint)
     assert checkpoint.read_bytes() == before
 
@@ -289,7 +289,7 @@ def test_experts_that_know_no_short_windows_learn_in_the_models_own(
     model.saml.margin = 10.0
     monkeypatch.setattr(
         "saml_models.training.adapt.fit",
-        lambda *args: seen.append(args[2].margins) or fit(*args),
+        lambda *args, **how: seen.append(args[2].margins) or fit(*args, **how),
     )
     profile = adapt(model, tiny_en[1], utterances, replace(OPTIONS, epochs=1))
     assert profile.about["short_windows"] is False

@@ -79,10 +79,28 @@ def test_noise_in_a_share_of_the_clips_the_same_each_time(model: Any, tiny_en: A
     assert 6 < sum(changed) < 24
 
 
-def test_options_without_noise_resume_what_was_begun_before_there_was_any(model: Any) -> None:
-    kept = json.loads(fingerprint(model, [], OPTIONS))
-    assert not any(key.startswith("noise") for key in kept[0])
-    assert "noise" in json.loads(fingerprint(model, [], replace(OPTIONS, noise=0.5)))[0]
+def test_a_long_clip_is_heard_to_its_end_at_every_speed(model: Any, tiny_en: Any) -> None:
+    clip = np.zeros(int(29.9 * 16000), np.float32)
+    clip[-16000:] = np.random.default_rng(0).normal(0, 0.3, 16000)
+    samples = [module.Sample(lambda: clip, 29.9, "Some words.")]
+    slow, plain = (
+        BatchMaker(bind(model, tiny_en[1]), samples, replace(OPTIONS, speeds=(speed,)))(0, [0])
+        for speed in (0.9, 1.0)
+    )
+    assert torch.equal(slow.features, plain.features)
+
+
+def test_what_a_checkpoint_has_to_be_of(model: Any, tiny_en: Any) -> None:
+    samples = [module.Sample(lambda: None, seconds, "Some words.") for seconds in (1.0, 2.0)]
+    runs = [
+        fingerprint(model, samples, OPTIONS),
+        fingerprint(model, samples[:1], OPTIONS),
+        fingerprint(model, samples, replace(OPTIONS, noise=0.5)),
+        fingerprint(model, samples, OPTIONS, "other experts"),
+    ]
+    # It is in the header of a file, which has a limit.
+    assert len(set(runs)) == 4 and all(len(run) == 64 for run in runs)
+    assert fingerprint(model, samples, replace(OPTIONS, checkpoint_every=7)) == runs[0]
 
 
 def test_a_voice_of_many_clips_is_one_voice(
