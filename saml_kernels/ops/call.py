@@ -56,7 +56,7 @@ def run(
         ready = weight.prepared
         if ready is not None and backend in (None, "triton") and x.device == ready.device:
             same = ready.holds(lora_a, lora_b, gates, bias, scaling, gating)
-            if same and ready.serves(x, gates, bias):
+            if same and x.numel() and ready.serves(x, gates, bias):
                 return ready(x, lora_a, lora_b, gates, bias, speakers)
         elif (backend is None or backend == "cpu") and not grad_enabled():
             y = cpu.forward_prepared(

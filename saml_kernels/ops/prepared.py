@@ -67,6 +67,7 @@ class Prepared:
         self.eight_bit = isinstance(lora_a, QuantizedTensor)
         self.readable = all(t is None or t.dtype in READABLE for t in self.tensors[4:])
         self.places = [None if t is None else (t.data_ptr(), t.dtype) for t in self.tensors]
+        self.shapes = lora_a.shape, lora_b.shape, gates.shape  # `.data` can be narrowed in place
         self.changes = configs.changes
         self.calls: dict[Any, Kind] = {}
         self.biases: dict[torch.dtype, tuple[int, Tensor]] = {}  # cast, and of which version
@@ -104,6 +105,9 @@ class Prepared:
         if (scaling, gating) != self.settings or self.changes != configs.changes:
             return False
         if self.none != (0 in lora_a.shape[-3:-1]):
+            return False
+        shapes = self.shapes if gating is not None else self.shapes[:2]
+        if (lora_a.shape, lora_b.shape, gates.shape)[: len(shapes)] != shapes:
             return False
         version = sum([t._version for t in self.watched])
         if version != self.version:
@@ -160,13 +164,13 @@ class Prepared:
             SAMLError: x, given gates or the speaker index do not fit.
         """
         dtype = autocast_dtype(x) or x.dtype
-        key = [x.shape, x.dtype, dtype, wanted, x.data_ptr() % ALIGNMENT]
+        key = [x.shape, x.dtype, dtype, wanted, _remainder(x)]
         if dtype == torch.float32:
             key.append(torch.backends.cuda.matmul.fp32_precision)
         if self.gating is None:
-            key += (gates.shape, gates.dtype, gates.data_ptr() % ALIGNMENT)
+            key += (gates.shape, gates.dtype, _remainder(gates))
         if speakers is not None:
-            key += (speakers.shape, speakers.dtype, speakers.data_ptr() % ALIGNMENT)
+            key += (speakers.shape, speakers.dtype, _remainder(speakers))
         kind = self.calls.get(tuple(key))
         if kind is None:
             if len(self.calls) >= MOST_SHAPES:
@@ -174,6 +178,11 @@ class Prepared:
             kind = Kind(self, x, lora_a, lora_b, gates, bias, speakers, dtype, wanted)
             self.calls[tuple(key)] = kind
         return kind
+
+
+def _remainder(tensor: Tensor) -> int | None:
+    """Of its address; None of one that is copied before a kernel sees it."""
+    return tensor.data_ptr() % ALIGNMENT if tensor.is_contiguous() else None
 
 
 class Kind:
@@ -309,13 +318,14 @@ class _Bound:
             dy = dy.contiguous()
         _, given, _ = kind.given(x, gates, None)
         aligned = dy.data_ptr() % ALIGNMENT == 0
+        dx_dtype = None if self.x_dtype == kind.dtype else self.x_dtype
         facts = kind.backward_facts.get(aligned)
         if facts is None:
             mine = kind.facts
-            facts = mine._replace(bias=False, kinds=(*mine.kinds, aligned))
+            # Whatever a kernel is given has to be told apart: plans are shared by all layers.
+            facts = mine._replace(bias=False, kinds=(*mine.kinds, dx_dtype, aligned))
             kind.backward_facts[aligned] = facts
         plan = backward_plan(facts, needs, plain is not None)
-        dx_dtype = None if self.x_dtype == kind.dtype else self.x_dtype
         with on_device(kind.device):
             dx, da, db, dg = plan(
                 dy, x, kind.parts, lora_a, lora_b, given, speakers, kind.scaling, plain, made,

@@ -35,12 +35,16 @@ _LINEAR = (
     f"Tensor x, {_WEIGHT}, {_EXPERTS}, Tensor? bias, float scaling, str backend, "
     "Tensor? speakers, int? top_k=None, float? temperature=None"
 )
-_library.define(f"linear({_LINEAR}) -> Tensor")
-_library.define(f"linear_kept({_LINEAR}) -> (Tensor, Tensor, Tensor)")
+# The first call makes what later ones share (tables of codes, counters): PyTorch's own CUDA graphs
+# would have it in their memory.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+_library.define(f"linear({_LINEAR}) -> Tensor", tags=_TAGS)
+_library.define(f"linear_kept({_LINEAR}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"linear_backward(Tensor dy, Tensor x, {_WEIGHT}, {_EXPERTS}, float scaling, str backend, "
     "bool[] needs, Tensor? speakers, int? top_k=None, float? temperature=None, "
-    "Tensor? plain=None, Tensor? made=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? plain=None, Tensor? made=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 

@@ -182,7 +182,7 @@ class Launcher:
         if _bind is not None:
             self.start = _bind(launch)
         elif interpreting():
-            self.start = lambda *given: _ask_triton(self.launch(given))
+            self.start = _checked(self, kinds_of(launch))
         else:
             ready = prebuilt()
             device = torch.cuda.current_device()
@@ -193,6 +193,18 @@ class Launcher:
                 self.start = _compiled(launch, device)
                 return  # asking has started it
         self.start(*arguments)
+
+
+def _checked(launcher: Launcher, first: tuple[Any, ...]) -> Start:
+    """What interprets a launcher's calls: a compiled kernel would be that of the first one."""
+
+    def start(*arguments: Any) -> Any:
+        launch = launcher.launch(arguments)
+        if kinds_of(launch) != first:
+            raise AssertionError(f"{launcher.name}: compiled for {first}, not {kinds_of(launch)}")
+        return _ask_triton(launch)
+
+    return start
 
 
 def _ask_triton(launch: Launch) -> Any:

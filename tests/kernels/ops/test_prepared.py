@@ -23,3 +23,9 @@ def test_a_layer_casts_its_bias_once_and_graphs_keep_it(monkeypatch):
     assert other._cast(bias) is cast and kept == [cast]
     bias += 1
     assert torch.equal(other._cast(bias).float(), bias)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_kept", "linear_backward"])
+def test_graphs_of_torch_compile_leave_it_out(name):
+    """They would have what calls share in their memory, and PyTorch says so at the first call."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.saml_kernels, name).default.tags

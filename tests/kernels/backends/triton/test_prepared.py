@@ -168,3 +168,59 @@ def test_a_dropped_layer_is_gone_at_once(device):
         assert codes() is None
     finally:
         gc.enable()
+
+
+def test_layers_share_no_launch_that_is_compiled_for_another_dtype(device):
+    """Under autocast one layer reads float32 and the next bfloat16: dX is of x's dtype.
+
+    The interpreter checks that a launcher's calls are all of the kind that it was compiled for.
+    """
+    case = make_case(4, 20, 64, 64, 2, 4, device=device)
+    router = torch.randn(2, 64, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = quantize(torch.randn(64, 64, device=device))
+        x = torch.randn(20, 64, dtype=dtype, device=device, requires_grad=True)
+        a, b = (t.clone().requires_grad_() for t in case.experts[:2])
+        with torch.autocast(device, torch.bfloat16):
+            for _ in range(2):  # the second call is the prepared one
+                y = saml_linear_routed(x, weight, a, b, router, case.bias, 0.75, backend="triton")
+                (dx,) = torch.autograd.grad(y.float().sum(), x)
+        assert dx.dtype == dtype and dx.isfinite().all()
+
+
+def test_a_copied_input_is_not_taken_for_an_aligned_one(device):
+    """Both begin 8 bytes past a multiple of 16; the strided one is copied to where all is even."""
+    case = make_case(5, 3, 32, 64, 2, 4, device=device)
+    given = (case.weight, *case.experts[:2], torch.randn(2, 64, device=device), case.bias, 0.75)
+    strided = torch.randn(3, 130, device=device)[:, 2::2]
+    plain = torch.randn(194, device=device)[2:].view(3, 64)
+    for x in (strided, strided, plain):
+        y = saml_linear_routed(x, *given, backend="triton")
+        torch.testing.assert_close(y, saml_linear_routed(x, *given, backend="reference"))
+
+
+def test_experts_that_are_narrowed_in_place(device):
+    case = make_case(6, 3, 32, 64, 4, 4, device=device)
+    router = torch.randn(4, 64, device=device)
+    experts = [*case.experts[:2], router]
+
+    def both():
+        given = (case.x, case.weight, *experts, case.bias, 0.75)
+        return [saml_linear_routed(*given, backend=name) for name in ("triton", "reference")]
+
+    both()
+    for parameter in experts:
+        parameter.data = parameter.data[:2]
+    torch.testing.assert_close(*both())
+
+
+def test_no_rows_after_some(device):
+    case = make_case(7, 3, 32, 64, 2, 4, device=device)
+    a, b = (t.clone().requires_grad_() for t in case.experts[:2])
+    for rows in (3, 0):
+        x = case.x[:rows].clone().requires_grad_()
+        gates = case.experts[2][:1].clone().requires_grad_()
+        y = saml_linear(x, case.weight, a, b, gates, case.bias, 0.75, backend="triton")
+        assert y.shape == (rows, 32)
+        grads = torch.autograd.grad(y.sum(), (x, a, b, gates))
+    assert all(not g.any() for g in grads)
