@@ -97,7 +97,10 @@ def _tune(shapes: list[tuple[int, int]], device: str | None, minutes: float | No
     from saml_kernels.backends.triton import backend as triton
     from saml_kernels.errors import SAMLError
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SAMLError(f"--device {device}: no such device; pass cuda or cuda:1") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise SAMLError(f"--device {device}: no CUDA device here")
     reason = triton.why_unavailable()

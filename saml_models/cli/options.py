@@ -17,6 +17,7 @@ __all__ = [
     "Overwrite",
     "Seed",
     "Store",
+    "beside",
     "checkpoint_of",
     "device_named",
     "given",
@@ -69,9 +70,15 @@ def device_named(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def beside(out: Path, what: str) -> Path:
+    """`out` with `.what` after its name, which a path such as "." does not say itself."""
+    out = out.resolve()
+    return out.with_name(f"{out.name}.{what}")
+
+
 def checkpoint_of(out: Path) -> Path:
     """Where the training of `out` keeps its progress."""
-    return out.with_name(f"{out.name}.checkpoint")
+    return beside(out, "checkpoint")
 
 
 def given(epochs: int | None, learning_rate: float | None, seed: int | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from saml_models.cli.options import (
     Experts,
     Model,
     Seed,
+    beside,
 )
 from saml_models.cli.output import Interrupted, progress
 from saml_models.runtime.quiet import quiet_libraries
@@ -42,15 +42,19 @@ def quantize(
     from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_new_folder
     from saml_models.compress.calibration_speech import CLIPS
+    from saml_models.compress.calibration_stages import check_stages, remove_stages
     from saml_models.data.corpora import load_corpus
     from saml_models.recogniser import Recogniser
 
     check_new_folder(out)
     if calibration is None and (clips is not None or seed is not None):
         raise SAMLError("--clips, --seed: are of a calibration; give --calibration")
-    speech = None if calibration is None else load_corpus(calibration, need_text=False)
+    speech = work = None
+    if calibration is not None:
+        work = beside(out, "calibration")
+        check_stages(work)
+        speech = load_corpus(calibration, need_text=False)
     recogniser = Recogniser.load(model, compress=False)
-    work = out.with_name(f"{out.name}.calibration")
     with progress("calibrating") as show:
         try:
             report = recogniser.quantize(
@@ -62,13 +66,14 @@ def quantize(
                 on_progress=show,
             )
         except KeyboardInterrupt:
-            if not work.is_dir():
+            if work is None or not work.is_dir():
                 raise
             raise Interrupted(
                 f"interrupted; {work} holds the finished layers: run the same command to go on"
             ) from None
     stored = recogniser.save(out)
-    shutil.rmtree(work, ignore_errors=True)
+    if work is not None:
+        remove_stages(work)
     typer.echo(report)
     typer.echo(
         f"{out}: {stored / 1e6:.2f} MB on disk with everything, {report.full_bytes / stored:.2f}x "

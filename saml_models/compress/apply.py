@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from saml_kernels import SAMLConfig
@@ -11,7 +13,7 @@ from saml_models.compress.calibration import Calibration
 from saml_models.compress.pretrained_methods import is_pretrained
 from saml_models.compress.replacement import CompressionReport, replace_layers
 
-__all__ = ["CompressionReport", "apply_saml"]
+__all__ = ["CompressionReport", "apply_saml", "unless_refused"]
 
 
 def apply_saml(
@@ -58,3 +60,26 @@ def apply_saml(
         # Its import registers it; a model without transformers does not wait for transformers.
         import saml_models.compress.quantizer  # noqa: F401
     return report
+
+
+@contextmanager
+def unless_refused(model: nn.Module) -> Iterator[None]:
+    """Whatever the block replaces and rounds in a model stays, unless the block raises."""
+    own = [vars(module) for module in model.modules()]
+    held = [value for state in own for value in state.values() if isinstance(value, dict)]
+    before = [(state, dict(state)) for state in (*own, *held)]
+    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        for state, values in before:
+            state.clear()
+            state.update(values)
+        for parameter, data, learns in parameters:
+            parameter.data = data
+            parameter.requires_grad_(learns)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from saml_kernels.errors import SAMLError
 from saml_kernels.layers.embedding import FinerRows
 from saml_models.compress.calibration import finer_of, split_finer, stored_finer
 from saml_models.compress.calibration_walk import Found
-from saml_models.runtime.tensors import read_tensors, write_tensors
+from saml_models.runtime.tensors import read_metadata, read_tensors, write_tensors
 
-__all__ = ["fingerprint", "read_stage", "write_stage"]
+__all__ = ["check_stages", "fingerprint", "read_stage", "remove_stages", "write_stage"]
 
 ALGORITHM = 1  # raised where a change gives other results from the same recipe
 _CODES = ".weight.codes"
+_CUT_OFF = re.compile(r"\..+\.safetensors\.[0-9a-f]{32}\.tmp")  # by a kill in `write_stage`
 
 
 def fingerprint(model: Any, about: dict[str, Any]) -> str:
@@ -79,3 +82,43 @@ def read_stage(path: Path, mark: str, model: Any, config: SAMLConfig) -> Found |
         return weights, tensors, finer_of(apart, weights)
     except SAMLError:
         return None
+
+
+def check_stages(folder: Path) -> None:
+    """Refuse, before the work starts, a folder for stages that is somebody else's.
+
+    Raises:
+        SAMLError: it is a file, cannot be read, or holds anything but stages.
+    """
+    if not folder.exists():
+        return
+    try:
+        foreign = next((path for path in sorted(folder.iterdir()) if not _is_ours(path)), None)
+    except OSError as error:
+        raise SAMLError(
+            f"{folder}: expected a folder of calibrated layers: {error.strerror}; move it away"
+        ) from error
+    if foreign is not None:
+        raise SAMLError(
+            f"{folder}: holds {foreign.name}, expected calibrated layers alone, since they are "
+            "deleted at the end; move the folder away, or write elsewhere"
+        )
+
+
+def remove_stages(folder: Path) -> None:
+    """Delete the stages in a folder, and the folder if it is empty then."""
+    with suppress(OSError):  # what stays is no harm
+        for path in folder.iterdir():
+            if _is_ours(path):
+                path.unlink()
+        folder.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `write_stage` wrote a file."""
+    if _CUT_OFF.fullmatch(path.name):
+        return path.is_file()
+    try:
+        return path.suffix == ".safetensors" and "fingerprint" in read_metadata(path)
+    except SAMLError:
+        return False

@@ -29,9 +29,10 @@ from saml_models.compress.layers import (
     ATTENTION_PROJECTIONS,
     Compression,
     compression_of,
+    is_margin,
 )
 from saml_models.compress.packing import pack_experts, unpack_expert
-from saml_models.models.interface import SpeechModel
+from saml_models.models.interface import QUANTISED_MARGIN, SpeechModel
 from saml_models.models.registry import bind, kind_named
 from saml_models.runtime.devices import on_device
 from saml_models.runtime.tensors import read_tensors, write_tensors
@@ -51,12 +52,15 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         Bytes on disk of the weights and their description (the tokeniser's files not counted).
 
     Raises:
-        SAMLError: the model has no SAML layers, or the folder cannot be written.
+        SAMLError: the model has no SAML layers, speaks with a pruned profile or with one of gates,
+            or the folder cannot be written.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile puts that before every name
     if not hasattr(model, "config"):
         raise SAMLError(f"{type(model).__name__}: stays in its own files; save a profile instead")
     target = Path(folder)
     saml = compression_of(model)
+    saml.check_own_experts()
     saml.round_experts()
     tensors = _stored_form(model, type(bind(model, processor)))
     formats = saml.formats()
@@ -64,6 +68,7 @@ def save_saml(model: Any, processor: Any, folder: str | Path) -> int:
         "saml_version": _version(saml),
         "saml": saml.config.to_dict(),
         "short_windows": saml.short_windows,
+        "margin": saml.margin,
         "model": _plain(model.config.to_diff_dict()),
         "generation": model.generation_config.to_diff_dict(),
         "weight_hash": saml.weight_hash(),
@@ -148,6 +153,7 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
     saml: Any = model.saml
     saml.config = config
     saml.short_windows = description.get("short_windows") is True
+    saml.margin = _margin(description, source)
     if isinstance(description.get("calibration"), dict):
         saml.calibration = description["calibration"]
     model.generation_config = generation
@@ -156,6 +162,8 @@ def load_saml(folder: str | Path, device: Any = None) -> tuple[Any, Any]:
         raise SAMLError(f"{source / WEIGHTS}: does not match its description; copy it again")
     try:
         processor = kind.load_processor(source)
+    except SAMLError:
+        raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds
         raise SAMLError(f"{source}: the tokeniser's files are damaged; copy them again") from error
     return on_device(model, device), processor
@@ -171,6 +179,14 @@ def _check_version(version: Any, source: Path) -> None:
             f"{source / DESCRIPTION}: saml_version {version}, of a newer saml-kernels; this one "
             f"reads up to {FINER_VERSION}: upgrade it"
         )
+
+
+def _margin(description: dict[str, Any], source: Path) -> float | None:
+    """What follows a clip; files of earlier versions do not say it."""
+    margin: float | None = description.get("margin", QUANTISED_MARGIN)
+    if not is_margin(margin):
+        raise SAMLError(f"{source / DESCRIPTION}: margin={margin!r}; expected seconds or null")
+    return margin
 
 
 def _configuration(values: dict[str, Any], source: Path) -> SAMLConfig:
@@ -236,6 +252,4 @@ def _fill(
         ):
             raise SAMLError(f"{source / WEIGHTS}: {name} is {tensor.dtype}, not {value.dtype}")
         value.copy_(tensor)
-    for path, finer in compression_of(model).finer.items():
-        table: Any = model.get_submodule(path)
-        finer.check(table.weight, f"{source / WEIGHTS}: {path}")
+    compression_of(model).check_finer(f"{source / WEIGHTS}: ")

@@ -25,6 +25,7 @@ __all__ = [
     "Compression",
     "compression_of",
     "hash_of_weights",
+    "is_margin",
     "model_hash",
     "parameters_hash",
     "quantised_tensors",
@@ -121,6 +122,28 @@ class Compression:
         if any(len(layer.lora_a) != count for layer in self.layers.values()):
             raise SAMLError("the model speaks with a pruned profile; load it anew for a new one")
 
+    def check_own_experts(self) -> None:
+        """Refuse to save a model that speaks with a profile which no model's file can hold.
+
+        Raises:
+            SAMLError: the profile is pruned, or one of gates.
+        """
+        self.check_whole()
+        if any(router.offset is not None for router in self.routers.values()):
+            raise SAMLError(
+                "the model speaks with a profile of gates, which are in no model's file; save the "
+                "profile, and the model without it"
+            )
+
+    def check_finer(self, where: str = "") -> None:
+        """Check finer rows that came from a file, of which `where` begins the message.
+
+        Raises:
+            SAMLError: they are no rising rows of their table.
+        """
+        for path, finer in self.finer.items():
+            finer.check(self.weights[f"{path}.weight"], f"{where}{path}")
+
     @torch.no_grad()
     def round_experts(self) -> None:
         """Round experts and routers in place to what the disk holds: saving then loses nothing."""
@@ -204,6 +227,12 @@ def compression_of(model: nn.Module) -> Compression:
     if not isinstance(saml, Compression):
         raise SAMLError(f"{type(model).__name__}: has no SAML layers; call apply_saml first")
     return saml
+
+
+def is_margin(value: Any) -> bool:
+    """Whether a value from a file can be a `Compression.margin`."""
+    # Far below what overflows when it is counted in frames; NaN is in no interval.
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1e9)
 
 
 def weight_hash(model: nn.Module) -> str:

@@ -16,7 +16,6 @@ from saml_models.compress.checkpoint import DESCRIPTION, load_saml
 from saml_models.compress.difference import find_difference, read_difference
 from saml_models.compress.pretrained_folder import CONFIG, is_pretrained_folder
 from saml_models.models.conformer.loading import is_conformer, load_conformer
-from saml_models.models.interface import QUANTISED_MARGIN
 from saml_models.models.registry import kind_named
 from saml_models.models.whisper.loading import load_whisper
 from saml_models.runtime.devices import on_device
@@ -55,9 +54,6 @@ def load_model(
             _check_extent(folder)
         load = load_conformer if is_conformer(name_or_path) else load_whisper
         model, processor = load(name_or_path, device)
-    saml = getattr(model, "saml", None)
-    if saml is not None and saml.margin is None:
-        saml.margin = QUANTISED_MARGIN
     return model, processor
 
 

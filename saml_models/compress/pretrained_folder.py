@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path, read_json
 from saml_models.compress.layers import Compression, compression_of
 
@@ -91,12 +90,7 @@ def describe(saml: Compression) -> dict[str, Any]:
     Raises:
         SAMLError: the model speaks with a pruned profile, or with one of gates.
     """
-    saml.check_whole()
-    if any(router.offset is not None for router in saml.routers.values()):
-        raise SAMLError(
-            "save_pretrained: the model speaks with a profile of gates, which are in no model's "
-            "file; save the profile, and the model without it"
-        )
+    saml.check_own_experts()
     calibrated = {} if saml.calibration is None else {"calibration": saml.calibration}
     return {
         "quant_method": METHOD,

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models.compress.layers import compression_of
+from saml_models.compress.layers import compression_of, is_margin
 from saml_models.compress.pretrained_folder import METHOD, NOTE, VERSION, describe
 from saml_models.compress.replacement import replace_layers
 from saml_models.runtime.tensors import TensorHeader, read_headers
@@ -76,9 +76,7 @@ class SAMLQuantizationConfig(QuantizationConfigMixin):
             raise SAMLError(
                 f"quantization_config: short_windows={short_windows!r}; expected true or false"
             )
-        if margin is not None and not (
-            type(margin) in (int, float) and math.isfinite(margin) and margin >= 0
-        ):
+        if not is_margin(margin):
             raise SAMLError(f"quantization_config: margin={margin!r}; expected seconds or null")
         if weight_hash is not None and not isinstance(weight_hash, str):
             raise SAMLError(f"quantization_config: weight_hash={weight_hash!r}; expected a hash")
@@ -172,7 +170,10 @@ class SAMLQuantizer(HfQuantizer):
             if checkable and not torch.isfinite(tensor).all():
                 raise SAMLError(f"{name}: holds NaN or infinity; copy the weights' file again")
         # What is offloaded is on the meta device; another class may have left a head in the file.
-        whole = self._whole and not any(tensor.is_meta for tensor in tensors.values())
+        here = not any(tensor.is_meta for tensor in tensors.values())
+        if here:
+            saml.check_finer()
+        whole = self._whole and here
         if whole and saml.weight_hash() != about.weight_hash:
             raise SAMLError(
                 "quantization_config: weight_hash is not that of the weights; copy config.json and "

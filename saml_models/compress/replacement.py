@@ -117,7 +117,8 @@ def replace_layers(
         raise SAMLError(f"{kind}: has no layer that could be replaced; it has {kept}")
     if formats and calibration is not None:
         raise SAMLError("formats: a calibration has its own; give one of the two")
-    own = _formats_of(formats or {}, [place.path for place in places], config)
+    own = _formats_of(formats or {}, places, config)
+    finer = _empty_finer(formats or {}, places, own)
     unique = {storage(p): p for p in model.parameters()}
     report = CompressionReport(
         full_bytes=sum(4 * p.numel() for p in unique.values()),
@@ -127,15 +128,16 @@ def replace_layers(
         check_calibration(calibration, model, {place.path for place in places}, config)
     _round_to_half(model)
     if calibration is not None:
-        with torch.no_grad():
-            for name, value in calibration.parameters.items():
-                model.get_parameter(name).copy_(value)
+        for name, value in calibration.parameters.items():
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter, copy=True)
     model.requires_grad_(False)
     context = BatchContext()
     blocks = attention_blocks(model) if config.router == "shared" else {}
     made = _replacements(model, places, config, own, context, blocks, calibration)
-    _empty_finer(formats or {}, {place.path: made[place.layer] for place in places})
     for place in places:
+        if place.path in finer:
+            cast(SAMLEmbedding, made[place.layer]).finer = finer[place.path]
         setattr(place.parent, place.name, made[place.layer])
     for new in made.values():
         report.replaced[type(new).__name__] = report.replaced.get(type(new).__name__, 0) + 1
@@ -168,13 +170,20 @@ def _run_together(model: nn.Module) -> None:
 
 
 def _formats_of(
-    formats: Mapping[str, Any], paths: Collection[str], config: SAMLConfig
+    formats: Mapping[str, Any], places: Collection[Place], config: SAMLConfig
 ) -> dict[str, SAMLConfig]:
     """The configuration of the layers that have a format of their own, by path."""
+    layers = {place.path: place.layer for place in places}
+    tables = {tie(p.layer): p.path for p in places if isinstance(p.layer, nn.Embedding)}
     own = {}
     for path, format in formats.items():
-        if path not in paths:
+        if path not in layers:
             raise SAMLError(f"formats: {path}: no layer of that name is put in low bits")
+        if isinstance(layers[path], nn.Linear) and tie(layers[path]) in tables:
+            raise SAMLError(
+                f"formats: {path}: is a head without a weight of its own; give the format of its "
+                f"table, {tables[tie(layers[path])]}"
+            )
         if isinstance(format, list):
             raise SAMLError(
                 f"formats: {path}: its rows are in several formats, which this version of "
@@ -189,23 +198,33 @@ def _formats_of(
     return own
 
 
-def _empty_finer(formats: Mapping[str, Any], made: Mapping[str, nn.Module]) -> None:
-    """Finer rows for tables that are to be filled from a file.
+def _empty_finer(
+    formats: Mapping[str, Any], places: Collection[Place], own: Mapping[str, SAMLConfig]
+) -> dict[str, FinerRows]:
+    """Finer rows, by path, for tables that are to be filled from a file.
 
     Args:
         formats: as for `apply_saml`.
-        made: the new layers, by their path in the model.
+        places: the layers that will be replaced.
+        own: what `_formats_of` made of the formats.
 
     Raises:
-        SAMLError: a layer is no table, or has weights, in which calibration finds the rows.
+        SAMLError: a layer is no table, or has weights, in which calibration finds the rows; or the
+            table has not so many rows.
     """
+    layers = {place.path: place.layer for place in places}
+    finer = {}
     for path, format in formats.items():
         if not isinstance(format, Mapping) or "finer_rows" not in format:
             continue
-        table = made[path]
-        if not isinstance(table, SAMLEmbedding) or not table.weight.codes.is_meta:
+        layer, config = layers[path], own[path]
+        if not isinstance(layer, nn.Embedding) or not layer.weight.is_meta:
             raise SAMLError(f"formats: {path}: finer rows come from a calibration, or from a file")
-        table.finer = FinerRows.empty(format["finer_rows"], table.weight)
+        table = QuantizedTensor.empty(
+            layer.weight.shape, config.format, config.block_size, config.double_quant, "meta"
+        )
+        finer[path] = FinerRows.empty(format["finer_rows"], table)
+    return finer
 
 
 def _round_to_half(model: nn.Module) -> None:

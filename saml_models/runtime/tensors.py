@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import atomic_path
 
-__all__ = ["TensorHeader", "read_description", "read_headers", "read_tensors"]
+__all__ = ["TensorHeader", "read_description", "read_headers", "read_metadata", "read_tensors"]
 
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -45,14 +47,19 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         SAMLError: the file is missing, damaged, or not safetensors.
     """
-    if not Path(path).is_file():
-        raise SAMLError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return tensors, dict(handle.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return tensors, dict(handle.metadata() or {})
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file, of which no tensor is read.
+
+    Raises:
+        SAMLError: the file is missing, damaged, or not safetensors.
+    """
+    with _opened(path) as handle:
+        return dict(handle.metadata() or {})
 
 
 def read_description(
@@ -71,7 +78,7 @@ def read_description(
     """
     try:
         about = json.loads(metadata.get("saml", "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or about.get("kind") != kind:
         raise SAMLError(f"{path}: holds no {what}")
@@ -88,22 +95,23 @@ def read_headers(path: str | os.PathLike[str]) -> dict[str, TensorHeader]:
     Raises:
         SAMLError: the file is missing or damaged, not safetensors, or holds another dtype.
     """
-    if not Path(path).is_file():
-        raise SAMLError(f"{path}: no such file")
     headers = {}
-    try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                piece = handle.get_slice(name)
-                if piece.get_dtype() not in _DTYPES:
-                    raise SAMLError(
-                        f"{path}: {name} is {piece.get_dtype()}; expected a plain dtype"
-                    )
-                headers[name] = TensorHeader(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as handle:
+        for name in handle.keys():  # noqa: SIM118
+            piece = handle.get_slice(name)
+            if piece.get_dtype() not in _DTYPES:
+                raise SAMLError(f"{path}: {name} is {piece.get_dtype()}; expected a plain dtype")
+            headers[name] = TensorHeader(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
     return headers
 
 
-def _damaged(path: str | os.PathLike[str], error: Exception) -> SAMLError:
-    return SAMLError(f"{path}: not a whole safetensors file ({error}); copy it again")
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A safetensors file to read from."""
+    if not Path(path).is_file():
+        raise SAMLError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise SAMLError(f"{path}: not a whole safetensors file ({error}); copy it again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
-from saml_models.compress.apply import CompressionReport, apply_saml
+from saml_models.compress.apply import CompressionReport, apply_saml, unless_refused
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.layers import compression_of
 from saml_models.compress.loading import load_model
@@ -121,26 +123,35 @@ def make_adaptable(
             that: with another one, none are taken unless asked for.
 
     Raises:
-        SAMLError: the model was treated before, or the experts do not fit it.
+        SAMLError: the model was treated before, or the experts do not fit it. The model is then as
+            it was.
     """
     profile = None
     if experts is not None:
         profile = pretrained_experts(name, experts)
+        _check_whole(profile, experts)
+        if profile.kind == "gates":
+            raise SAMLError(f"{experts}: is a profile of gates; start from experts")
     elif config is None:
         profile = shipped_experts(name)
     wanted = config or (SAMLConfig() if profile is None else profile_config(profile))
     if rounding is None:
         calibration = shipped_rounding(model, wanted)
     else:
+        if experts is None:
+            profile = None
+        elif profile is not None:
+            _check_shapes(profile, model, wanted, experts)
         calibration = rounding(wanted)
-        profile = profile if experts is not None else None
     if profile is None:
         report = apply_saml(model, wanted, calibration=calibration)
     else:
         # The experts are overwritten: LoftQ's singular vectors would be computed in vain.
-        report = apply_saml(model, replace(wanted, expert_init="lora"), calibration=calibration)
-        compression_of(model).config = wanted
-        _apply(profile, model, experts or f"experts of {name}")
+        bare = replace(wanted, expert_init="lora")
+        with unless_refused(model):  # rounded weights have the hash that decides
+            report = apply_saml(model, bare, calibration=calibration)
+            compression_of(model).config = wanted
+            _apply(profile, model, experts or f"experts of {name}")
     compression_of(model).margin = QUANTISED_MARGIN
     return report
 
@@ -199,9 +210,29 @@ def profile_config(profile: SpeakerProfile) -> SAMLConfig:
     return config
 
 
-def _apply(profile: SpeakerProfile, model: Any, source: str | os.PathLike[str]) -> None:
+def _check_whole(profile: SpeakerProfile, source: str | os.PathLike[str]) -> None:
     if profile.kept:
         raise SAMLError(f"{source}: is pruned; start from whole experts")
+
+
+def _check_shapes(
+    profile: SpeakerProfile, model: Any, config: SAMLConfig, source: str | os.PathLike[str]
+) -> None:
+    """Refuse, before a calibration, experts that are damaged or of layers of other sizes."""
+    shapes = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in model.parameters()
+    }
+    skeleton = copy.deepcopy(model, shapes)  # with these for the model's own: it takes no memory
+    apply_saml(skeleton, replace(config, expert_init="lora"))
+    try:
+        profile.experts(skeleton)
+    except SAMLError as error:
+        raise SAMLError(f"{source}: {error}") from error
+
+
+def _apply(profile: SpeakerProfile, model: Any, source: str | os.PathLike[str]) -> None:
+    _check_whole(profile, source)
     try:
         profile.apply(model)
     except SAMLError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 from saml_kernels.errors import SAMLError
@@ -19,7 +20,11 @@ _NAME = re.compile(r"[^\W_][\w.\- ]{0,47}(?<![. ])")
 
 
 def default_folder() -> Path:
-    """$SAML_SPEAKERS, else speakers/ in the user's `data_folder`."""
+    """$SAML_SPEAKERS, else speakers/ in the user's `data_folder`.
+
+    Raises:
+        SAMLError: as `data_folder`.
+    """
     given = os.environ.get("SAML_SPEAKERS")
     return Path(given) if given else data_folder() / "speakers"
 
@@ -43,7 +48,16 @@ class ProfileStore:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         """`folder` is made when the first profile is saved; None is `default_folder`."""
-        self.folder = default_folder() if folder is None else Path(folder)
+        self._given = folder
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the profiles are; looked for when first asked for, as not every user has a home.
+
+        Raises:
+            SAMLError: as `default_folder`.
+        """
+        return default_folder() if self._given is None else Path(self._given)
 
     def path(self, name: str) -> Path:
         """The file of a speaker, there or not.

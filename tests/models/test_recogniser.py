@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,59 @@ def test_what_cannot_be_is_one_line(model: saml.Recogniser, folder: Path, tmp_pa
             act()
     assert full.quantize().replaced["SAMLLinear"] > 60
     assert full.adapt(folder, options=OPTIONS).about["utterances"] == 2
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """Tensors, what learns and the modules themselves, by name."""
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    learns = {n: p.requires_grad for n, p in model.named_parameters()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return {
+        "tensors": tensors, "learns": learns, "modules": dict(model.named_modules()),
+        "hooks": hooks, "own": set(vars(model)),
+    }  # fmt: skip
+
+
+def test_a_refused_quantisation_leaves_the_model_as_it_was(
+    me: saml.SpeakerProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = saml.load("tiny.en", compress=False)
+    before = everything(full.model)
+
+    def refused(reason: str, calibration: Any = None, **changes: Any) -> None:
+        path = tmp_path / "experts.safetensors"
+        replace(me, **changes).save(path)
+        with pytest.raises(SAMLError, match=rf"experts\.safetensors: .*{reason}"):
+            full.quantize(path, calibration=calibration)
+        after = everything(full.model)
+        tensors = before["tensors"].items()
+        assert not hasattr(full.model, "saml")
+        assert all(torch.equal(after["tensors"].pop(n), t) for n, t in tensors)
+        assert not after["tensors"]
+        assert all(after[key] == before[key] for key in ("learns", "modules", "hooks", "own"))
+
+    refused("made for another model", weight_hash="0" * 64)
+    monkeypatch.setattr("saml_models.recogniser.calibrate_on", None)  # nothing is calibrated
+    layer = next(name for name in me.tensors if name.endswith("lora_a.int8"))
+    cut = me.tensors | {layer: me.tensors[layer][:-1]}
+    speech = [(np.zeros(16000, np.float32), "")]
+    refused("expected .* int8 codes", speech, tensors=cut)
+    refused("is pruned", speech, kept={layer.removesuffix(".lora_a.int8"): [0]})
+    refused("is a profile of gates", speech, kind="gates")
+    assert full.quantize().replaced["SAMLLinear"] > 60
+
+
+def test_without_a_home_only_enrolled_speakers_are_missed(
+    model: saml.Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("SAML_SPEAKERS", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    recogniser = saml.Recogniser(model.model, model.processor)
+    with pytest.raises(SAMLError, match=r"no home folder; .* SAML_SPEAKERS or --store"):
+        recogniser.transcribe(np.zeros(16000, np.float32), speaker="ann")
+    monkeypatch.setenv("SAML_SPEAKERS", str(tmp_path))
+    assert recogniser.speakers.names() == []

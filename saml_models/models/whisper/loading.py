@@ -22,7 +22,7 @@ from saml_models.runtime.devices import on_device
 from saml_models.runtime.quiet import check_complete, quiet_transformers
 from saml_models.text.normalise import english_spelling
 
-__all__ = ["OPENAI_NAMES", "load_whisper"]
+__all__ = ["OPENAI_NAMES", "load_processor", "load_whisper"]
 
 # openai-whisper's names, and the repositories that hold them.
 _SIZES = ("tiny", "base", "small", "medium")
@@ -116,13 +116,12 @@ def _hub_folder(name: str, hub_id: str, hint: str) -> Path:
 
     try:
         # One short question first: downloads retry for long where nothing answers.
-        revision = HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT).sha
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT
-        )
+        HfApi().model_info(hub_id, timeout=_HUB_TIMEOUT)
+        # Of no revision by its hash: the cache would not note it as the newest, to be found again.
+        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES, etag_timeout=_HUB_TIMEOUT)
     except Exception as unreachable:  # whatever HTTP client the hub's library uses now
         try:
-            folder = snapshot_download(hub_id, local_files_only=True)
+            folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=True)
         except Exception:
             raise SAMLError(
                 f"{name}: not in the local cache, and {hub_id} cannot be fetched from the hub "
@@ -168,13 +167,30 @@ def _load_transformers(
                 local_files_only=True,
                 output_loading_info=True,
             )
-            processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
-            complete_merges(processor.tokenizer)
     except Exception as error:  # transformers and safetensors raise a dozen kinds
         raise SAMLError(
             f"{folder}: cannot be loaded as Whisper: {one_line(error)}; download it again"
         ) from error
     check_complete(folder, report, "download it again")
-    if processor.tokenizer.english_spelling_normalizer is None:
-        processor.tokenizer.english_spelling_normalizer = english_spelling()
-    return model, processor
+    return model, load_processor(folder)
+
+
+def load_processor(folder: Path) -> WhisperProcessor:
+    """The feature extractor and the tokeniser in a folder, with what their files leave out.
+
+    Raises:
+        SAMLError: a file is missing or damaged, or the spelling table cannot be found.
+    """
+    try:
+        with quiet_transformers():
+            processor = WhisperProcessor.from_pretrained(folder, local_files_only=True)
+        tokenizer = processor.tokenizer
+        complete_merges(tokenizer)
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds
+        raise SAMLError(
+            f"{folder}: the tokeniser's files are missing or damaged ({one_line(error)}); copy "
+            "them again"
+        ) from error
+    if tokenizer.english_spelling_normalizer is None:
+        tokenizer.english_spelling_normalizer = english_spelling()
+    return processor

@@ -42,6 +42,7 @@ from saml_models.models.whisper.languages import (
     language_code,
     no_speech_probability,
 )
+from saml_models.models.whisper.loading import load_processor
 from saml_models.models.whisper.longform import generate_segments, read_segments
 from saml_models.models.whisper.recording import windows_of
 from saml_models.models.whisper.timed import can_time, hear_windows, heard_at_once
@@ -215,7 +216,7 @@ class WhisperSpeechModel(SpeechModel):
     @classmethod
     def load_processor(cls, folder: Path) -> WhisperProcessor:
         """Whisper's feature extractor and tokeniser."""
-        return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+        return load_processor(folder)
 
 
 class ConformerWhisperSpeechModel(WhisperSpeechModel):

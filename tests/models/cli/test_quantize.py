@@ -1,12 +1,18 @@
 """`saml quantize` and `saml pretrain`: what they write, refuse and resume."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
+import torch
 from command_line import assert_refused, interrupted, saml
 
-from saml_kernels import SAMLConfig
+from saml_kernels import SAMLConfig, SAMLError
+from saml_models.cli.options import checkpoint_of
+from saml_models.compress.calibration_stages import check_stages, remove_stages, write_stage
+from saml_models.runtime.tensors import write_tensors
 from saml_models.speakers import pretrained
 from saml_models.speakers.profile import SpeakerProfile
 
@@ -45,6 +51,49 @@ def test_interrupted_calibration_goes_on_and_is_told_of_on_disk(tmp_path, clips,
     assert (told["seed"], told["clips"], told["format"]) == (3, 2, "nf4")
     assert len(told["clips_sha256"]) == 64 and told["recipe"]["damping"] > 0
     assert saml("transcribe", clips[0].audio, "--model", out).stdout
+
+
+def test_a_folder_of_the_users_beside_the_output_is_left_alone(tmp_path, clips):
+    out, theirs = tmp_path / "small", tmp_path / "small.calibration"
+    theirs.mkdir()
+    (theirs / "a.wav").write_bytes(clips[0].audio.read_bytes())
+    for speech in (theirs, clips[0].audio.parent):
+        refused = saml("quantize", out, "--calibration", speech)
+        assert_refused(refused, theirs, "holds a.wav", "move the folder away")
+        assert not out.exists()
+    result = saml("quantize", out)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in theirs.iterdir()] == ["a.wav"]
+
+
+def test_a_folder_of_stages_is_taken_and_deleted_alone(tmp_path):
+    folder, other = tmp_path / "work", {"w": torch.zeros(2)}
+    check_stages(folder)
+    write_stage(folder / "fc1.safetensors", "mark", {}, other, {})
+    (folder / f".fc2.safetensors.{'0f' * 16}.tmp").write_bytes(b"half")  # of a killed run
+    check_stages(folder)
+    write_tensors(folder / "mine.safetensors", other, {})
+    with pytest.raises(SAMLError, match=r"holds mine\.safetensors"):
+        check_stages(folder)
+    remove_stages(folder)
+    assert [path.name for path in folder.iterdir()] == ["mine.safetensors"]
+    (folder / "mine.safetensors").unlink()
+    remove_stages(folder)
+    assert not folder.exists()
+    folder.write_text("a file")
+    with pytest.raises(SAMLError, match="expected a folder"):
+        check_stages(folder)
+
+
+def test_the_folder_one_is_in(tmp_path, monkeypatch, clips):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert checkpoint_of(Path(".")) == tmp_path / "here.checkpoint"
+    result = saml("quantize", ".")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert saml("transcribe", clips[0].audio, "--model", here).stdout
 
 
 def test_calibration_is_refused_before_any_work(tmp_path, clips):

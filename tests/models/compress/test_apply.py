@@ -16,6 +16,7 @@ from saml_kernels.layers.embedding import TiedHead
 from saml_models.compress.apply import apply_saml
 from saml_models.compress.layers import compression_of, quantised_tensors
 
+TABLE = "model.decoder.embed_tokens"
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
 
@@ -189,6 +190,30 @@ def test_a_model_that_is_refused_is_left_as_it_was(value: float) -> None:
         apply_saml(model, SAMLConfig())
     assert "SAMLLinear" not in kinds(model)
     assert all(p.requires_grad for n, p in model.named_parameters() if "positions" not in n)
+
+
+@pytest.mark.parametrize(
+    ("path", "format", "reason"),
+    [
+        ("proj_out", "int8", r"proj_out: is a head .* its table, model\.decoder\.embed_tokens"),
+        (TABLE, {"format": "nf4", "finer_rows": 3}, "finer rows come from a calibration"),
+    ],
+)
+def test_formats_that_are_refused_change_nothing(path: str, format: Any, reason: str) -> None:
+    model = small_whisper()
+    learn = [p.requires_grad for p in model.parameters()]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SAMLError, match=reason):
+        apply_saml(model, SAMLConfig(num_experts=2, rank=2), formats={path: format})
+    assert [p.requires_grad for p in model.parameters()] == learn
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+def test_an_untied_head_has_a_format_of_its_own() -> None:
+    model: Any = small_whisper()
+    model.proj_out.weight = nn.Parameter(torch.randn(300, 64))
+    apply_saml(model, SAMLConfig(num_experts=0), formats={"proj_out": "int8"})
+    assert model.saml.formats() == {"proj_out": "int8"}
 
 
 def test_embedding_is_replaced_once() -> None:

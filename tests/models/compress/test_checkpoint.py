@@ -23,6 +23,9 @@ from saml_models.compress.checkpoint import load_saml, save_saml
 from saml_models.compress.layers import quantised_tensors
 from saml_models.compress.loading import load_model
 from saml_models.compress.packing import pack_experts, unpack_expert
+from saml_models.models.interface import QUANTISED_MARGIN
+from saml_models.models.whisper.windows import clip_window
+from saml_models.speakers.profile import SpeakerProfile
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 MEL = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(1))
@@ -178,6 +181,63 @@ def test_finer_rows_of_a_table(processor: Any, tmp_path: Path) -> None:
     refused(3, r"embed_tokens: 3 rows .* expected rising rows .* the file is damaged")
     with pytest.raises(SAMLError, match="finer rows come from a calibration"):
         apply_saml(small_whisper(), config, formats=model.saml.formats())
+
+
+def test_what_no_folder_can_hold_is_refused_before_anything_is_written(
+    processor: Any, tmp_path: Path
+) -> None:
+    def refused(model: Any, reason: str) -> None:
+        before = {n: p.clone() for n, p in model.saml.experts().items()}
+        with pytest.raises(SAMLError, match=reason):
+            save_saml(model, processor, tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+        assert all(torch.equal(p, before[n]) for n, p in model.saml.experts().items())
+
+    model: Any = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    with SpeakerProfile.of_gates(model).applied(model):
+        refused(model, "a profile of gates.* save the profile")
+    layer = next(iter(model.saml.layers.values()))
+    layer.lora_a.data = layer.lora_a.data[:1]
+    refused(model, "a pruned profile")
+
+
+def test_a_compiled_model_comes_back_bit_for_bit(processor: Any, tmp_path: Path) -> None:
+    model: Any = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    save_saml(torch.compile(trained(model)), processor, tmp_path)
+    assert torch.equal(logits(load_saml(tmp_path)[0]), logits(model))
+
+
+@pytest.mark.parametrize("save", [save_saml, "save_pretrained"])
+@pytest.mark.parametrize("margin", [None, 2.5, QUANTISED_MARGIN])
+def test_the_window_of_a_clip_comes_back(
+    save: Any, margin: float | None, processor: Any, tmp_path: Path
+) -> None:
+    model: Any = small_whisper()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2))
+    model.saml.margin = margin
+    if save is save_saml:
+        save_saml(model, processor, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    again, words = load_model(tmp_path)
+    assert clip_window(again, 4 * 16000) == clip_window(model, 4 * 16000)
+    assert again.saml.margin == margin
+    assert words.tokenizer.normalize("The colour") == "the color"
+
+
+def test_margins_of_a_description(folder: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "copy")) / "saml.json"
+    written = json.loads(path.read_text())
+    del written["margin"]  # of an earlier version
+    path.write_text(json.dumps(written))
+    assert load_model(path.parent)[0].saml.margin == QUANTISED_MARGIN
+    for bad in (-1, float("nan"), float("inf"), 10**400, "10", True):
+        path.write_text(json.dumps(written | {"margin": bad}))
+        with pytest.raises(SAMLError, match=r"margin=.*expected seconds or null"):
+            load_model(path.parent)
 
 
 @pytest.mark.parametrize("router", ["token", "shared"])

