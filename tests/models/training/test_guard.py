@@ -93,7 +93,7 @@ def test_the_largest_share_that_helps_is_used(
     left = heard(monkeypatch, losses, errors)
     before, seen = weights(model), []
 
-    def fit(speech: Any, samples: Any, *given: Any) -> None:
+    def fit(speech: Any, samples: Any, *given: Any, origin: str) -> None:
         seen.append(len(samples))
         with torch.no_grad():
             for tensor in trained_parameters(speech.network).values():
