@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.gpu.processes import shared_out, workers
 from bench.gpu.results import one_line
 from bench.layers.checks import poisoned_errors
 from bench.place import REPOSITORY, as_module, environment
@@ -36,6 +38,7 @@ __all__ = [
     "check_shape",
     "check_shapes",
     "collected",
+    "read_tests",
     "recomputation",
     "sanitize",
     "small_case",
@@ -48,23 +51,24 @@ COMPILE_SECONDS = 180  # of the small case without one
 FOUND = 9  # a sanitizer's exit code
 DONE = "small case: done"
 SUMMARIES = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"\((\d+) errors?, \d+ warn"}
-FUZZ = 8  # random shapes of each kind in each process
+FUZZ = 3  # random shapes of each kind in each process, which compile kernels for each
+TOLD = 20  # tests that went wrong, by what they said
 PLAIN = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-# Without pyproject's -q: a second one makes --collect-only count tests instead of naming them.
 PYTEST = [
     sys.executable,
     "-m",
     "pytest",
     "-o",
     "addopts=--import-mode=importlib",
-    "-q",
-    "-x",
     "-p",
     "no:cacheprovider",
 ]
+HEAVY = "test_real_layers"  # compiles for minutes what `shapes` checks some of: last
+ENDED = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", re.MULTILINE)
 
 NAMES = ("y", "dx", "da", "db", "dgates")
 TOLERANCE = {"float16": 1e-2, "bfloat16": 4e-2, "float32": 1e-3}  # relative to the norm
+WORST = 5  # times that, of the worst row, relative to the mean row: a tile is few of the numbers
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,21 @@ def check_shape(shape: Shape, route: str | None, device_type: str) -> dict[str, 
         errors = _errors(shape, route, torch.device(device_type))
     except Exception as error:  # whatever a compiler or a driver says
         return found | {"failed": one_line(error)}
-    worst = max(errors, key=lambda name: errors[name])
-    found["errors"] = {name: float(f"{off:.2e}") for name, off in errors.items()}
-    if not errors[worst] < TOLERANCE[shape.dtype]:
-        found["failed"] = f"{worst} is off by {errors[worst]:.1e}"
+    tolerance = TOLERANCE[shape.dtype]
+    for key, kind, most in (("errors", 0, tolerance), ("worst_rows", 1, WORST * tolerance)):
+        offs = {name: off[kind] for name, off in errors.items()}
+        worst = max(offs, key=lambda name: offs[name])
+        found[key] = {name: float(f"{off:.2e}") for name, off in offs.items()}
+        if not offs[worst] < most and "failed" not in found:
+            where = " in a row" if kind else ""
+            found["failed"] = f"{worst} is off by {offs[worst]:.1e}{where}"
     return found
 
 
-def _errors(shape: Shape, route: str | None, device: torch.device) -> dict[str, float]:
+def _errors(
+    shape: Shape, route: str | None, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """By name: the error of all of it, and of its worst row."""
     generator = torch.Generator(device).manual_seed(1)
     m, n, k, e, r = shape.m, shape.n, shape.k, shape.experts, shape.rank
     routed = shape.gates == "token"
@@ -169,8 +180,27 @@ def _errors(shape: Shape, route: str | None, device: torch.device) -> dict[str, 
         y.backward(dy.double())
         return [y.detach(), *gradients(parts)]
 
+    kept: dict[str, Sequence[Tensor]] = {}
+
+    def keeping(name: str, make: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        def made() -> Sequence[Tensor]:
+            kept[name] = make()
+            return kept[name]
+
+        return made
+
     renew()
-    return dict(zip(NAMES, poisoned_errors(run, renew, truth), strict=True))
+    whole = poisoned_errors(keeping("found", run), renew, keeping("truth", truth))
+    rows = [worst_row(f, t) for f, t in zip(kept["found"], kept["truth"], strict=True)]
+    return dict(zip(NAMES, zip(whole, rows, strict=True), strict=True))
+
+
+def worst_row(found: Tensor, expected: Tensor) -> float:
+    """The largest error of a row (of the last dimension) over the mean length of a row."""
+    off = (found.detach().double() - expected).flatten(0, -2).norm(dim=-1)
+    lengths = expected.flatten(0, -2).norm(dim=-1).square().mean().sqrt()
+    worst = float(off.max() / lengths.clamp(min=1e-30))
+    return worst if worst == worst else float("inf")
 
 
 def check_shapes(
@@ -187,25 +217,14 @@ def check_shapes(
         seconds: what is not done then is left.
         put: is given all rows so far after each.
     """
-    tasks = [(s, route) for s in shapes for route in (None, *configs.ROUTES)]
+    tasks = [(s, route, device_type) for s in shapes for route in (None, *configs.ROUTES)]
     rows: list[dict[str, Any]] = []
-    workers = max(1, min(12, (os.cpu_count() or 2) - 1))
-    # Not by fork: CUDA, once initialised, does not survive it.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
-    futures = [pool.submit(check_shape, *task, device_type) for task in tasks]
-    try:
-        for future in as_completed(futures, timeout=seconds):
-            rows.append(future.result())
-            put(rows)
-    except Exception as error:  # time is up, or a worker has died
-        late = one_line(error)
-        # They may be busy for long; whoever started this process ends what is left of it.
-        pool.shutdown(wait=False, cancel_futures=True)
-    else:
-        late = ""
-        pool.shutdown()
+    for row in shared_out(check_shape, tasks, seconds):
+        shape, route, _ = tasks[row.pop("task")]
+        rows.append({**asdict(shape), "route": route or "the operator", **row})
+        put(rows)
     bad = [f"{_named(row)}: {row['failed']}" for row in rows if "failed" in row]
-    done = f"{len(rows)} of {len(tasks)} calls" + (f" ({late})" if late else "")
+    done = f"{len(rows)} of {len(tasks)} calls"
     if bad:
         return f"failed: {len(bad)} of {done}; " + "; ".join(bad[:6])
     return f"{'passed' if len(rows) == len(tasks) else 'unfinished'}: {done}"
@@ -218,60 +237,123 @@ def _named(row: dict[str, Any]) -> str:
 
 def collected() -> tuple[list[str], str]:
     """Names of the kernels' tests (none where that fails), and all that pytest said."""
+    # Without pyproject's -q: a second one makes --collect-only count tests instead of naming them.
     listed = subprocess.run(
-        [*PYTEST, "--collect-only", SUITE, "tests/kernels/backends/test_lookup.py"],
+        [*PYTEST, "-q", "--collect-only", SUITE, "tests/kernels/backends/test_lookup.py"],
         capture_output=True, text=True, env=PLAIN, cwd=REPOSITORY,
     )  # fmt: skip
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     return [] if listed.returncode else names, listed.stdout + listed.stderr
 
 
-def check_kernels(seconds: float, only: Sequence[str] = ()) -> str:
-    """The kernels' tests, shared out among processes (compiling takes long); "passed" or what else.
+def check_kernels(
+    seconds: float, only: Sequence[str] = (), put: Callable[[dict[str, Any]], None] | None = None
+) -> str:
+    """The kernels' tests, shared out among processes (compiling takes long); one line about them.
 
-    `only` names tests to run in place of all, under Triton's interpreter where that is on.
+    A test that fails or dies may take its process's device with it: those after it run in another.
+
+    Args:
+        seconds: what is not done then is left.
+        only: names of tests to run in place of all, under Triton's interpreter where that is on.
+        put: is given what came of them so far, again and again: how many, and what went wrong.
     """
-    if only:
-        done = subprocess.run([*PYTEST, *only], capture_output=True, text=True, cwd=REPOSITORY)
-        return "passed" if done.returncode == 0 else f"failed: {done.stdout[-2000:]}"
     started = time.monotonic()
-    tests, said = collected()
+    tests, said = (list(only), "") if only else collected()
     fixed = [t for t in tests if "random_shapes" not in t]
     if not fixed:
         return f"failed: {said[-2000:]}"
-    workers = max(1, min(16, (os.cpu_count() or 2) - 1))
-    shares = [[*PYTEST, *fixed[i::workers]] for i in range(workers)]
-    shares += [
-        [*PYTEST, SUITE, "-k", "random_shapes", f"--hypothesis-seed={i}"] for i in range(workers)
-    ]
-    deadline = started + seconds
+    count = workers()
+    light, heavy = ([t for t in fixed if (HEAVY in t) == late] for late in (False, True))
+    shares = [light[i::count] for i in range(count)]
+    if not only:
+        shares += [[SUITE, "-k", "random_shapes", f"--hypothesis-seed={i}"] for i in range(count)]
+    shares += [heavy[i::count] for i in range(count)]
+    shares = [share for share in shares if share]
+    deadline, guard = started + seconds, threading.Lock()
+    ended: dict[str, int] = {}
+    wrong: dict[str, str] = {}
+    env = (dict(os.environ) if only else PLAIN | {"FUZZ": str(FUZZ)}) | {
+        "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
 
-    def run(command: list[str]) -> str:
-        try:
-            left = max(1.0, deadline - time.monotonic())
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=PLAIN | {"FUZZ": str(FUZZ)},
-                timeout=left, cwd=REPOSITORY,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return "unfinished"
-        # 5: nothing to run, where there are fewer tests than processes.
-        return "passed" if done.returncode in (0, 5) else f"failed: {done.stdout[-4000:]}"
+    def run(share: list[str]) -> bool:
+        """Whether all of it came to an end."""
+        while share:
+            left = deadline - time.monotonic()
+            if left < 1:
+                return False
+            done, failed, output, whole = _pytest(share, left, env)
+            with guard:
+                for kind, number in done.items():
+                    ended[kind] = ended.get(kind, 0) + number
+                for name in failed[: TOLD - len(wrong)]:
+                    wrong[name] = output[-3000:]
+                if put:
+                    put({**ended, "wrong": wrong})
+            if whole is None:
+                return False
+            share = whole
+        return True
 
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(run, [s for s in shares if len(s) > len(PYTEST)]))
-    bad = [f for f in found if f.startswith("failed")]
-    late = found.count("unfinished")
-    if bad:
-        return bad[0]
-    tried = f"{len(fixed)} tests and {2 * FUZZ * workers} random shapes"
-    if late:
-        return f"unfinished: {late} of {len(found)} shares of {tried}"
+    with ThreadPoolExecutor(count) as pool:
+        finished = [job.result() for job in as_completed([pool.submit(run, s) for s in shares])]
+    tried = ", ".join(f"{number} {kind}" for kind, number in sorted(ended.items()))
+    if wrong:
+        return f"failed: {tried}; " + "; ".join(list(wrong)[:6])
+    if not all(finished):
+        late = finished.count(False)
+        return f"unfinished: {late} of {len(shares)} shares of {len(fixed)} tests; {tried}"
     return f"passed: {tried}"
 
 
-def sanitize() -> dict[str, str]:
-    """compute-sanitizer's tools -> "passed" or what else."""
+def _pytest(
+    share: list[str], seconds: float, env: dict[str, str]
+) -> tuple[dict[str, int], list[str], str, list[str] | None]:
+    """Run tests up to the first that fails: how many ended how, which failed, and what was said.
+
+    The last is what remains to run, None where time is up.
+    """
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            [*PYTEST, "-v", "-x", *share], stdout=out, stderr=subprocess.STDOUT, env=env,
+            cwd=REPOSITORY,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.kill()
+            process.wait()
+        out.seek(0)
+        output = out.read()
+    done, failed, ended = read_tests(output)
+    if code is None:
+        return done, failed, output, None
+    if code not in (0, 1, 5) and not failed:  # 5: nothing to run
+        lines = {line.partition(" ")[0] for line in output.splitlines()}
+        begun = [t for t in share if t not in ended and t.partition(" ")[0] in lines]
+        failed = begun[:1] or [" ".join(share[:3])]  # which took the process with it
+        done["died"] = 1
+    if not failed:
+        return done, failed, output, []
+    # Random shapes are one share, which cannot go on from its middle.
+    rest = [] if "-k" in share else [t for t in share if t not in ended and t not in failed]
+    return done, failed, output, rest
+
+
+def read_tests(output: str) -> tuple[dict[str, int], list[str], set[str]]:
+    """Of `pytest -v`: how many tests ended how, which went wrong, and all that ended."""
+    ends = ENDED.findall(output)
+    counts: dict[str, int] = {}
+    for _, how in ends:
+        counts[how.lower()] = counts.get(how.lower(), 0) + 1
+    wrong = dict.fromkeys(name for name, how in ends if how in ("FAILED", "ERROR"))
+    return counts, list(wrong), {name for name, _ in ends}
+
+
+def sanitize(put: Callable[[dict[str, str]], None] = lambda found: None) -> dict[str, str]:
+    """compute-sanitizer's tools -> "passed" or what else; `put` is given those so far."""
     case = [*as_module("bench.gpu.check"), "--step", "small-case"]
     how: dict[str, Any] = {"capture_output": True, "text": True}
     try:
@@ -293,8 +375,9 @@ def sanitize() -> dict[str, str]:
             done = subprocess.run(command, env=alone, timeout=SANITIZER_SECONDS, **how)
         except subprocess.TimeoutExpired:
             found[tool] = f"not run: unfinished after {SANITIZER_SECONDS} s"
-            continue
-        found[tool] = verdict(tool, done.returncode, done.stdout + done.stderr)
+        else:
+            found[tool] = verdict(tool, done.returncode, done.stdout + done.stderr)
+        put(found)
     return found
 
 
@@ -336,9 +419,11 @@ def small_case() -> None:
     print(DONE)
 
 
-def recomputation() -> list[dict[str, Any]]:
-    """What keeping P spares the backward, and the bytes that it holds for it."""
-    rows = []
+def recomputation(
+    put: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """What keeping P spares the backward, and the bytes that it holds; `put` as in `sanitize`."""
+    rows: list[dict[str, Any]] = []
     for m, n, k in ((1500, 2048, 512), (12000, 2048, 512), (12000, 5120, 1280)):
         call = Problem(m, n, k, experts=4, rank=16)
         found = {
@@ -346,4 +431,5 @@ def recomputation() -> list[dict[str, Any]]:
             for name, keep in (("backward, P kept", True), ("P made again", False))
         }
         rows.append({"m": m, "n": n, "k": k, "bytes_if_kept": 4 * m * 64, **found})
+        put(rows)
     return rows

@@ -39,7 +39,9 @@ def counters() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for work, case in CASES.items():
         command = [
-            ncu, "--csv", "--print-units", "base", "--profile-from-start", "off",
+            # A lent card's clocks are not ours to set, which ncu would do.
+            ncu, "--clock-control", "none",
+            "--csv", "--print-units", "base", "--profile-from-start", "off",
             "--metrics", ",".join(METRICS),
             *as_module("bench.gpu.check"), "--step", f"counted-{work}",
         ]  # fmt: skip

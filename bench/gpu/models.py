@@ -1,8 +1,9 @@
 """Whole models on a GPU, for check.py: encoder, token, training step; clips, adaptation.
 
-The model is a folder that `saml quantize` wrote. Beside it runs the same Whisper with random
-weights in full precision (float16 on a GPU), which costs what one with real weights does; steps of
-training also beside what bench/models/adapters.py makes of that.
+The model is a folder that `saml quantize` wrote, or a Whisper with random weights, which costs what
+one with real weights does. Beside it runs the same Whisper with random weights in full precision
+(float16 on a GPU); steps of training also beside what bench/models/adapters.py makes of that.
+What reads audio is imported by the parts that hear it: a GPU's machine may lack it.
 """
 
 from __future__ import annotations
@@ -10,29 +11,34 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from transformers import WhisperForConditionalGeneration
 
-from bench.gpu.results import Sheet, one_line, within
+from bench.gpu.results import Sheet, lost, one_line, within
+from bench.layers.checks import peak_memory
 from bench.models.adapters import ADAPTERS, Trainer
-from bench.models.clips import at_once, spread
+from bench.models.training_step import network
 from bench.models.turns import stopwatch
+from saml_kernels import SAMLConfig
 from saml_kernels.timing import Train, captured, interleaved, sample
-from saml_models.compress.loading import load_model
-from saml_models.data.corpora import Utterance, load_corpus
-from saml_models.models.whisper.greedy import greedy
-from saml_models.training.adapt import adapt, options_for
-from saml_models.transcription.recordings import transcribe_many
+from saml_models.compress.apply import apply_saml
+
+if TYPE_CHECKING:
+    from saml_models.data.corpora import Utterance
 
 __all__ = ["PARTS", "SMALL", "ModelSizes", "Place", "measure"]
 
-PEERS = ("bitsandbytes + gated PEFT", "bitsandbytes + PEFT LoRA")
+PEERS = ("bitsandbytes + gated PEFT", "bitsandbytes + PEFT LoRA", "PEFT LoRA")
+SIZE = "base"  # of a model with random weights
+WITHOUT_GRAPHS = "without"  # in the warnings of what goes on without CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,22 @@ SMALL = ModelSizes((1,), (1, 2), train=1, text=4, rounds=1, clips=2, learn=2, te
 
 @dataclass(frozen=True)
 class Place:
-    """What is measured, and where."""
+    """What is measured, and where; without a folder, a model with random weights."""
 
-    folder: Path
+    folder: Path | None
     device: torch.device
     sizes: ModelSizes
     speech: Path | None = None
 
     def quantised(self) -> tuple[Any, Any]:
-        """The model in its folder and its processor."""
+        """The model in its folder and its processor; None for one with random weights."""
+        if self.folder is None:
+            torch.manual_seed(0)
+            model: Any = network(SIZE, self.device)
+            apply_saml(model, SAMLConfig(expert_init="lora"))
+            return model, None
+        from saml_models.compress.loading import load_model
+
         return load_model(self.folder, self.device)
 
     def half(self, model: Any) -> Any:
@@ -116,10 +129,34 @@ def encoder(place: Place) -> list[dict[str, Any]]:
             times = interleaved(trains, place.device, place.sizes.rounds, sampler=sampler)
             rows += [
                 {"contender": name, "batch": batch, "mode": mode, **found.to_dict(),
-                 "ratio": round(found.ratio(times["dense"]), 4)}
+                 "ratio": round(found.ratio(times["dense"]), 4),
+                 "weight_bytes": held(pair[name]),
+                 "peak_bytes": peak_memory(calls[name], place.device)}
                 for name, found in times.items()
             ]  # fmt: skip
     return rows
+
+
+def held(model: Any) -> int:
+    """Bytes of a model's parameters and buffers."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def decode(model: Any, window: tuple[torch.Tensor, torch.Tensor], length: int) -> None:
+    """Texts of so many tokens of each clip, as `greedy` says them the first time.
+
+    Of noise and random weights texts are loops, which it would say again, many times over.
+    """
+    from saml_models.models.whisper import greedy
+
+    generation = model.generation_config
+    language = "en" if getattr(generation, "is_multilingual", False) else None
+    with torch.inference_mode(), patch.object(greedy, "repeated", lambda ids: 0):
+        prompt, decoder = greedy._listen(model, [window], language, length)
+        texts = greedy._say(greedy.Step(generation, decoder, prompt), [length] * len(prompt))
+    if any(len(text) != length for text in texts):
+        raise AssertionError(f"texts of {[len(text) for text in texts]} tokens, not {length}")
 
 
 def token(place: Place) -> list[dict[str, Any]]:
@@ -129,24 +166,24 @@ def token(place: Place) -> list[dict[str, Any]]:
     generation = pair["saml"].generation_config
     ends = generation.eos_token_id
     # Texts that never end: each has as many tokens as it may.
-    generation.suppress_tokens = [
-        *(generation.suppress_tokens or ()), *(ends if isinstance(ends, list) else [ends])
-    ]  # fmt: skip
+    never = [*(generation.suppress_tokens or ()), *(ends if isinstance(ends, list) else [ends])]
+    generation.suppress_tokens = [token for token in never if token is not None]
     short, long = lengths = place.sizes.tokens
-    language = "en" if getattr(generation, "is_multilingual", False) else None
     for batch in place.sizes.batches:
         window = place.windows(pair["saml"], batch)
         found: dict[str, list[float]] = {name: [] for name in pair}
         for turn in range(-1, place.sizes.rounds):
             for name, model in pair.items():
-                runs = (partial(greedy, model, [window], [n] * batch, language) for n in lengths)
+                runs = (partial(decode, model, window, n) for n in lengths)
                 seconds = [stopwatch(run, place.device)[0] for run in runs]
                 if turn >= 0:
                     found[name].append((seconds[1] - seconds[0]) / (long - short) * 1e3)
         bar = statistics.median(found["dense"])
         rows += [
             {"contender": name, "batch": batch, "milliseconds": round(statistics.median(ms), 4),
-             "ratio": round(statistics.median(ms) / bar, 4)}
+             "samples": [round(one, 4) for one in ms],
+             "ratio": round(statistics.median(ms) / bar, 4),
+             "peak_bytes": peak_memory(partial(decode, pair[name], window, long), place.device)}
             for name, ms in found.items()
         ]  # fmt: skip
     return rows
@@ -185,28 +222,36 @@ def training(place: Place) -> list[dict[str, Any]]:
             found[name].append(stopwatch(run, device)[0] * 1e3)
     return rows + [
         {"contender": name, "batch": sizes.train, "milliseconds": round(statistics.median(ms), 3),
-         "trained": sum(p.numel() for p in trainers[name].parameters)}
+         "samples": [round(one, 3) for one in ms],
+         "trained": sum(p.numel() for p in trainers[name].parameters),
+         "weight_bytes": held(trainers[name].model),
+         "peak_bytes": peak_memory(partial(trainers[name].step, features, labels), device)}
         for name, ms in found.items()
     ]  # fmt: skip
 
 
 def clips(place: Place) -> dict[str, Any]:
     """Seconds to transcribe clips together, and what was heard."""
+    from bench.models.clips import at_once, spread
+
     model, processor = place.quantised()
     model = place.half(model)
     chosen = spread(at_once(_utterances(place)), place.sizes.clips)
     audio = [u.load() for u in chosen]
-    _heard(model, processor, audio[:2])
+    first, _ = stopwatch(lambda: _heard(model, processor, audio), place.device)  # compiles
     seconds, texts = stopwatch(lambda: _heard(model, processor, audio), place.device)
     spoken = sum(map(len, audio)) / 16000
     return {
         "clips": len(audio), "speech_seconds": round(spoken, 1), "seconds": round(seconds, 3),
-        "real_time_factor": round(seconds / spoken, 5), "wer": _wer(chosen, texts), "texts": texts,
+        "first_seconds": round(first, 3), "real_time_factor": round(seconds / spoken, 5),
+        "wer": _wer(chosen, texts), "texts": texts,
     }  # fmt: skip
 
 
 def adaptation(place: Place) -> dict[str, Any]:
     """Seconds to adapt to the first speaker who has clips enough; WER before and after."""
+    from saml_models.training.adapt import adapt, options_for
+
     sizes = place.sizes
     by_speaker: dict[str, list[Utterance]] = {}
     for utterance in _utterances(place):
@@ -234,11 +279,15 @@ def adaptation(place: Place) -> dict[str, Any]:
 
 
 def _utterances(place: Place) -> list[Utterance]:
+    from saml_models.data.corpora import load_corpus
+
     assert place.speech is not None
     return load_corpus(place.speech)
 
 
 def _heard(model: Any, processor: Any, audio: list[Any]) -> list[str]:
+    from saml_models.transcription.recordings import transcribe_many
+
     multilingual = getattr(model.generation_config, "is_multilingual", False)
     language = "en" if multilingual else None
     found = transcribe_many(model, processor, audio, language=language, timestamps=False)
@@ -261,19 +310,32 @@ def measure(
     for i, (name, part) in enumerate(parts.items()):
         started = time.monotonic()
         share = (deadline - started) / (len(parts) - i)
+        notes: list[str] = []
         try:
             if share < 1:
                 raise TimeoutError("no time is left")
-            with within(share):
+            with within(share), warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
                 found = part(place)
             told = _brief(found)
+            notes = [str(w.message) for w in warned if WITHOUT_GRAPHS in str(w.message)]
+            notes = list(dict.fromkeys(note for note in notes if "graph" in note.lower()))
+        except ModuleNotFoundError as error:
+            found = {"not run": one_line(error)}
+            told = f"not run: {one_line(error)}"
         except Exception as error:  # whatever goes wrong, the next may go right
-            told = f"failed: {one_line(error)}"
-            found = {"failed": one_line(error)}
+            gone = "; the device is lost to this process" if lost() else ""
+            told = f"failed: {one_line(error)}{gone}"
+            found = {"failed": one_line(error) + gone}
+        # A pass that cannot be captured is slower, and no error where users meet it.
+        told += "".join(f"; failed: {note}" for note in notes)
         said.append(f"{name} {told}")
         sheet.put(name, found)
-        sheet.put(f"{name}, all of it", {"seconds": round(time.monotonic() - started, 1)})
+        spent = {"seconds": round(time.monotonic() - started, 1)}
+        sheet.put(f"{name}, all of it", spent | ({"warned": notes} if notes else {}))
         gc.collect()
+        if place.device.type == "cuda" and not lost():
+            torch.cuda.empty_cache()
     return "; ".join(said)
 
 

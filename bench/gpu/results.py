@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +12,29 @@ from typing import Any
 import torch
 
 from bench.report.environment import about
-from saml_kernels.files import write_json
+from saml_kernels.files import is_json, write_json
 
-__all__ = ["Sheet", "one_line", "within"]
+__all__ = ["FILE", "Sheet", "lost", "one_line", "within"]
+
+FILE = "gpu.json"  # of all steps: a machine may give few files back
 
 
 class Sheet:
-    """A file of results, on disk after each: a step that is stopped leaves what it had found."""
+    """A step's part of the file of results; on disk after each `put`, whatever ends the step.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"about": about(device)}
-        path.parent.mkdir(parents=True, exist_ok=True)
+    What other steps found is kept; steps run one after the other.
+    """
+
+    def __init__(self, folder: Path, step: str, device: torch.device) -> None:
+        self.path = folder / FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(self.path.read_text()) if is_json()(self.path) else {}
+        self.part: dict[str, Any] = {"about": about(device)}
+        self.data: dict[str, Any] = {**earlier, step: self.part}
+        write_json(self.path, self.data)  # a step that is ended before its first result was begun
 
     def put(self, name: str, found: Any) -> None:
-        self.data[name] = found
+        self.part[name] = found
         write_json(self.path, self.data)
 
 
@@ -46,6 +55,20 @@ def within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def lost() -> bool:
+    """Whether the device answers this process no more, as after a stray access of a kernel's.
+
+    Whatever the process asks of it then fails, right or wrong.
+    """
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def one_line(error: BaseException) -> str:
