@@ -14,17 +14,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from importlib import import_module
+from itertools import product, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saml_kernels.backends.reference import Gating
-from saml_kernels.backends.triton.configs import pretending
+from saml_kernels.backends.triton.configs import Config, predicted, pretending
 from saml_kernels.backends.triton.launcher import interpreting, kernel, load_kernels, recording
 from saml_kernels.backends.triton.prebuilt import MANIFEST
 from saml_kernels.backends.triton.signature import ALIGNMENT, Launch, key_of, signature
@@ -37,10 +38,17 @@ __all__ = ["ARCHITECTURES", "WIDTHS", "Built", "build", "load_kernels"]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
 WIDTHS = {"tiny": 384, "base": 512, "small": 768, "medium": 1024, "large": 1280}
 VOCABULARY = 51865  # Whisper's, of the output head; the others differ in nothing a kernel sees
-# Noting down a call costs nothing, so every rule of a tuning table is met by asking often; devices
-# of one architecture differ in size, which decides how far a product is split.
+# Noting down a call costs nothing, so every rule of a measured table is met by asking often.
 TOKENS = (*range(1, 33), *(int(32 * 1.1**i) for i in range(1, 52)))
-PROCESSORS = (1, 8, 16, 20, 132, 1000)
+# The cost model's choice goes by tokens, rounded up to such a number, and by the device's size.
+# What it chooses for any size is met on three, which give a projection each of its tiles and
+# gradients one share or several.
+SIZES = tuple(1 << i for i in range(14))
+DEVICES = range(1, 257)  # processors
+PROCESSORS = (8, 16, 1000)
+# Whose gradients are wanted: of x (the first layer's has none), A, B and gates or router. A model's
+# experts learn or are frozen, and so do its gates.
+NEEDS = tuple((x, e, e, g) for x, e, g in product((True, False), repeat=3) if x or e or g)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 EXPERT_FORMATS = ("float", "float32", "int8")
 ROUTERS = ("token", "given")
@@ -145,6 +153,38 @@ def build(
     write_json(out / MANIFEST, manifest)
 
 
+def _part(name: str) -> Any:
+    """A module of the backend, imported once Triton is known to be there."""
+    return import_module(f"saml_kernels.backends.triton.{name}")
+
+
+class _Experts(NamedTuple):
+    """The arguments of a call that are the experts' own; `spans` as in `backend.facts_of`."""
+
+    a: Any
+    b: Any
+    gates: Tensor
+    gating: Gating | None = None
+    speakers: Tensor | None = None
+    spans: tuple[int, int] = (1, 1)
+
+
+@cache
+def _choices(direction: str, m: int, n: int, k: int, arch: str) -> tuple[Config, ...]:
+    """What the cost model chooses on some of `DEVICES`; one or two shares stand for any number."""
+    found = (predicted(direction, m, n, k, arch, processors)[0] for processors in DEVICES)
+    return tuple({replace(c, split=min(2, c.split)): None for c in found})
+
+
+def _ways(n: int, k: int, arch: str) -> Iterator[tuple[int, Config | None, Config | None]]:
+    """Numbers of tokens, and how forward and backward go; None: as the tables have it."""
+    yield from ((m, None, None) for m in TOKENS)
+    for m in SIZES:
+        both = (_choices(direction, m, n, k, arch) for direction in ("forward", "backward"))
+        for way, back in zip_longest(*both):
+            yield m, way, back
+
+
 @dataclass(frozen=True)
 class _Layers:
     """The layers of one Whisper, as tensors without memory."""
@@ -160,83 +200,89 @@ class _Layers:
     train: bool
 
     def launches(self, arch: str) -> Iterator[Launch]:
-        """What the backend would launch on such devices for any number of tokens."""
+        """What the backend would launch on such devices, of any size, for any number of tokens."""
         for processors in PROCESSORS:
             with pretending(arch, processors):
-                for call in self._calls():
+                for call in self._calls(arch):
                     with recording() as found:
                         call()
                     yield from found
 
-    def _calls(self) -> Iterator[Callable[[], Any]]:
+    def _calls(self, arch: str) -> Iterator[Callable[[], Any]]:
         d = self.width
         for k, n in ((d, d), (d, 4 * d), (4 * d, d), (d, VOCABULARY)):
             weight = QuantizedTensor.empty((n, k), self.format, device="meta")
-            biases = (self._parameter(n), None)  # Whisper's k_proj has none
-            for m in TOKENS:
-                for experts, gating, speakers in self._experts(m, n, k):
-                    for bias in biases:
-                        yield partial(self._call, m, weight, experts, bias, speakers, gating)
-                    if n == k and speakers is None and gating is not None and self.kind != "int8":
-                        yield partial(self._together, m, weight, experts, gating)
+            for m, way, back in _ways(n, k, arch):
+                for experts in self._experts(m, n, k):
+                    for bias in (self._parameter(n), None):  # Whisper's k_proj has none
+                        yield partial(self._forward, m, weight, experts, bias, way)
+                    if self.train:
+                        yield partial(self._backward, m, weight, experts, back)
+                    alone = experts.speakers is None and experts.gating is not None
+                    if n == k and alone and self.kind != "int8":
+                        yield partial(self._together, m, weight, experts, way)
 
-    def _call(
+    def _forward(
         self,
         m: int,
         weight: QuantizedTensor,
-        experts: tuple[Any, Any, Tensor],
+        experts: _Experts,
         bias: Tensor | None,
-        speakers: Tensor | None,
-        gating: Gating | None,
+        route: Config | None,
     ) -> None:
-        """Forward as it runs without gradients; to train, as it runs with them, and backward."""
-        backend: Any = import_module("saml_kernels.backends.triton.backend")
-        plan: Any = import_module("saml_kernels.backends.triton.plan")
-        weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
-        (a, b, gates), (n, k) = experts, weight.shape
-        x, dy = self._tensor(m, k), self._tensor(m, n)
-        parts, given = weight_parts(weight), (weight, a, b, gates)
-        facts = backend.facts_of(x, *given, bias, speakers, gating)
-        arguments = (
-            x,
-            parts,
-            *backend.expert_parts(a),
-            *backend.expert_parts(b),
-            gates,
-            bias,
-            speakers,
-            1.0,
+        """As it runs without gradients; to train, as it runs with them too."""
+        backend, plan, weight_parts = _part("backend"), _part("plan"), _part("facts").weight_parts
+        a, b, gates, gating, speakers, spans = experts
+        x = self._tensor(m, weight.shape[1])
+        facts = backend.facts_of(
+            x, weight, a, b, gates, bias, speakers, gating, spans=spans, route=route
         )
-        plan.forward_plan(facts, False)(*arguments)
-        if not self.train:
-            return
-        _, plain, made = plan.forward_plan(facts, True)(*arguments)
-        facts = backend.facts_of(x, *given, None, speakers, gating, dy=dy)
-        back = (dy, x, parts, a, b, gates, speakers, 1.0)
-        needs = (True,) * 4
-        plan.backward_plan(facts, needs, False)(*back)
-        for dtype in (None, torch.float32) if self.kind == "float32" else (None,):
-            plan.backward_plan(facts, needs, plain is not None)(*back, plain, made, dtype)
+        parts = (*backend.expert_parts(a), *backend.expert_parts(b))
+        for keep in (False, True) if self.train else (False,):
+            plan.forward_plan(facts, keep)(
+                x, weight_parts(weight), *parts, gates, bias, speakers, 1.0
+            )
+
+    def _backward(
+        self, m: int, weight: QuantizedTensor, experts: _Experts, route: Config | None
+    ) -> None:
+        """For each of `NEEDS`, with what the forward kept and without."""
+        backend, plan, weight_parts = _part("backend"), _part("plan"), _part("facts").weight_parts
+        a, b, gates, gating, speakers, spans = experts
+        x, dy = self._tensor(m, weight.shape[1]), self._tensor(m, weight.shape[0])
+        facts = backend.facts_of(
+            x, weight, a, b, gates, None, speakers, gating, spans=spans, dy=dy, route=route
+        )
+        plain = made = None
+        if facts.columns:
+            plain = self._float32(m, facts.columns)
+            made = None if gating is None else self._float32(m, facts.experts)
+        given = (dy, x, weight_parts(weight), a, b, gates, speakers, 1.0)
+        # Where x was cast, its gradient comes back in float32.
+        dtypes = (None, torch.float32) if self.kind == "float32" else (None,)
+        for wanted in NEEDS if facts.columns else NEEDS[:1]:
+            plan.backward_plan(facts, wanted, False)(*given)
+            for dtype in dtypes:
+                plan.backward_plan(facts, wanted, plain is not None)(*given, plain, made, dtype)
 
     def _together(
-        self, m: int, weight: QuantizedTensor, experts: tuple[Any, Any, Tensor], gating: Gating
+        self, m: int, weight: QuantizedTensor, experts: _Experts, route: Config | None
     ) -> None:
         """An attention's q, k and v, which read the same few tokens; k and v of what is heard."""
-        backend: Any = import_module("saml_kernels.backends.triton.backend")
-        single: Any = import_module("saml_kernels.backends.triton.single")
-        weight_parts: Any = import_module("saml_kernels.backends.triton.facts").weight_parts
-        (a, b, router), (n, k) = experts, weight.shape
+        backend, single = _part("backend"), _part("single")
+        weight_parts = _part("facts").weight_parts
+        (a, b, router, gating, *_), (n, k) = experts, weight.shape
         x = self._tensor(m, k)
         bias = self._parameter(n)
-        facts = backend.facts_of(x, weight, a, b, router, bias, None, gating)
+        facts = backend.facts_of(x, weight, a, b, router, bias, None, gating, route=route)
         if facts.config("forward").route == "single":
             codes, scales, table = weight_parts(weight)
             member = (codes, scales, a, router, b, bias)
             for count in (2, 3):
                 single.together_plan(facts, count).together(x, table, [member] * count, 1.0)
 
-    def _experts(self, m: int, n: int, k: int) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-        """(A, B, gates or router), gating and speakers; then a base without experts.
+    def _experts(self, m: int, n: int, k: int) -> Iterator[_Experts]:
+        """Those of a layer; then a base without any.
 
         The latter is the output head, and every layer while dropout is on.
         """
@@ -253,13 +299,18 @@ class _Layers:
             if self.gating is not None:
                 gates = self._parameter(*lead, self.experts, k)
             index = torch.empty(m, dtype=torch.int32, device="meta") if self.many else None
-            yield (a, b, gates), self.gating, index
+            # The rows of a clip may share gates and speaker.
+            of_gates = {1, m} if self.gating is None else {1}
+            for spans in product(of_gates, {1, m} if self.many else {1}):
+                yield _Experts(a, b, gates, self.gating, index, spans)
         if n == VOCABULARY or self.train:
-            none = (self._tensor(0, 1, k), self._tensor(0, n, 1), self._tensor(0))
-            yield none, None, None
+            yield _Experts(self._tensor(0, 1, k), self._tensor(0, n, 1), self._tensor(0))
 
     def _tensor(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device="meta")
+
+    def _float32(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device="meta")
 
     def _parameter(self, *shape: int) -> Tensor:
         dtype = torch.float32 if self.kind == "float32" else self.dtype

@@ -5,18 +5,23 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
+from threading import Thread, local
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from saml_kernels import SAMLError, quantize
+from saml_kernels import SAMLError, aot, quantize
 from saml_kernels.backends.triton import backend as backend
 from saml_kernels.backends.triton import configs
+from saml_kernels.backends.triton.facts import weight_parts
 from saml_kernels.backends.triton.launcher import kernel, recording
+from saml_kernels.backends.triton.plan import backward_plan, forward_plan
 from saml_kernels.backends.triton.prebuilt import Driver, Prebuilt
 from saml_kernels.backends.triton.signature import Varying, key_of, signature
+from saml_kernels.quantization.tensor import QuantizedTensor
 
 FORWARD = {"single", "project", "dequantize", "product"}  # of the routes that the model chooses
 TRAINED = FORWARD | {"backward", "gradients"}
@@ -25,7 +30,7 @@ ALONE_TRAINED = ALONE | {"finish_backward"}
 LIMIT = {"sm_90": 227 << 10}  # shared memory where tensor descriptors fill it; else 99 KB
 
 
-def aot(*arguments: str) -> subprocess.CompletedProcess:
+def run_aot(*arguments: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "saml_kernels.aot", *arguments],
@@ -34,7 +39,7 @@ def aot(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def check_build(folder, *arguments):
-    done = aot("--model", "base", *arguments, str(folder))
+    done = run_aot("--model", "base", *arguments, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = json.loads((folder / "kernels.json").read_text())
     for entry in manifest["kernels"]:
@@ -67,7 +72,7 @@ def test_experts_in_8_bits_with_given_gates(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--arch", "--model", "--dtype", "--router", "--expert-format"])
 def test_unknown_name(flag, tmp_path):
-    done = aot(flag, "nothing", str(tmp_path))
+    done = run_aot(flag, "nothing", str(tmp_path))
     assert done.returncode == 2
     assert "nothing" in done.stderr and "expected one of" in done.stderr
 
@@ -177,6 +182,126 @@ def test_sizes_that_vary_are_those_that_kernels_are_not_specialised_on():
         assert varying == set(function.do_not_specialize), launch.name
 
 
+@cache
+def kept(arch: str, width: int, router: str, many: bool, train: bool) -> frozenset[str]:
+    """Keys of what a folder would hold."""
+    gating = (None, 1.0) if router == "token" else None
+    layers = aot._Layers(width, torch.float16, "nf4", 4, 4, "float", gating, many, train)
+    return frozenset(key_of(launch) for launch in layers.launches(arch))
+
+
+def wanted(arch, processors, m, shape, *, router="token", many=False, spans=(1, 1), needs=()):
+    """Launches of one layer as a device asks for them; backward for each of `needs`."""
+
+    def tensor(*shape, dtype=torch.float16):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    lead, gating = (2,) if many else (), (None, 1.0) if router == "token" else None
+    weight, (n, k) = QuantizedTensor.empty(shape, "nf4", device="meta"), shape
+    a, b = tensor(*lead, 4, 4, k), tensor(*lead, 4, n, 4)
+    gates = tensor(*lead, 4, k) if gating else tensor(m // spans[0], 4)
+    speakers = tensor(m // spans[1], dtype=torch.int32) if many else None
+    x, dy, bias = tensor(m, k), tensor(m, n), tensor(n)
+    with configs.pretending(arch, processors), recording() as found:
+        given = (x, weight, a, b, gates)
+        facts = backend.facts_of(*given, bias, speakers, gating, spans=spans)
+        parts, plain, made = weight_parts(weight), None, None
+        for keep in (False, True) if needs else (False,):
+            _, plain, made = forward_plan(facts, keep)(
+                x, parts, a, None, b, None, gates, bias, speakers, 1.0
+            )
+        facts = backend.facts_of(*given, None, speakers, gating, spans=spans, dy=dy)
+        for each in needs:
+            plan = backward_plan(facts, each, True)
+            plan(dy, x, parts, a, b, gates, speakers, 1.0, plain, made)
+    return found
+
+
+def missing(found, held):
+    return {launch.name for launch in found if key_of(launch) not in held}
+
+
+EVERY = (True,) * 4
+# Of gates of a clip; of one alone, whose speaker is one of many; of both.
+SPANS = [
+    ("given", False, True, (1, 0)),
+    ("token", True, False, (0, 1)),
+    ("given", True, False, (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("router", "many", "train", "shares"), SPANS)
+def test_one_kernel_serves_clips_of_every_length(router, many, train, shares):
+    held = kept("sm_87", 384, router, many, train)
+    names = set()
+    for m in (1, 4, 5, 20, 300, 448, 1500):
+        spans = tuple(m if shared else 1 for shared in shares)
+        how = {"router": router, "many": many, "spans": spans}
+        found = wanted("sm_87", 16, m, (384, 384), needs=(EVERY,) if train else (), **how)
+        assert not missing(found, held), (m, spans)
+        names |= {launch.name for launch in found}
+        for launch in found if m > 1 else ():
+            function = kernel(launch.name)
+            named = zip(function.arg_names, launch.arguments, strict=False)
+            varying = {n for n, v in named if isinstance(v, Varying)}
+            free = set(function.do_not_specialize)
+            assert free <= varying <= free | set(function.do_not_specialize_on_alignment)
+    assert names >= {"single", "project", "product"}
+
+
+def test_a_span_of_one_is_compiled_in_and_another_is_not_divided_by_16():
+    """By Triton at a first call, as in a folder: else an aligned clip would serve all others."""
+    for launch in wanted(
+        "sm_87", 16, 448, (384, 384), router="given", spans=(448, 1), needs=(EVERY,)
+    ):
+        function = kernel(launch.name)
+        if "gates_span" not in function.arg_names:
+            continue
+        place = function.arg_names.index("gates_span")
+        types, aligned = signature(launch)
+        assert types[place] == "i32" and place not in aligned
+        assert "gates_span" in function.do_not_specialize_on_alignment
+        assert "gates_span" not in function.do_not_specialize
+        if "speakers_span" in function.arg_names:
+            assert types[function.arg_names.index("speakers_span")] == "constexpr"
+
+
+@pytest.mark.parametrize("router", ["token", "given"])
+def test_a_folder_to_train_with_knows_frozen_parts(router):
+    held = kept("sm_87", 384, router, False, True)
+    needs = [
+        EVERY,
+        (False, True, True, True),  # a first layer
+        (True, False, False, True), (False, False, False, True),  # the gates alone learn
+        (True, True, True, False), (False, True, True, False),  # the experts alone
+        (True, False, False, False),  # nothing here, but what comes before
+    ]  # fmt: skip
+    for m in (16, 100, 300, 1500):
+        for spans in ((1, 1), (m, 1)) if router == "given" else ((1, 1),):
+            found = wanted("sm_87", 16, m, (384, 384), router=router, spans=spans, needs=needs)
+            assert not missing(found, held), (m, spans)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "devices"),
+    [
+        ("sm_80", 512, (14, 28, 42, 56, 98, 108)),  # A30, A100 and their parts
+        ("sm_86", 768, (10, 28, 46, 68, 80, 84)),
+        ("sm_87", 1024, (4, 8, 14, 16)),
+        ("sm_89", 768, (20, 34, 58, 76, 128, 142)),
+        ("sm_90", 512, (16, 18, 26, 32, 46, 60, 64, 114, 132)),
+        ("sm_120", 1280, (36, 48, 70, 84, 170, 188)),
+    ],
+)
+def test_a_folder_is_for_devices_of_every_size(arch, width, devices):
+    held = kept(arch, width, "token", False, False)
+    for processors in devices:
+        for m in (60, 100, 200, 257, 400, 512, 700, 1100, 1500, 3000, 5000):
+            for shape in ((width, width), (4 * width, width), (width, 4 * width)):
+                found = wanted(arch, processors, m, shape)
+                assert not missing(found, held), (processors, m, shape)
+
+
 @pytest.mark.parametrize("processors", [8, 16])
 def test_a_folder_holds_what_every_layer_of_a_whisper_needs(folder, processors, monkeypatch):
     """Surgery on a model of base's shapes; one clip's encoder, and the decoder's steps by beams."""
@@ -235,7 +360,7 @@ def test_from_9_0_on_a_folder_is_for_one_architecture(folder, tmp_path):
     "options", [("--top-k", "5"), ("--rank", "0"), ("--train", "--expert-format", "int8")]
 )
 def test_numbers_that_cannot_be(options, tmp_path):
-    done = aot(*options, str(tmp_path))
+    done = run_aot(*options, str(tmp_path))
     assert done.returncode == 2 and options[0] in done.stderr
 
 
@@ -280,3 +405,48 @@ def test_the_driver_says_no(folder):
     launch = calls(512, 1)[0]
     with pytest.raises(SAMLError, match="cuModuleLoadData failed with error 209"):
         Prebuilt(folder, Driver(library, stream_of)).bind(key_of(launch), launch, 0, (8, 7))
+
+
+def test_a_thread_without_a_context_gets_the_devices():
+    """As autograd's may be, or one that a server hands a model to."""
+    here, retained, launched = local(), [], []
+
+    class Contexts(Library):
+        def cuLaunchKernel(self, *arguments):
+            if not hasattr(here, "context"):
+                return 201
+            launched.append(here.context)
+            return 0
+
+        def cuDeviceGet(self, device, number):
+            device._obj.value = 10 + number.value
+            return 0
+
+        def cuDevicePrimaryCtxRetain(self, context, device):
+            retained.append(device.value)
+            context._obj.value = 100 + device.value
+            return 0
+
+        def cuCtxSetCurrent(self, context):
+            here.context = context.value
+            return 0
+
+    driver = Driver(Contexts(), stream_of)
+    start = driver.starter(ctypes.c_void_p(1), (1,), 32, 0, ["pointer", "i32"], 3)
+    here.context = 7  # someone's, which stays
+    for _ in range(2):
+        start(0, [64], (5,))
+    threads = [Thread(target=lambda: [start(0, [64], (5,)) for _ in range(3)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert launched == [7] * 2 + [113] * 6 and retained == [13, 13]
+
+
+def test_a_thread_that_gets_no_context():
+    library = Library()
+    library.cuLaunchKernel = lambda *_: 201
+    library.cuDeviceGet = lambda *_: 101
+    start = Driver(library, stream_of).starter(ctypes.c_void_p(1), (1,), 32, 0, ["i32"], 3)
+    with pytest.raises(SAMLError, match="cuDeviceGet failed with error 101"):
+        start(0, [], (5,))

@@ -24,7 +24,7 @@ from saml_kernels.backends.triton.single import (
     piece_depth,
     piece_shares,
 )
-from saml_kernels.backends.triton.steps import product_tiles
+from saml_kernels.backends.triton.steps import product_tiles, spans_of
 
 __all__ = ["ExpertGradients", "Finish", "OneLaunch"]
 
@@ -75,7 +75,7 @@ class OneLaunch:
         self.sizes = (
             Varying(f.m), f.n, f.k, f.columns, f.experts, max(1, f.rank),
             Varying(max(1, f.speakers)), Varying(shares), Varying(p_shares),
-            f.gates_span, f.speakers_span,
+            *spans_of(f),
         )  # fmt: skip
         self.last = (f.inverse_temperature(), *strides)
         self.dx = dx
@@ -127,7 +127,7 @@ class Finish:
             BLOCK_R=min(16 if f.exact else 32, max(16, power_of_2(f.columns))),
             BLOCK_E=f.gating_constants()["BLOCK_E"],
         )  # fmt: skip
-        self.sizes = (Varying(f.m), f.k, f.experts, f.rank, stride, f.gates_span)
+        self.sizes = (Varying(f.m), f.k, f.experts, f.rank, stride, spans_of(f)[0])
         self.last = (f.inverse_temperature(), *f.a_strides[1:])
 
     def __call__(
@@ -188,7 +188,7 @@ class ExpertGradients:
         )  # fmt: skip
         self.sizes = (
             Varying(f.m), f.k, f.n, f.experts, f.rank, Varying(people), Varying(self.split),
-            self.stride, f.gates_span, f.speakers_span,
+            self.stride, *spans_of(f),
         )  # fmt: skip
         self.take = counters(f.device).take
 

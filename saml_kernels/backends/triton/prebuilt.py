@@ -1,7 +1,8 @@
 """Kernels from a folder that `python -m saml_kernels.aot` made, started by the CUDA driver itself.
 
 The folder holds machine code: trust it as you would trust a program. Nothing of Triton is imported.
-Source of the calls: CUDA driver API reference (cuModuleLoadData, cuLaunchKernel).
+Source of the calls: CUDA driver API reference (cuModuleLoadData, cuLaunchKernel,
+cuDevicePrimaryCtxRetain).
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ MANIFEST = "kernels.json"
 MANIFEST_BYTES, CUBIN_BYTES = 16 << 20, 8 << 20  # more than any real one
 MEMORY_BYTES = 1 << 20  # of a program, more than any kernel makes descriptors in
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PLAIN_SHARED = 48 << 10  # what a kernel may use without asking
 _LETTERS = {"pointer": "Q", "fp32": "f", "i32": "i", "i64": "q"}  # as `struct` spells them
 
 
 class Driver:
-    """The few calls of libcuda that load and start a kernel."""
+    """The few calls of libcuda that load and start a kernel.
+
+    They need a current context, which a fresh thread lacks, and autograd's may. Such a thread's
+    first call fails, and is made again in the context that PyTorch works in: to ask before each
+    launch would cost all of them something.
+    """
 
     def __init__(self, library: Any = None, stream_of: Callable[[int], int] | None = None) -> None:
         """`library` stands in for libcuda.so.1, `stream_of` for PyTorch's current stream."""
@@ -43,10 +50,11 @@ class Driver:
         except OSError as error:
             raise SAMLError(f"CUDA driver: {error}; is an NVIDIA driver installed?") from error
 
-    def function(self, image: bytes, entry: str, shared: int) -> ctypes.c_void_p:
-        """The function `entry` of a cubin, in the current context."""
+    def function(self, image: bytes, entry: str, shared: int, device: int) -> ctypes.c_void_p:
+        """The function `entry` of a cubin, on the current device, which is `device`."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._check("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        data = ctypes.c_char_p(image)
+        self._check("cuModuleLoadData", ctypes.byref(module), data, device=device)
         name = ctypes.c_char_p(entry.encode())
         self._check("cuModuleGetFunction", ctypes.byref(function), module, name)
         if shared > _PLAIN_SHARED:
@@ -61,8 +69,9 @@ class Driver:
         threads: int,
         shared: int,
         kinds: list[str],
+        device: int,
     ) -> Callable[..., None]:
-        """Starts a function with parameters of `kinds`, in its order.
+        """Starts a function on `device`, the current one, with parameters of `kinds`, in its order.
 
         Kinds are "pointer", "fp32", "i32" and "i64". What is returned is called with a stream,
         then addresses and other values, each in the function's order; addresses that are missing
@@ -90,14 +99,26 @@ class Driver:
             nothing = (0,) * (count - len(addresses))
             with lock:
                 pack(room, 0, *addresses, *nothing, *values)
-                check("cuLaunchKernel", *fixed, ctypes.c_void_p(stream), places, None)
+                given = (*fixed, ctypes.c_void_p(stream), places, None)
+                check("cuLaunchKernel", *given, device=device)
 
         return start
 
-    def _check(self, call: str, *arguments: Any) -> None:
+    def _check(self, call: str, *arguments: Any, device: int | None = None) -> None:
+        """Make a call; if `device` is given, in that one's context where the thread has none."""
         status = getattr(self.cuda, call)(*arguments)
-        if status:
+        if status == _NO_CONTEXT and device is not None:
+            self._enter(device)
+            self._check(call, *arguments)
+        elif status:
             raise SAMLError(f"CUDA driver: {call} failed with error {status}")
+
+    def _enter(self, device: int) -> None:
+        """Make the primary context of `device` the thread's, until the process ends."""
+        context, number = ctypes.c_void_p(), ctypes.c_int()
+        self._check("cuDeviceGet", ctypes.byref(number), ctypes.c_int(device))
+        self._check("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+        self._check("cuCtxSetCurrent", context)
 
 
 def started(
@@ -130,7 +151,7 @@ def started(
     kinds += ["pointer"] * added
     if [struct.calcsize(_LETTERS[kind]) for kind in kinds] != parameters:
         raise ValueError("takes other arguments")
-    start = driver.starter(function, launch.grid, threads, shared, kinds)
+    start = driver.starter(function, launch.grid, threads, shared, kinds, device)
     tensors = [i for i, kind in given if kind.startswith("*")]
     others = itemgetter(*(i for i, kind in given if not kind.startswith("*")))
     stream_of = driver.stream_of
@@ -204,7 +225,7 @@ class Prebuilt:
         function = self._functions.get((key, device))
         if function is None:
             image = self._image(entry)
-            function = self._driver.function(image, entry["entry"], entry["shared"])
+            function = self._driver.function(image, entry["entry"], entry["shared"], device)
             self._functions[key, device] = function
         try:
             return started(

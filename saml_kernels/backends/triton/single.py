@@ -18,7 +18,7 @@ from saml_kernels.backends.triton.facts import (
 )
 from saml_kernels.backends.triton.launcher import Launcher, interpreting
 from saml_kernels.backends.triton.signature import Varying
-from saml_kernels.backends.triton.steps import FLOAT32_TILE
+from saml_kernels.backends.triton.steps import FLOAT32_TILE, spans_of
 
 __all__ = ["MEMBERS", "Member", "Single", "together_plan"]
 
@@ -96,7 +96,7 @@ class Single:
         sizes = (
             Varying(f.m), f.k, f.n, f.columns, f.experts, max(1, f.rank),
             Varying(max(1, f.speakers)), Varying(shares), Varying(p_shares),
-            f.gates_span, f.speakers_span,
+            *spans_of(f),
         )  # fmt: skip
         strides = (*f.a_strides, *f.b_strides) if f.columns else (0,) * 8
         self.shape, self.routed, self.bare = (f.m, f.n), routed, not f.columns

@@ -26,6 +26,7 @@ __all__ = [
     "Product",
     "Projection",
     "product_tiles",
+    "spans_of",
 ]
 
 FLOAT32_TILE = 32  # exact float32 products go through ordinary registers: larger tiles spill
@@ -44,6 +45,15 @@ def product_tiles(facts: Facts, config: Config) -> tuple[int, int, int, int]:
         if f.exact:
             block_m = 16
     return block_m, block_o, block_d, warps
+
+
+def spans_of(facts: Facts) -> tuple[int, int]:
+    """Of gates and speakers, as kernels take them: built for 1, where nothing is divided, or any.
+
+    Whoever adds an argument for one has the kernel specialised on 1, but on no alignment.
+    """
+    gates, speakers = (n if n == 1 else Varying(n) for n in (facts.gates_span, facts.speakers_span))
+    return gates, speakers
 
 
 class Product:
@@ -75,7 +85,7 @@ class Product:
             Varying(f.m), f.k, f.n, f.columns, f.experts, max(1, f.rank),
             Varying(max(1, f.speakers)), Varying(self.split),
         )  # fmt: skip
-        self.rest = (f.gates_span, f.speakers_span, *strides)
+        self.rest = (*spans_of(f), *strides)
         self.reduce = None
         if self.split > 1:
             self.reduce = Launcher(
@@ -150,7 +160,7 @@ class Projection:
             TOGETHER=together, BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_D=block_d,
         )  # fmt: skip
         self.sizes = (Varying(f.m), f.k, f.experts, f.rank, Varying(max(1, f.speakers)))
-        self.spans = (f.gates_span, f.speakers_span)
+        self.spans = spans_of(f)
         self.inverse_temperature = f.inverse_temperature()
 
     def __call__(
@@ -188,7 +198,7 @@ class Decode:
         self.m = Varying(f.m)
         self.sizes = (
             f.columns, f.experts, f.rank, Varying(max(1, f.speakers)), Varying(self.split),
-            f.gates_span, f.speakers_span,
+            *spans_of(f),
         )  # fmt: skip
         routed = f.gating is not None
         self.all_columns = f.columns + (f.experts if routed else 0)
@@ -275,7 +285,7 @@ class Finish:
         )  # fmt: skip
         self.sizes = (
             Varying(f.m), f.n, f.columns, f.experts, f.rank, Varying(max(1, f.speakers)),
-            Varying(split), base_stride, stride, f.gates_span, f.speakers_span,
+            Varying(split), base_stride, stride, *spans_of(f),
         )  # fmt: skip
         self.last = (f.inverse_temperature(), *f.b_strides)
 

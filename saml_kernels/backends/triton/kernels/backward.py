@@ -50,7 +50,10 @@ def _of_logits(gate, dg, inverse_temperature):
     return gate * (dg - tl.sum(gate * dg, 1)[:, None]) * inverse_temperature
 
 
-@triton.jit(do_not_specialize=["M", "S", "SHARES", "P_SHARES"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SHARES", "P_SHARES"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def backward_kernel(
     dy, dx, work, counters, table,                   # [M, N], [M, K] out
     codes, absmax, b, a, router,                     # [S, E, N, r], [S, E, r, K], [S, E, K]
@@ -200,7 +203,7 @@ def backward_kernel(
                 leave(counters, tiles_m * tiles_o, tiles_m)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["gates_span"])
 def finish_backward_kernel(
     wide, dx, a, router, gates, projected,           # [M, stride], [M, K] out, ..., P [M, R]
     small, dgates,                                   # [M, R (+ E)], [M, E] out

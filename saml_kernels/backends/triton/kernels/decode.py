@@ -52,7 +52,10 @@ def project_share(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SPLIT"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def partial_kernel(
     x, base, projected,                              # [M, D], [SPLIT, M, O], [SPLIT, M, R (+ E)]
     codes, absmax, table,
@@ -119,7 +122,10 @@ def partial_kernel(
         tl.store(p, found, row_ok[:, None] & (columns < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SPLIT"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def finish_kernel(
     base, projected, y,                              # [SPLIT, M, O], [SPLIT, M, R (+ E)], [M, O]
     experts, scales, gates, bias, speakers,          # B, of int8, [.., E], [O], [..]

@@ -63,7 +63,10 @@ def _share(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SPLIT"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def gradients_kernel(
     small, x, projected, gates, dy, speakers,        # [M, C], [M, K], P [M, R], [.., E], [M, N]
     shares, counters, da, db, dv,                    # float32, int32, [S, E, r, K], ..., [S, E, K]
@@ -87,24 +90,28 @@ def gradients_kernel(
     steps = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT)
     last = tl.minimum((split + 1) * steps, tl.cdiv(M, BLOCK_M))
     inside, across = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_O)
+    # What is not wanted has no operands to compile with.
+    acc = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     if tile < of_a:
         columns = first_c + (tile % tiles_a) * BLOCK_R + inside
         outs = (tile // tiles_a) * BLOCK_O + across
-        acc = _share(
-            small, projected, gates, x, speakers, split * steps, last, s,
-            columns, columns < last_c, outs, outs < K, M, R, E, K, rank,
-            small_stride, gates_span, speakers_span, scaling,
-            False, SPEAKERS, PRECISION, BLOCK_R, BLOCK_O, BLOCK_M,
-        )  # fmt: skip
+        if A or ROUTER:
+            acc = _share(
+                small, projected, gates, x, speakers, split * steps, last, s,
+                columns, columns < last_c, outs, outs < K, M, R, E, K, rank,
+                small_stride, gates_span, speakers_span, scaling,
+                False, SPEAKERS, PRECISION, BLOCK_R, BLOCK_O, BLOCK_M,
+            )  # fmt: skip
     else:
         columns = ((tile - of_a) % tiles_b) * BLOCK_R + inside
         outs = ((tile - of_a) // tiles_b) * BLOCK_O + across
-        acc = _share(
-            small, projected, gates, dy, speakers, split * steps, last, s,
-            columns, columns < R, outs, outs < N, M, R, E, N, rank,
-            small_stride, gates_span, speakers_span, scaling,
-            True, SPEAKERS, PRECISION, BLOCK_R, BLOCK_O, BLOCK_M,
-        )  # fmt: skip
+        if B:
+            acc = _share(
+                small, projected, gates, dy, speakers, split * steps, last, s,
+                columns, columns < R, outs, outs < N, M, R, E, N, rank,
+                small_stride, gates_span, speakers_span, scaling,
+                True, SPEAKERS, PRECISION, BLOCK_R, BLOCK_O, BLOCK_M,
+            )  # fmt: skip
     mine = SPLIT == 1
     if SHARED:
         first = (s * tiles + tile).to(tl.int64) * SPLIT

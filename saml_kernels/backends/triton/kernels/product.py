@@ -39,7 +39,10 @@ def _store_result(
     tl.store(y + rows[:, None] * O + outs[None, :], acc.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["M", "S", "SPLIT"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SPLIT"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def product_kernel(
     x, y,                                            # [M, D] in, [SPLIT, M, O] out
     codes, absmax, table,

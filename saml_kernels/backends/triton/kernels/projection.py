@@ -60,7 +60,10 @@ def _project(
     return acc, logits
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(
+    do_not_specialize=["M", "S"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def project_kernel(
     x, experts, scales, router, gates, speakers,     # [M, D], [S, ...], of int8, [S, E, D], [.., E]
     plain, gated, wide,                              # [M, R], [M, R], [M, D] out

@@ -43,7 +43,10 @@ def _one_of(member, first, second, third, MEMBERS: tl.constexpr):
         return tl.where(member == 0, first, tl.where(member == 1, second, third))
 
 
-@triton.jit(do_not_specialize=["M", "S", "SHARES", "P_SHARES"])
+@triton.jit(
+    do_not_specialize=["M", "S", "SHARES", "P_SHARES"],
+    do_not_specialize_on_alignment=["gates_span", "speakers_span"],
+)
 def single_kernel(
     x, y, work, counters, table,                     # [M, D], [MEMBERS, M, O]
     codes, absmax,
