@@ -7,10 +7,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["REPOSITORY", "RESULTS", "as_module", "environment"]
+__all__ = ["NOT_RUN", "REPOSITORY", "RESULTS", "as_module", "environment"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
+NOT_RUN = 3  # exit code of a part that cannot run here
 
 
 def as_module(name: str) -> list[str]:

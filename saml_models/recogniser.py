@@ -17,6 +17,7 @@ from saml_models.compress.calibrate import calibrate_on
 from saml_models.compress.calibration import Calibration
 from saml_models.compress.calibration_speech import CLIPS
 from saml_models.compress.checkpoint import save_saml
+from saml_models.compress.layers import cast
 from saml_models.compress.loading import load_model
 from saml_models.data.audio import SAMPLE_RATE, Audio, samples_of
 from saml_models.data.corpora import Utterance, only_speaker, utterances_of
@@ -100,7 +101,7 @@ class Recogniser:
         else:
             pair = load_model(name_or_path, device)
         if dtype is not None:
-            _cast(pair[0], dtype)
+            cast(pair[0], dtype)
         return cls(*pair)
 
     @classmethod
@@ -403,12 +404,3 @@ def load(
 def _is_samples(audio: Any) -> bool:
     """Whether a list holds numbers, and not recordings."""
     return len(audio) > 0 and isinstance(audio[0], int | float)
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """All but experts and routers: the hash of their numbers is in profiles."""
-    saml = getattr(model, "saml", None)
-    own = [] if saml is None else [(p, p.data) for p in saml.experts().values()]
-    model.to(dtype)
-    for parameter, data in own:
-        parameter.data = data

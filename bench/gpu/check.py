@@ -53,7 +53,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.place import RESULTS, as_module, environment
+from bench.place import NOT_RUN, RESULTS, as_module, environment
 
 HOST = ("bench", "host")  # a module and its options
 MARGIN = 5.0  # seconds between what a step plans with and its end
@@ -184,9 +184,6 @@ def run_step(step: Step, command: Sequence[str], limit: float, log: Path | None 
             with log.open("a") as file:
                 print(f"== {outcome}", *lines[-LOG_LINES:], sep="\n", file=file)
     return outcome
-
-
-NOT_RUN = 3  # exit code of a step that cannot run here
 
 
 @dataclass
@@ -452,7 +449,7 @@ def _tune(name: str, setting: Setting) -> tuple[int, str]:
     gains: list[float] = []
 
     def on_row(done: int, total: int, row: dict[str, Any]) -> None:
-        """The table itself lies where a lent machine keeps nothing."""
+        """A copy after each row: the table itself lies in the cache of the machine's user."""
         if row["before_microseconds"] is not None:
             gains.append(row["before_microseconds"] / row["microseconds"])
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def counters() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for work, case in CASES.items():
         command = [
-            # A lent card's clocks are not ours to set, which ncu would do.
+            # The card's clocks are left as they are; ncu would set them.
             ncu, "--clock-control", "none",
             "--csv", "--print-units", "base", "--profile-from-start", "off",
             "--metrics", ",".join(METRICS),

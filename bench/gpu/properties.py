@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench.gpu.checks import PLAIN, worst_row
 from bench.gpu.results import one_line
-from bench.place import as_module, environment
+from bench.place import NOT_RUN, as_module, environment
 from saml_kernels import SAMLConfig, SAMLLinear, quantize
 from saml_kernels.backends import registry
 from saml_kernels.backends.reference import gates_from_logits, saml_linear_reference
@@ -38,9 +38,8 @@ from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.cuda import capture, current
 from saml_kernels.timing import timed
 
-__all__ = ["NOT_RUN", "PROPERTIES", "NotRun", "check_properties", "check_property"]
+__all__ = ["PROPERTIES", "NotRun", "check_properties", "check_property"]
 
-NOT_RUN = 3  # exit code
 TOGETHER = 8  # processes at a time
 LAST_LINES = 30
 LOST_BYTES = 8 << 20  # that may be missing when all graphs are gone
@@ -154,13 +153,18 @@ def features_of(model: Any, batch: int) -> Tensor:
     return torch.randn(batch, 80, 200, device=model.device).to(model.dtype)
 
 
-def in_half(model: Any) -> Any:
-    """As `load(dtype=torch.float16)` makes it: experts and routers stay in float32."""
-    experts = [(p, p.data) for p in model.saml.experts().values()]
-    model.half()
-    for parameter, data in experts:
-        parameter.data = data
-    return model
+def gates_profiles(model: Any, count: int = 2) -> list[Any]:
+    """Profiles whose gates differ much; the model is left without any."""
+    from saml_models.speakers.profile import SpeakerProfile
+
+    routers, made = model.saml.routers.values(), []
+    for number in range(count):
+        for router in routers:
+            router.offset = torch.randn(4, device=model.device) * 3
+        made.append(SpeakerProfile.of_gates(model, speaker=str(number)))
+    for router in routers:
+        router.offset = None
+    return made
 
 
 def counters(device: torch.device) -> str:
@@ -271,6 +275,8 @@ def _autocast_layer(m: int, width: int, dtype: torch.dtype, device: torch.device
 
 def network(device: torch.device) -> str:
     """A whole Whisper: logits in half precision, and experts' gradients under autocast."""
+    from saml_models.compress.layers import cast
+
     model = small_model(device)
     truth = copy.deepcopy(model).double()  # which no kernel computes in
     tokens = torch.randint(3, 512, (2, 12), device=device)
@@ -302,7 +308,8 @@ def network(device: torch.device) -> str:
     with torch.inference_mode():
         given = {"decoder_input_ids": tokens}
         right = truth(input_features=features.double(), **given).logits
-        half = in_half(model)(input_features=features.half(), **given).logits
+        cast(model, torch.float16)
+        half = model(input_features=features.half(), **given).logits
     logits = near("logits", half, right, 2e-2)
     return f"gradients off by {whole:.1e}, logits in float16 by {logits:.1e}"
 
@@ -343,23 +350,14 @@ def training(device: torch.device) -> str:
 
 def profiles(device: torch.device) -> str:
     """Gates profiles beside a model in half precision: refused by none, mixed under capture."""
+    from saml_models.compress.layers import cast
     from saml_models.speakers.mixing import mixed_batch
-    from saml_models.speakers.profile import SpeakerProfile
 
     model = small_model(device)
     hashed = model.saml.experts_hash()
-    made = []
-    for seed in range(2):
-        for router in model.saml.routers.values():
-            router.offset = torch.randn(4, device=device) * 3
-        made.append(SpeakerProfile.of_gates(model, speaker=str(seed)))
-    for router in model.saml.routers.values():
-        router.offset = None
+    made = gates_profiles(model)
     if device.type == "cuda":
-        cast: Callable[[Any, torch.dtype], None] | None = None
-        with suppress(ImportError):  # it reads audio too
-            from saml_models.recogniser import _cast as cast
-        in_half(model) if cast is None else cast(model, torch.float16)
+        cast(model, torch.float16)
     if model.saml.experts_hash() != hashed:
         raise AssertionError("in half precision the experts have another hash")
     speakers = [made[0], made[1], None, made[0]]
@@ -539,16 +537,9 @@ def decoding(device: torch.device) -> str:
     """Mixed batches decoded token by token: the same text with a graph and without."""
     from saml_models.models.whisper import greedy as module
     from saml_models.speakers.mixing import mixed_batch
-    from saml_models.speakers.profile import SpeakerProfile
 
     model = small_model(device)  # in float32, so that no choice hangs on rounding
-    profiles = []
-    for seed in range(2):
-        for router in model.saml.routers.values():
-            router.offset = torch.randn(4, device=device) * 3
-        profiles.append(SpeakerProfile.of_gates(model, speaker=str(seed)))
-    for router in model.saml.routers.values():
-        router.offset = None
+    profiles = gates_profiles(model)
     features = features_of(model, 4)
     mask = torch.ones(4, 100, dtype=torch.bool, device=device)
     speakers = [profiles[0], None, profiles[1], None]

@@ -16,7 +16,7 @@ from saml_kernels.files import is_json, write_json
 
 __all__ = ["FILE", "Sheet", "lost", "one_line", "within"]
 
-FILE = "gpu.json"  # of all steps: a machine may give few files back
+FILE = "gpu.json"  # of all steps
 
 
 class Sheet:

@@ -23,6 +23,7 @@ from saml_models.compress.packing import pack_experts, tensors_hash, unpack_expe
 
 __all__ = [
     "Compression",
+    "cast",
     "compression_of",
     "hash_of_weights",
     "is_margin",
@@ -261,6 +262,15 @@ def parameters_hash(model: nn.Module) -> str:
 def quantised_tensors(model: nn.Module) -> dict[str, QuantizedTensor]:
     """The frozen low-bit weights by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedTensor)}
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """All of a model but experts and routers: the hash of their numbers is in profiles."""
+    saml: Compression | None = getattr(model, "saml", None)
+    own = [] if saml is None else [(p, p.data) for p in saml.experts().values()]
+    model.to(dtype)
+    for parameter, data in own:
+        parameter.data = data
 
 
 def put(parameter: nn.Parameter, value: Tensor) -> None:
