@@ -10,6 +10,11 @@ set of voices (`VOICES`), the experts alone, adapted with each seed, and another
 adaptation are then heard on the fold's other utterances, greedily. Defaults are chosen on the set
 "choosing", forty voices.
 
+Keys of a variant: `experts`, `config` (of `SAMLConfig`), `pretraining` (of `TrainingOptions`),
+`per_speaker`, `encoder_share` for stage 1; `adaptation` (of `TrainingOptions`), `kind`, `guard`
+(off unless it says so) and `known` (of a fold's utterances, the first that are given with their
+texts, the others without; all unless it is there) for stage 2.
+
 Each variant runs in a process of its own. Errors are written after each fold, without what was
 said, and what is in the file is not done again; `--work` keeps stage 1's checkpoint, experts and
 profiles. The table gives pooled word error rates, ratios with 95 % intervals over speakers, how
@@ -47,9 +52,10 @@ from saml_models.runtime.quiet import quiet_libraries
 from saml_models.speakers.pretrained import load_adaptable
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import word_errors
-from saml_models.training.adapt import ADAPTATION, adapt
+from saml_models.training.adapt import adapt, options_for
 from saml_models.training.options import TrainingOptions
-from saml_models.training.pretrain import PRETRAINING, pretrain
+from saml_models.training.pretrain import ENCODER_SHARE, PRETRAINING, pretrain
+from saml_models.training.pseudo_labels import adapt_unsupervised
 from saml_models.training.samples import PER_SPEAKER
 from saml_models.transcription.clips import decode_clips
 
@@ -101,6 +107,7 @@ class Variant:
             training_speech(self.data),
             options(PRETRAINING, self.changes.get("pretraining", {})),
             per_speaker=self.changes.get("per_speaker", PER_SPEAKER),
+            encoder_share=self.changes.get("encoder_share", ENCODER_SHARE),
             checkpoint=out.with_suffix(".checkpoint"),
             original=load_model(self.model)[0],
         )
@@ -112,10 +119,18 @@ class Variant:
         """The profile of a fold, made once."""
         path = place / f"{number}.safetensors"
         if not path.exists():
-            recipe = replace(options(ADAPTATION, self.changes.get("adaptation", {})), seed=seed)
+            kind = self.changes.get("kind", "experts")
+            usual = options_for(kind, loaded[0])
+            recipe = replace(options(usual, self.changes.get("adaptation", {})), seed=seed)
             guard = bool(self.changes.get("guard", False))
-            train = folds[number].train
-            adapt(*loaded, train, recipe, skip_long=True, guard=guard).save(path)
+            train, known = folds[number].train, self.changes.get("known")
+            if known is None:
+                made = adapt(*loaded, train, recipe, kind=kind, skip_long=True, guard=guard)
+            else:
+                made = adapt_unsupervised(
+                    *loaded, train[known:], recipe, known=train[:known], kind=kind, guard=guard
+                )
+            made.save(path)
         return SpeakerProfile.load(path)
 
 

@@ -54,7 +54,8 @@ class BatchContext:
         mask: [B, T] bool, True where an encoder frame holds audio; None means everywhere.
         clip: [B, d], the mean of the encoder's output over the audio, for the decoder's routers.
         balance: load-balancing terms of this pass (scalars), one per routed layer.
-        speakers: [B] int32, which of a layer's `SpeakerExperts` each clip uses.
+        speakers: [B] int32, which of a layer's `SpeakerExperts` each clip uses, and which row of a
+            router's offsets.
     """
 
     mask: Tensor | None = None
@@ -75,14 +76,18 @@ class BatchContext:
         return self.speakers.repeat_interleave(x.shape[0] // len(self.speakers)).unsqueeze(1)
 
     @contextmanager
-    def batch(self, mask: Tensor | None) -> Iterator[None]:
-        """Within the block a batch with this mask [B, T] runs; what was there before comes back."""
-        before = self.mask
+    def batch(self, mask: Tensor | None, speakers: Tensor | None = None) -> Iterator[None]:
+        """Within the block a batch with this mask [B, T] runs; what was there before comes back.
+
+        `speakers`, where they are given, stand in for those that are there.
+        """
+        before = self.mask, self.speakers
         self.mask = mask
+        self.speakers = self.speakers if speakers is None else speakers
         try:
             yield
         finally:
-            self.mask = before
+            self.mask, self.speakers = before
 
     @contextmanager
     def narrowed(self, clips: slice) -> Iterator[None]:

@@ -42,6 +42,8 @@ class Router(nn.Module):
         weight: parameter; its last dimension is what the router looks at.
         offset: [E] added to the logits, or None; no part of the state, so that a saved model keeps
             its router as it was trained. A speaker's profile of kind "gates" is made of these.
+            [S + 1, E] in training: each clip adds the row that `context.speakers` says, and the
+            first, which stays zero, is nobody's.
     """
 
     weight: nn.Parameter
@@ -52,8 +54,11 @@ class Router(nn.Module):
         self.config, self.context = config, context
 
     def gates(self, logits: Tensor) -> Tensor:
-        """[..., E] -> [..., E]."""
-        if self.offset is not None:
+        """[..., E] -> [..., E]; [rows, T, E] or what broadcasts to it, with offsets by speaker."""
+        if self.offset is not None and self.offset.dim() == 2:
+            own = self.context.speakers_of(logits)
+            logits = logits + F.embedding(own, self.offset, padding_idx=0).to(logits)
+        elif self.offset is not None:
             logits = logits + self.offset.to(logits)
         return gates_from_logits(logits, self.config, self.context, self.training)
 

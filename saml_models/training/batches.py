@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from saml_models.data.audio import MAX_SAMPLES, at_speed
-from saml_models.data.noise import BABBLERS, babble, hum, mixed, pink
+from saml_models.data.noise import BABBLERS, babble, hum, in_room, mixed, pink
 from saml_models.models.interface import SpeechModel
 
 if TYPE_CHECKING:
     from saml_models.training.options import TrainingOptions
 
-__all__ = ["IGNORED", "Batch", "BatchMaker", "Sample", "Shapes", "SoftTargets", "plan_batches"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "BatchMaker",
+    "Sample",
+    "Shapes",
+    "SoftTargets",
+    "plan_batches",
+    "speakers_of",
+]
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -41,7 +50,8 @@ class Sample:
     """One training clip: a function that loads it (float32, 16 kHz), its length and its text.
 
     `language` is that of the prompt: see `SpeechModel.prompt_language`. Of several clips trained on
-    together all have a teacher, or none.
+    together all have a teacher, or none. `speaker` tells voices apart where each has something of
+    its own (`TrainingOptions.speaker_rate`).
     """
 
     load: Callable[[], np.ndarray]
@@ -49,6 +59,7 @@ class Sample:
     text: str
     language: str | None = None
     teacher: SoftTargets | None = None
+    speaker: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class Batch:
         kept: int64 [n], the positions in [B * L] whose logits are wanted.
         soft_ids, soft_shares: a teacher's tokens int64 and their shares float32 in the targets, [B,
             L, k]; k is 0 without one.
+        speakers: int32 [B], from 1 on in the order of their names; 0 is nobody.
         words: where each clip's targets begin and end in its row, the end of the text left out.
     """
 
@@ -85,17 +97,20 @@ class Batch:
     kept: Tensor
     soft_ids: Tensor
     soft_shares: Tensor
+    speakers: Tensor
     words: tuple[tuple[int, int], ...]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the batch, in the order in which `holding` takes them."""
-        soft = self.soft_ids, self.soft_shares
-        return self.features, self.mask, self.inputs, self.targets, self.kept, *soft
+        rest = self.soft_ids, self.soft_shares, self.speakers
+        return self.features, self.mask, self.inputs, self.targets, self.kept, *rest
 
     def holding(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch in other tensors, given in the same order."""
-        features, mask, inputs, targets, kept, soft_ids, soft_shares = tensors
-        return Batch(features, mask, inputs, targets, kept, soft_ids, soft_shares, self.words)
+        features, mask, inputs, targets, kept, soft_ids, soft_shares, speakers = tensors
+        return Batch(
+            features, mask, inputs, targets, kept, soft_ids, soft_shares, speakers, self.words
+        )
 
     def pinned(self) -> Batch:
         """In memory that a CUDA device copies from while the processor goes on."""
@@ -133,6 +148,11 @@ def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[lis
     return batches
 
 
+def speakers_of(samples: Sequence[Sample]) -> dict[str, int]:
+    """Numbers from 1 on by speaker."""
+    return {name: n for n, name in enumerate(sorted({s.speaker for s in samples}), start=1)}
+
+
 class BatchMaker:
     """Audio and text of a batch -> tensors; step i always makes the same ones."""
 
@@ -146,6 +166,7 @@ class BatchMaker:
         self.speech, self.samples, self.options = speech, samples, options
         self.shapes = shapes or Shapes()
         self.texts = [speech.token_ids(s.text, s.language) for s in samples]
+        self.speakers = speakers_of(samples)
 
     def __call__(self, step: int, index: list[int]) -> Batch:
         """The batch of these clips at this step, on the CPU."""
@@ -167,7 +188,15 @@ class BatchMaker:
         kept = torch.arange(len(flat)) if shapes.dense else (flat != IGNORED).nonzero().flatten()
         words = tuple((prompt - 1, len(ids) - 2) for ids, prompt in texts)
         soft = self._soft(index, words, longest)
-        return Batch(features, mask, inputs, targets, kept, *soft, words)
+        speakers = self._speakers(step, index)
+        return Batch(features, mask, inputs, targets, kept, *soft, speakers, words)
+
+    def _speakers(self, step: int, index: list[int]) -> Tensor:
+        """Whose each clip is, but for those that are learnt from as nobody's."""
+        draw = random.Random(f"{self.options.seed}/{step}/speakers")
+        own = [self.speakers[self.samples[i].speaker] for i in index]
+        known = [n if draw.random() >= self.options.anonymous else 0 for n in own]
+        return torch.tensor(known, dtype=torch.int32)
 
     def _soft(
         self, index: list[int], words: tuple[tuple[int, int], ...], longest: int
@@ -187,6 +216,10 @@ class BatchMaker:
         samples, speed = self.samples[i].load(), rng.choice(self.options.speeds)
         if len(samples) <= MAX_SAMPLES * speed:  # else its end, which the text has, would be cut
             samples = at_speed(samples, speed)
+        if self.options.rooms > 0:
+            draw = np.random.default_rng((self.options.seed, step, i, 1))
+            if draw.random() < self.options.rooms:
+                samples = in_room(samples, draw)
         if self.options.noise > 0:
             draw = np.random.default_rng((self.options.seed, step, i))
             if draw.random() < self.options.noise:

@@ -99,8 +99,7 @@ def fit(
     objective = Objective(speech, options)
     parameters = objective.parameters_trained
     optimiser = torch.optim.AdamW(
-        parameters.values(),
-        lr=options.learning_rate,
+        _groups(parameters, options),
         betas=(0.9, 0.98),
         weight_decay=options.weight_decay,
         fused=True,
@@ -144,7 +143,7 @@ def fit(
             made = ahead(prepare, todo)
             for (i, _), batch in zip(todo, made, strict=True):
                 for group in optimiser.param_groups:
-                    group["lr"] = _learning_rate(i, steps, options)
+                    group["lr"] = group["peak"] * _schedule(i, steps, options)
                 torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
                 loss = learn(batch.to(device)) if graphed is None else graphed(batch)
                 norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
@@ -263,10 +262,20 @@ def _graphed(
     return None
 
 
-def _learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
+def _groups(parameters: dict[str, Tensor], options: TrainingOptions) -> list[dict[str, Any]]:
+    """Parameters by the peak of their learning rate."""
+    apart = {n for n, p in parameters.items() if n.endswith(".offset") and p.dim() == 2}
+    shared = [p for n, p in parameters.items() if n not in apart]
+    own = [p for n, p in parameters.items() if n in apart]
+    groups = ((shared, options.learning_rate), (own, options.speaker_rate))
+    return [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params]
+
+
+def _schedule(step: int, steps: int, options: TrainingOptions) -> float:
+    """The share of a learning rate's peak."""
     warm = min(1.0, (step + 1) / max(1.0, options.warmup * steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return options.learning_rate * warm * (0.05 + 0.95 * cosine)
+    return warm * (0.05 + 0.95 * cosine)
 
 
 @torch.no_grad()

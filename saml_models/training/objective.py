@@ -30,7 +30,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of one batch (scalar)."""
         o, speech, context = self.options, self.speech, self.speech.context
-        with context.batch(speech.encoder_mask(batch.mask)):
+        with context.batch(speech.encoder_mask(batch.mask), batch.speakers):
             outputs = speech.outputs(batch.features, batch.mask, batch.inputs, batch.kept)
         targets = batch.targets.flatten()[batch.kept]
         loss = F.cross_entropy(outputs.logits, targets, ignore_index=IGNORED)

@@ -27,8 +27,13 @@ class TrainingOptions:
         noise: share of the clips that are mixed with noise: white, pink, a mains hum, or other
             clips' voices.
         noise_decibels: range of the ratio of speech to noise.
+        rooms: share of the clips that are heard through a random room and microphone.
         teacher: share of the target that is the full-precision model's own distribution at the
             tokens that it finds likeliest itself, where the samples have it (`taught`).
+        speaker_rate: learning rate of an offset [E] to each router's logits of each training
+            speaker's own, which is forgotten in the end: the experts learn what the voices share
+            (speaker-adaptive training, arXiv 2206.12045, with gates for LHUC's scales). 0: none.
+        anonymous: share of the clips that are learnt from without their speaker's offset.
         average: the weights are averaged over this last share of the steps.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.
@@ -53,7 +58,10 @@ class TrainingOptions:
     time_share: float = 0.1
     noise: float = 0.0
     noise_decibels: tuple[float, float] = (5.0, 20.0)
+    rooms: float = 0.0
     teacher: float = 0.0
+    speaker_rate: float = 0.0
+    anonymous: float = 0.5
     average: float = 0.0
     ctc: float = 0.3
     seed: int = 0

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from saml_kernels.errors import SAMLError
 from saml_models.compress.layers import compression_of, model_hash
@@ -19,12 +23,16 @@ from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import PER_SPEAKER, balanced, training_samples
+from saml_models.training.speaker_offsets import speaker_offsets
 from saml_models.training.teacher import taught
 
 __all__ = ["PRETRAINING", "pretrain"]
 
 # What made the experts that ship for tiny.en: docs, "Pretrained experts".
 PRETRAINING = TrainingOptions(learning_rate=5e-4, epochs=2, noise=0.5, teacher=0.5)
+
+# All of it made voices unlike those of the training speech worse: docs, "Without adaptation".
+ENCODER_SHARE = 0.5
 
 
 def pretrain(
@@ -34,6 +42,7 @@ def pretrain(
     options: TrainingOptions | None = None,
     *,
     per_speaker: int = PER_SPEAKER,
+    encoder_share: float = ENCODER_SHARE,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int, int], None] | None = None,
@@ -52,6 +61,8 @@ def pretrain(
         utterances: each with text; what is longer than 30 s is left out.
         options: `PRETRAINING` unless given, without its teacher where there is no `original`.
         per_speaker: utterances of one speaker at most, drawn by the options' seed.
+        encoder_share: of what the encoder's experts learn, that is kept: weights between those of
+            the start and those learnt are more robust than either (arXiv 2109.01903).
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
         on_heard: called before that with (clips whose style was found, clips in all).
@@ -63,10 +74,13 @@ def pretrain(
         The experts as a profile, to start adaptations from.
 
     Raises:
-        SAMLError: nothing to learn from, bad audio, or a teacher wanted and not given.
+        SAMLError: nothing to learn from, bad audio, a teacher wanted and not given, or a share that
+            is none.
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
+    if not 0 <= encoder_share <= 1:
+        raise SAMLError(f"pretrain: an encoder share of {encoder_share}; give one from 0 to 1")
     speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN
@@ -90,7 +104,13 @@ def pretrain(
     if teacher is not None and starts_from_error(model):
         start_experts(model, teacher.network, input_moments(teacher, samples, options))
     origin = "" if teacher is None else model_hash(teacher.network)
-    report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
+    before = {name: tensor.detach().clone() for name, tensor in _encoder_outputs(model).items()}
+    with speaker_offsets(model, samples) if options.speaker_rate else nullcontext():
+        report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
+    with torch.no_grad():
+        for name, tensor in _encoder_outputs(model).items():
+            tensor.copy_(torch.lerp(before[name], tensor, encoder_share))
+    saml.round_experts()
     return SpeakerProfile.of(
         model,
         speaker="pretrained",
@@ -102,4 +122,11 @@ def pretrain(
         seconds=round(sum(s.seconds for s in samples), 1),
         steps=report.steps,
         loss=round(report.last_loss, 4),
+        encoder_share=encoder_share,
     )
+
+
+def _encoder_outputs(model: Any) -> dict[str, Tensor]:
+    """The half of each of the encoder's experts that starts at zero, B, by name."""
+    experts = compression_of(model).experts()
+    return {n: t for n, t in experts.items() if "encoder" in n.split(".") and n.endswith("lora_b")}

@@ -83,7 +83,8 @@ def training_samples(
             load = (lambda clip=clip: clip) if keep_audio else utterance.load
             target = in_model_style(utterance.text, text)
             check_target(speech.network, utterance.id, speech.token_ids(target, language)[0])
-            samples.append(Sample(load, len(clip) / SAMPLE_RATE, target, language))
+            seconds, speaker = len(clip) / SAMPLE_RATE, utterance.speaker
+            samples.append(Sample(load, seconds, target, language, speaker=speaker))
         if on_done:
             on_done(min(first + TOGETHER, len(utterances)), len(utterances))
     if utterances and not samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench.accuracy.defaults_rows import counted, rows
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.data.corpora import Utterance
 from saml_models.evaluation.protocol import Fold
+from saml_models.training.adapt import ADAPTATION, GATE_ADAPTATION
 
 SAID = "here they all went"
 
@@ -134,6 +136,50 @@ def test_what_was_heard_is_not_heard_again(tmp_path: Path, monkeypatch: pytest.M
     assert set(found["variants"]["some name"]["heard"]["choosing"]) == {"experts", "adapted 7"}
 
 
+class Made:
+    """A profile that says who made it."""
+
+    def __init__(self, way: str, *given: Any, **options: Any) -> None:
+        self.said = [way, len(given[2]), *(f"{k}={v}" for k, v in options.items() if k == "kind")]
+        self.said.append(given[3].learning_rate if len(given) > 3 else None)
+        self.said.append(len(options.get("known", ())))
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.said))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["adapt", 4, "kind=experts", ADAPTATION.learning_rate, 0]),
+        ({"kind": "gates"}, ["adapt", 4, "kind=gates", GATE_ADAPTATION.learning_rate, 0]),
+        ({"known": 0}, ["unsupervised", 4, "kind=experts", ADAPTATION.learning_rate, 0]),
+        (
+            {"known": 3, "adaptation": {"learning_rate": 0.5}},
+            ["unsupervised", 1, "kind=experts", 0.5, 3],
+        ),
+    ],
+)
+def test_how_a_variant_adapts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    expected: list[Any],
+) -> None:
+    monkeypatch.setattr(defaults, "adapt", lambda *a, **o: Made("adapt", *a, **o))
+    monkeypatch.setattr(
+        defaults, "adapt_unsupervised", lambda *a, **o: Made("unsupervised", *a, **o)
+    )
+    monkeypatch.setattr(defaults.SpeakerProfile, "load", lambda path: json.loads(path.read_text()))
+    variant = defaults.Variant("some name", changes, "tiny.en", tmp_path, tmp_path)
+    clips = [Utterance(f"a-{i}", "a", SAID, tmp_path) for i in range(4)]
+    folds = [Fold("a", clips, [])]
+    for _ in range(2):  # made once, then read
+        assert variant.adapted((object(), None), folds, 0, tmp_path, 0) == expected
+        monkeypatch.setattr(defaults, "adapt", None)
+        monkeypatch.setattr(defaults, "adapt_unsupervised", None)
+
+
 def test_bad_variants_are_named(tmp_path: Path) -> None:
     def refused(match: str, **options: Any) -> None:
         with pytest.raises(SAMLError, match=match):
@@ -157,5 +203,5 @@ def test_experts_that_ship_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_options_from_json() -> None:
-    found = defaults.options(defaults.ADAPTATION, {"speeds": [0.9, 1.1], "epochs": 2})
+    found = defaults.options(ADAPTATION, {"speeds": [0.9, 1.1], "epochs": 2})
     assert found.speeds == (0.9, 1.1) and found.epochs == 2

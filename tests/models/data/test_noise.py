@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saml_models.data.noise import HARMONICS, babble, hum, mixed, pink
+from saml_models.data.noise import HARMONICS, babble, hum, in_room, mixed, pink
 
 LENGTH = 1 << 16
 
@@ -52,3 +52,18 @@ def test_babble_is_of_all_voices_alike() -> None:
     found = babble([quiet, loud], LENGTH, draw)
     assert found.shape == (LENGTH,)
     assert np.var(found) == pytest.approx(2, rel=0.1)
+
+
+def test_a_room_follows_its_voice_and_is_as_loud() -> None:
+    """Nothing is heard before the voice begins; what comes after it dies away."""
+    clip = np.zeros(LENGTH, np.float32)
+    clip[8000:9600] = np.random.default_rng(3).normal(0, 0.05, 1600)
+    heard = in_room(clip, np.random.default_rng(4))
+    assert heard.dtype == np.float32 and heard.shape == clip.shape
+    assert np.sqrt(np.mean(heard**2)) == pytest.approx(np.sqrt(np.mean(clip**2)), rel=1e-3)
+    power = (heard.astype(np.float64) ** 2).reshape(-1, 1024).mean(1)
+    assert power[:7].max() < 1e-4 * power[8]
+    after = power[10:20]
+    assert after[0] > 10 * after[-1] > 0
+    assert not in_room(np.zeros(1000, np.float32), np.random.default_rng(5)).any()
+    assert np.array_equal(heard, in_room(clip, np.random.default_rng(4)))
