@@ -54,7 +54,7 @@ from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.wer import word_errors
 from saml_models.training.adapt import adapt, options_for
 from saml_models.training.options import TrainingOptions
-from saml_models.training.pretrain import ENCODER_SHARE, PRETRAINING, pretrain
+from saml_models.training.pretrain import PRETRAINING, pretrain
 from saml_models.training.pseudo_labels import adapt_unsupervised
 from saml_models.training.samples import PER_SPEAKER
 from saml_models.transcription.clips import decode_clips
@@ -107,7 +107,7 @@ class Variant:
             training_speech(self.data),
             options(PRETRAINING, self.changes.get("pretraining", {})),
             per_speaker=self.changes.get("per_speaker", PER_SPEAKER),
-            encoder_share=self.changes.get("encoder_share", ENCODER_SHARE),
+            encoder_share=self.changes.get("encoder_share"),
             checkpoint=out.with_suffix(".checkpoint"),
             original=load_model(self.model)[0],
         )
@@ -167,7 +167,7 @@ def measure(
             for number in range(len(done), len(folds)):
                 if not loaded:
                     loaded.append(variant.adaptable(show))
-                    own["hash"] = loaded[0][0].saml.experts_hash()
+                    _check_hash(own, variant.name, loaded[0][0].saml.experts_hash())
                 kind, _, seed = system.partition(" ")
                 chosen = other_fold(folds, number) if kind == "other" else number
                 profile = None
@@ -182,6 +182,15 @@ def measure(
                 done.append({"errors": errors, "loops": sum(in_loop(speech, t) for t in texts)})
                 save()
             show.print(f"{variant.name}: {key}, {system}")
+
+
+def _check_hash(own: dict[str, Any], name: str, found: str) -> None:
+    """Results are of the same experts throughout."""
+    if own.setdefault("hash", found) != found:
+        raise SAMLError(
+            f"{name}: the results are of other experts; give this variant another name, or --json "
+            "another file"
+        )
 
 
 def main(

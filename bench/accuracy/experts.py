@@ -2,6 +2,7 @@
 
     python -m bench experts --data DATA --json bench/results/experts-tiny.en.json
     python -m bench experts ... --experts mine=experts.safetensors --sets readers,noisy
+    python -m bench experts ... --experts mine=experts.safetensors --only "quantised,mine"
 
 Systems: the model at full precision, quantised, with the experts that ship, and with those of each
 `--experts NAME=FILE`. Nobody is adapted to: every utterance of the sets (`VOICES`) is heard,
@@ -71,6 +72,7 @@ def main(
         list[str] | None, typer.Option(help="NAME=FILE from `saml pretrain`; may be repeated.")
     ] = None,
     sets: Annotated[str, typer.Option(help="Of VOICES, by commas.")] = ",".join(VOICES),
+    only: Annotated[str | None, typer.Option(help="Systems by commas; all unless given.")] = None,
 ) -> None:
     quiet_libraries()
     files = {}
@@ -79,6 +81,11 @@ def main(
         if not Path(file).is_file():
             raise SAMLError(f"--experts {one}: expected NAME=FILE, the file from `saml pretrain`")
         files[name] = Path(file)
-    results = listening.listen(systems(model, files), sets, data, json_file, model)
+    plan = systems(model, files)
+    chosen = [name.strip() for name in only.split(",")] if only else list(plan)
+    if unknown := [name for name in chosen if name not in plan]:
+        raise SAMLError(f"--only {unknown[0]}: expected some of {', '.join(plan)}")
+    plan = {name: plan[name] for name in chosen}
+    results = listening.listen(plan, sets, data, json_file, model)
     title = f"{model}: ratios with 95 % intervals over speakers"
     Console().print(table(title, HEADS, rows(results)))

@@ -58,6 +58,10 @@ def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> d
             check_speech(results, key, speech_of(said))
             found = word_errors([u.text for u in said], _heard(speech, said, f"{system}: {key}"))
             errors[key] = [one.errors for one in found]
+            # Rows are compared with those above: what is asked for keeps the order it is asked in.
+            later = {name: one for name, one in results["systems"].items() if name not in systems}
+            known = {n: results["systems"][n] for n in systems if n in results["systems"]}
+            results["systems"] = known | later
             write_json(file, results)
     return results
 

@@ -127,9 +127,9 @@ def conformer(results: Path) -> str:
     return _unadapted(data, grown.HEADS, grown.rows(data), "Full precision, greedy")
 
 
-def experts(results: Path) -> str:
-    """WER of tiny.en at full precision, quantised, and with the experts that ship."""
-    data = read(results / "experts-tiny.en.json")
+def experts(model: str, results: Path) -> str:
+    """WER of a model at full precision, quantised, and with experts alone."""
+    data = read(results / f"experts-{model}.json")
     return _unadapted(data, alone.HEADS, alone.rows(data), "Greedy")
 
 

@@ -48,6 +48,15 @@ def pretrain(
             "are right; default 0.5.",
         ),
     ] = None,
+    encoder_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of what the encoder's experts learn, that is kept: more for voices like those of "
+            "the data, less for others; default 0.5 where they start as a LoRA does, else 1.",
+        ),
+    ] = None,
     original: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +118,7 @@ def pretrain(
             utterances,
             options,
             per_speaker=per_speaker or PER_SPEAKER,
+            encoder_share=encoder_share,
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),

@@ -49,7 +49,9 @@ def input_moments(
         float32 [K, K] by the layer's name.
     """
     chosen = random.Random(options.seed).sample(list(samples), min(CLIPS, len(samples)))
-    plain = replace(options, epochs=1, speeds=(1.0,), freq_masks=0, time_masks=0, noise=0.0)
+    plain = replace(
+        options, epochs=1, speeds=(1.0,), freq_masks=0, time_masks=0, noise=0.0, rooms=0.0
+    )
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 

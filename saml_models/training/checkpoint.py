@@ -21,6 +21,8 @@ from saml_models.training.options import TrainingOptions
 
 __all__ = ["beside", "checkpoints", "forget"]
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
 
 def beside(checkpoint: Path | None, name: str) -> Path | None:
     """A file of the same run, which `forget` removes too; None without a checkpoint."""
@@ -92,10 +94,12 @@ class Checkpoint:
             for name, value in self.changing.items():
                 value.copy_(tensors[f"parameter/{name}"])
             for name in self.trained:
+                if not any(f"optimiser/{key}/{name}" in tensors for key in MOMENTS):
+                    continue  # it has had no gradient yet
                 parameter = self.changing[name]
                 self.optimiser.state[parameter] = {
                     key: tensors[f"optimiser/{key}/{name}"].to(parameter.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    for key in MOMENTS
                 }
             for key, value in tensors.items():
                 own = key.removeprefix("average/")

@@ -143,7 +143,7 @@ def fit(
             made = ahead(prepare, todo)
             for (i, _), batch in zip(todo, made, strict=True):
                 for group in optimiser.param_groups:
-                    group["lr"] = group["peak"] * _schedule(i, steps, options)
+                    group["lr"] = _learning_rate(i, steps, options, group["peak"])
                 torch.manual_seed(options.seed * 1_000_003 + i * ranks + rank)
                 loss = learn(batch.to(device)) if graphed is None else graphed(batch)
                 norm = accelerator.clip_grad_norm_(parameters.values(), options.clip_norm)
@@ -271,11 +271,10 @@ def _groups(parameters: dict[str, Tensor], options: TrainingOptions) -> list[dic
     return [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params]
 
 
-def _schedule(step: int, steps: int, options: TrainingOptions) -> float:
-    """The share of a learning rate's peak."""
+def _learning_rate(step: int, steps: int, options: TrainingOptions, peak: float) -> float:
     warm = min(1.0, (step + 1) / max(1.0, options.warmup * steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return warm * (0.05 + 0.95 * cosine)
+    return peak * warm * (0.05 + 0.95 * cosine)
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ def pretrain(
     options: TrainingOptions | None = None,
     *,
     per_speaker: int = PER_SPEAKER,
-    encoder_share: float = ENCODER_SHARE,
+    encoder_share: float | None = None,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int, int], None] | None = None,
@@ -61,8 +61,9 @@ def pretrain(
         utterances: each with text; what is longer than 30 s is left out.
         options: `PRETRAINING` unless given, without its teacher where there is no `original`.
         per_speaker: utterances of one speaker at most, drawn by the options' seed.
-        encoder_share: of what the encoder's experts learn, that is kept: weights between those of
-            the start and those learnt are more robust than either (arXiv 2109.01903).
+        encoder_share: of what the encoder's experts learn, that is kept (weights between those of
+            the start and those learnt, arXiv 2109.01903), where they start as a LoRA does; None is
+            `ENCODER_SHARE` there and all elsewhere.
         checkpoint: a file to resume from if the run is killed.
         on_step: called with (steps done, steps in all, loss).
         on_heard: called before that with (clips whose style was found, clips in all).
@@ -75,12 +76,11 @@ def pretrain(
 
     Raises:
         SAMLError: nothing to learn from, bad audio, a teacher wanted and not given, or a share that
-            is none.
+            is none, or of experts that have learnt before.
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
-    if not 0 <= encoder_share <= 1:
-        raise SAMLError(f"pretrain: an encoder share of {encoder_share}; give one from 0 to 1")
+    encoder_share = _share(model, encoder_share)
     speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN
@@ -104,13 +104,13 @@ def pretrain(
     if teacher is not None and starts_from_error(model):
         start_experts(model, teacher.network, input_moments(teacher, samples, options))
     origin = "" if teacher is None else model_hash(teacher.network)
-    before = {name: tensor.detach().clone() for name, tensor in _encoder_outputs(model).items()}
     with speaker_offsets(model, samples) if options.speaker_rate else nullcontext():
         report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
-    with torch.no_grad():
-        for name, tensor in _encoder_outputs(model).items():
-            tensor.copy_(torch.lerp(before[name], tensor, encoder_share))
-    saml.round_experts()
+    if encoder_share < 1:
+        with torch.no_grad():
+            for tensor in _encoder_outputs(model).values():
+                tensor.mul_(encoder_share)
+        saml.round_experts()
     return SpeakerProfile.of(
         model,
         speaker="pretrained",
@@ -130,3 +130,20 @@ def _encoder_outputs(model: Any) -> dict[str, Tensor]:
     """The half of each of the encoder's experts that starts at zero, B, by name."""
     experts = compression_of(model).experts()
     return {n: t for n, t in experts.items() if "encoder" in n.split(".") and n.endswith("lora_b")}
+
+
+def _share(model: Any, wanted: float | None) -> float:
+    """What share of its encoder's experts is kept: half of what starts elsewhere says nothing."""
+    from_nothing = not starts_from_error(model) and not any(
+        tensor.any() for tensor in _encoder_outputs(model).values()
+    )
+    if wanted is None:
+        return ENCODER_SHARE if from_nothing else 1.0
+    if not 0 <= wanted <= 1:
+        raise SAMLError(f"pretrain: an encoder share of {wanted}; give one from 0 to 1")
+    if wanted < 1 and not from_nothing:
+        raise SAMLError(
+            f"pretrain: an encoder share of {wanted} of experts that do not start as a LoRA's; "
+            "give 1, or expert_init='lora'"
+        )
+    return wanted

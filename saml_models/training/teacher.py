@@ -65,7 +65,7 @@ def taught(
         raise SAMLError(f"teacher: a share of {share}; give one from 0 to 1")
     about = _fingerprint(teacher, samples)
     known = _read(path, about)
-    with torch.inference_mode():
+    with torch.inference_mode(), teacher.evaluating():
         for number in range(len(known.ids), len(samples)):
             _ask(teacher, samples[number], known)
             done = number + 1

@@ -53,6 +53,13 @@ def test_systems_beside_those_without_experts(heard: list[Any], tmp_path: Path) 
     assert own[2:4] == ["75.00", "3.000 (3.000 to 3.000)"] and own[5] == "2 of 2"
 
 
+def test_some_systems_alone(heard: list[Any], tmp_path: Path) -> None:
+    experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only=f"{experts.SHIPPED}, mine")
+    assert heard == [experts.SHIPPED, "mine"]
+    with pytest.raises(SAMLError, match=r"--only other: expected some of .*mine"):
+        experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only="mine,other")
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(SAMLError, match=r"--sets birds: expected some of choosing"):
         experts.main(tmp_path, tmp_path / "out.json", sets="birds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,14 @@ def test_moments_are_those_of_the_inputs(tiny_en: Any) -> None:
     linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(moments) == linear
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_clips_are_heard_as_they_are(tiny_en: Any) -> None:
+    speech = bind(small_whisper(vocabulary=51864), tiny_en[1])
+    plain = input_moments(speech, clips(), OPTIONS)
+    changed = replace(OPTIONS, noise=1.0, rooms=1.0, speeds=(0.9,), epochs=3)
+    found = input_moments(speech, clips(), changed)
+    assert all(torch.equal(found[name], moment) for name, moment in plain.items())
 
 
 def test_outputs_start_nearer_to_those_of_the_original(tiny_en: Any) -> None:

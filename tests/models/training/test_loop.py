@@ -22,7 +22,7 @@ from saml_models.models.registry import bind
 from saml_models.training import batches
 from saml_models.training import loop as training
 from saml_models.training.adapt import adapt
-from saml_models.training.checkpoint import forget
+from saml_models.training.checkpoint import Checkpoint, forget
 from saml_models.training.choosing import BestEpoch
 from saml_models.training.loop import Sample, fit
 from saml_models.training.options import TrainingOptions
@@ -185,6 +185,24 @@ def test_a_damaged_checkpoint_is_refused(
         fit(bind(make(), tiny_en[1]), samples, OPTIONS, checkpoint)
 
 
+def test_what_has_had_no_gradient_yet_is_resumed_too(tmp_path: Path) -> None:
+    """A CTC head, where its loss is left out: it has no moments to keep."""
+
+    def begun() -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer, Checkpoint]:
+        own = {name: torch.nn.Parameter(torch.ones(2)) for name in ("heard", "unheard")}
+        optimiser = torch.optim.AdamW(own.values())
+        return own, optimiser, Checkpoint(tmp_path / "c", own, list(own), optimiser, {}, "run")
+
+    own, optimiser, checkpoint = begun()
+    own["heard"].grad = torch.ones(2)
+    optimiser.step()
+    checkpoint.save(1, 0.5)
+    again, resumed, checkpoint = begun()
+    assert checkpoint.resume() == 1
+    assert all(torch.equal(again[name], value) for name, value in own.items())
+    assert again["heard"] in resumed.state and again["unheard"] not in resumed.state
+
+
 def test_nothing_to_learn_from(tiny_en: Any) -> None:
     with pytest.raises(SAMLError, match="no clips"):
         fit(bind(make(), tiny_en[1]), [], OPTIONS)
@@ -254,8 +272,8 @@ def test_the_epoch_that_others_like_best_is_taken(
 
 
 def test_schedule_warms_up_and_falls() -> None:
-    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
-    rates = [training._learning_rate(i, 100, options) for i in range(100)]
+    options = TrainingOptions(warmup=0.1)
+    rates = [training._learning_rate(i, 100, options, 1.0) for i in range(100)]
     assert rates[0] < 0.11
     assert max(rates) == max(rates[8:12])
     assert rates[-1] == pytest.approx(0.05, abs=0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,17 @@ class Teacher:
         self.heard_in: set[float] = set()
         self.logits = torch.randn(5, VOCABULARY)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.network.eval()
+        yield
+        self.network.train()
+
     def token_ids(self, text: str, language: str | None) -> tuple[list[int], int]:
         return [30, 31, *(int(word) for word in text.split())], 2
 
     def text_logits(self, clip: Any, tokens: list[int], prompt: int, margin: float) -> torch.Tensor:
+        assert not self.network.training
         self.asked += 1
         self.heard_in.add(margin)
         return self.logits[: len(tokens) - prompt]
