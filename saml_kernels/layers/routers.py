@@ -42,8 +42,8 @@ class Router(nn.Module):
         weight: parameter; its last dimension is what the router looks at.
         offset: [E] added to the logits, or None; no part of the state, so that a saved model keeps
             its router as it was trained. A speaker's profile of kind "gates" is made of these.
-            [S + 1, E] in training: each clip adds the row that `context.speakers` says, and the
-            first, which stays zero, is nobody's.
+            [S + 1, E] in training: each clip adds the row that `context.speakers` says, none where
+            it says nothing, and the first, which stays zero, is nobody's.
     """
 
     weight: nn.Parameter
@@ -55,11 +55,11 @@ class Router(nn.Module):
 
     def gates(self, logits: Tensor) -> Tensor:
         """[..., E] -> [..., E]; [rows, T, E] or what broadcasts to it, with offsets by speaker."""
-        if self.offset is not None and self.offset.dim() == 2:
+        if self.offset is not None and self.offset.dim() == 1:
+            logits = logits + self.offset.to(logits)
+        elif self.offset is not None and self.context.speakers is not None:
             own = self.context.speakers_of(logits)
             logits = logits + F.embedding(own, self.offset, padding_idx=0).to(logits)
-        elif self.offset is not None:
-            logits = logits + self.offset.to(logits)
         return gates_from_logits(logits, self.config, self.context, self.training)
 
     def seen(self, x: Tensor) -> Tensor:

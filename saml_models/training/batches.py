@@ -26,7 +26,7 @@ __all__ = [
     "Shapes",
     "SoftTargets",
     "plan_batches",
-    "speakers_of",
+    "speaker_numbers",
 ]
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
@@ -148,7 +148,7 @@ def plan_batches(seconds: Sequence[float], options: TrainingOptions) -> list[lis
     return batches
 
 
-def speakers_of(samples: Sequence[Sample]) -> dict[str, int]:
+def speaker_numbers(samples: Sequence[Sample]) -> dict[str, int]:
     """Numbers from 1 on by speaker."""
     return {name: n for n, name in enumerate(sorted({s.speaker for s in samples}), start=1)}
 
@@ -166,7 +166,7 @@ class BatchMaker:
         self.speech, self.samples, self.options = speech, samples, options
         self.shapes = shapes or Shapes()
         self.texts = [speech.token_ids(s.text, s.language) for s in samples]
-        self.speakers = speakers_of(samples)
+        self.speakers = speaker_numbers(samples)
 
     def __call__(self, step: int, index: list[int]) -> Batch:
         """The batch of these clips at this step, on the CPU."""

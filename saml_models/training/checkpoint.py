@@ -48,7 +48,8 @@ def fingerprint(
     settings = asdict(replace(options, checkpoint_every=0))
     saml, config = getattr(model, "saml", None), getattr(model, "config", None)
     made_for = [weight_hash(model), saml.config.to_dict() if saml else config.to_dict()]  # type: ignore
-    run = json.dumps([settings, clips, made_for, origin], sort_keys=True, default=str)
+    voices = [s.speaker for s in samples] if options.speaker_rate else []
+    run = json.dumps([settings, clips, voices, made_for, origin], sort_keys=True, default=str)
     return hashlib.sha256(run.encode()).hexdigest()
 
 

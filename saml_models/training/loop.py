@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from saml_models.training.attention import attention_as_products
 from saml_models.training.batches import Batch, BatchMaker, Sample, Shapes, plan_batches
 from saml_models.training.checkpoint import Checkpoint, fingerprint
 from saml_models.training.graphs import CudaCapture, GraphedPass, why_not_graphed
-from saml_models.training.objective import Objective
+from saml_models.training.objective import Objective, router_offsets
 from saml_models.training.options import TrainingOptions, TrainingReport
 
 __all__ = ["fit"]
@@ -97,9 +97,11 @@ def fit(
         device = accelerator.device  # each has its own
     half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     objective = Objective(speech, options)
-    parameters = objective.parameters_trained
+    parameters, offsets = objective.parameters_trained, router_offsets(model)
+    if offsets and accelerator.num_processes > 1:
+        raise SAMLError("training: offsets of gates are learnt in one process; start one")
     optimiser = torch.optim.AdamW(
-        _groups(parameters, options),
+        _groups(parameters, offsets, options),
         betas=(0.9, 0.98),
         weight_decay=options.weight_decay,
         fused=True,
@@ -262,11 +264,12 @@ def _graphed(
     return None
 
 
-def _groups(parameters: dict[str, Tensor], options: TrainingOptions) -> list[dict[str, Any]]:
-    """Parameters by the peak of their learning rate."""
-    apart = {n for n, p in parameters.items() if n.endswith(".offset") and p.dim() == 2}
-    shared = [p for n, p in parameters.items() if n not in apart]
-    own = [p for n, p in parameters.items() if n in apart]
+def _groups(
+    parameters: dict[str, Tensor], offsets: Collection[str], options: TrainingOptions
+) -> list[dict[str, Any]]:
+    """Parameters by the peak of their learning rate; of the routers' offsets, those by speaker."""
+    own = [p for n, p in parameters.items() if n in offsets and p.dim() == 2]
+    shared = [p for n, p in parameters.items() if n not in offsets or p.dim() == 1]
     groups = ((shared, options.learning_rate), (own, options.speaker_rate))
     return [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params]
 

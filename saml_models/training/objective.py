@@ -15,7 +15,7 @@ from saml_models.training.batches import IGNORED, Batch
 if TYPE_CHECKING:
     from saml_models.training.options import TrainingOptions
 
-__all__ = ["Objective", "trained_parameters"]
+__all__ = ["Objective", "router_offsets", "trained_parameters"]
 
 
 class Objective(nn.Module):
@@ -75,8 +75,12 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = {
         n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()
     }
+    return parameters | router_offsets(model)
+
+
+def router_offsets(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the routers' offsets that learn: no parameters of any module."""
     saml: Any = getattr(model, "saml", None)
-    for name, router in ({} if saml is None else saml.routers).items():
-        if router.offset is not None and router.offset.requires_grad:
-            parameters[f"{name}.offset"] = router.offset
-    return parameters
+    routers = {} if saml is None else saml.routers
+    found = {f"{name}.offset": router.offset for name, router in routers.items()}
+    return {n: t for n, t in found.items() if t is not None and t.requires_grad}

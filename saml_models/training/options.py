@@ -30,10 +30,11 @@ class TrainingOptions:
         rooms: share of the clips that are heard through a random room and microphone.
         teacher: share of the target that is the full-precision model's own distribution at the
             tokens that it finds likeliest itself, where the samples have it (`taught`).
-        speaker_rate: learning rate of an offset [E] to each router's logits of each training
-            speaker's own, which is forgotten in the end: the experts learn what the voices share
-            (speaker-adaptive training, arXiv 2206.12045, with gates for LHUC's scales). 0: none.
-        anonymous: share of the clips that are learnt from without their speaker's offset.
+        speaker_rate: in `pretrain`, the learning rate of an offset [E] to each router's logits,
+            each training speaker's own and forgotten in the end: the experts learn what voices
+            share (speaker-adaptive training, arXiv 2206.12045, with gates for LHUC's scales). 0:
+            none.
+        anonymous: share of the clips that are learnt from without that offset.
         average: the weights are averaged over this last share of the steps.
         ctc: share of the loss that is the encoder's CTC loss (arXiv 1609.06773), where the model
             has a CTC head.

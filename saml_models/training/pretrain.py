@@ -23,7 +23,7 @@ from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.samples import PER_SPEAKER, balanced, training_samples
-from saml_models.training.speaker_offsets import speaker_offsets
+from saml_models.training.speaker_offsets import check_routers, speaker_offsets
 from saml_models.training.teacher import taught
 
 __all__ = ["PRETRAINING", "pretrain"]
@@ -81,6 +81,8 @@ def pretrain(
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
     encoder_share = _share(model, encoder_share)
+    if options is not None and options.speaker_rate:
+        check_routers(model)
     speech, saml = bind(model, processor), compression_of(model)
     # The style of what is heard is borrowed: in windows that fresh experts can hear something in.
     saml.margin = QUANTISED_MARGIN

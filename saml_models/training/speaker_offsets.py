@@ -11,9 +11,9 @@ import torch
 from saml_kernels.errors import SAMLError
 from saml_kernels.layers.routers import SpeakerRouter
 from saml_models.compress.layers import compression_of
-from saml_models.training.batches import Sample, speakers_of
+from saml_models.training.batches import Sample, speaker_numbers
 
-__all__ = ["speaker_offsets"]
+__all__ = ["check_routers", "speaker_offsets"]
 
 
 @contextmanager
@@ -27,13 +27,9 @@ def speaker_offsets(model: Any, samples: Sequence[Sample]) -> Iterator[None]:
     Raises:
         SAMLError: the layers have no router that looks at what is said.
     """
+    check_routers(model)
     routers = compression_of(model).routers.values()
-    if not routers or any(isinstance(router, SpeakerRouter) for router in routers):
-        raise SAMLError(
-            "speaker_rate: offsets by speaker are added to what a router sees; use router='token' "
-            "or 'utterance'"
-        )
-    count = len(speakers_of(samples)) + 1
+    count = len(speaker_numbers(samples)) + 1
     try:
         for router in routers:
             like = router.weight
@@ -42,3 +38,17 @@ def speaker_offsets(model: Any, samples: Sequence[Sample]) -> Iterator[None]:
     finally:
         for router in routers:
             router.offset = None
+
+
+def check_routers(model: Any) -> None:
+    """Refuse layers whose routers look at nothing, or that have none of their own.
+
+    Raises:
+        SAMLError: that is so.
+    """
+    routers = compression_of(model).routers.values()
+    if not routers or any(isinstance(router, SpeakerRouter) for router in routers):
+        raise SAMLError(
+            "speaker_rate: offsets by speaker are added to what a router sees; use router='token' "
+            "or 'utterance'"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,19 @@ def test_voices_own_gates_are_forgotten(tiny_en: Any, clips: list[Utterance]) ->
         assert all(router.offset is None for router in model.saml.routers.values())
         found.append(profile.hash)
     assert found[0] != found[1]
+
+
+def test_routers_that_look_at_nothing_are_refused_before_anything_is_heard(
+    tiny_en: Any, clips: list[Utterance]
+) -> None:
+    model, heard = small_whisper(vocabulary=51864), list[int]()
+    apply_saml(model, SAMLConfig(num_experts=2, rank=2, router="speaker", expert_init="lora"))
+    with pytest.raises(SAMLError, match="speaker_rate"):
+        pretrain(
+            model, tiny_en[1], clips, replace(OPTIONS, speaker_rate=0.1),
+            on_heard=lambda *done: heard.append(1),
+        )  # fmt: skip
+    assert not heard
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
 from saml_models.models.registry import bind
 from saml_models.training.batches import BatchMaker, Sample
-from saml_models.training.loop import fit
+from saml_models.training.loop import _groups, fit
 from saml_models.training.objective import Objective
 from saml_models.training.options import TrainingOptions
 from saml_models.training.speaker_offsets import speaker_offsets
@@ -100,6 +101,35 @@ def test_offsets_learn_at_their_own_rate_and_nobodys_stays_zero(tiny_en: Any) ->
     kept = model.saml.experts()
     # Rounded to how they are stored, and else as they were.
     assert all(torch.allclose(kept[n], t, atol=5e-3) for n, t in frozen.items())
+
+
+def test_only_who_learns_is_asked_whose_a_clip_is(tiny_en: Any, tmp_path: Path) -> None:
+    """Within the training the model hears nobody's clips as ever; resumed it knows its voices."""
+    model, clips = made(), samples()
+    speech = bind(model, tiny_en[1])
+    heard = []
+
+    def listen() -> None:
+        tokens, prompt = speech.token_ids("Yes, no.", None)
+        with speech.evaluating(), torch.no_grad():
+            heard.append(speech.text_logits(clips[0].load(), tokens, prompt, 1.0))
+        if len(heard) == 1:
+            raise KeyboardInterrupt
+
+    file, still = tmp_path / "checkpoint", replace(OPTIONS, learning_rate=0.0, max_batch=1)
+    with speaker_offsets(model, clips), pytest.raises(KeyboardInterrupt):
+        fit(speech, clips, still, file, on_epoch=listen)
+    named = [replace(clip, speaker="ba"[i % 2]) for i, clip in enumerate(clips)]
+    with speaker_offsets(model, named), pytest.raises(SAMLError, match="other data"):
+        fit(speech, named, still, file)
+    with speaker_offsets(model, clips):
+        fit(speech, clips, still, file, on_epoch=listen)
+    assert torch.allclose(heard[0], heard[1], atol=1e-4)
+
+
+def test_a_parameter_that_is_called_offset_is_one_like_others() -> None:
+    groups = _groups({"deform.offset": torch.zeros(2, 3)}, (), OPTIONS)
+    assert [group["peak"] for group in groups] == [OPTIONS.learning_rate]
 
 
 def test_a_router_that_looks_at_nothing_is_refused(tiny_en: Any) -> None:
