@@ -13,7 +13,18 @@ from bench.accuracy import experts as alone
 from bench.accuracy.profiles import KINDS
 from bench.report.markdown import markdown_table, read
 
-__all__ = ["SPEECH", "conformer", "experts", "profiles", "rounding", "sizes", "variants", "wer"]
+__all__ = [
+    "SPEECH",
+    "conformer",
+    "curves",
+    "experts",
+    "profiles",
+    "read_curves",
+    "rounding",
+    "sizes",
+    "variants",
+    "wer",
+]
 
 # The sets of speech that wer-*.json is about: who speaks, and the protocol.
 SPEECH = {
@@ -139,6 +150,41 @@ def variants(model: str, results: Path) -> str:
     lines = markdown_table(defaults_rows.HEADS, defaults_rows.rows(data))
     lines.append(f"{_called(model)}, greedy. {_on(data['about'])}")
     return "\n".join(lines)
+
+
+def read_curves(results: Path) -> dict[str, dict[str, Any]]:
+    """By voices, curve-*.json of `saml evaluate --curve`; the most speakers first."""
+    found = {
+        path.stem.removeprefix("curve-"): read(path)
+        for path in sorted(results.glob("curve-*.json"))
+    }
+    return dict(sorted(found.items(), key=lambda one: -len(one[1]["speakers"])))
+
+
+def curves(results: Path) -> str:
+    """WER by how many utterances were learnt from, and its ratio to that of the same unadapted."""
+    found = read_curves(results)
+    counts = sorted({p["utterances"] for one in found.values() for p in one["curve"]} - {0})
+    rows = []
+    for name, one in found.items():
+        points = {point["utterances"]: point for point in one["curve"]}
+        people = len(one["speakers"])
+        cells = [f"{name}, {people} speaker{'s' * (people > 1)}", f"{points[0]['wer']:.2f}"]
+        rows.append([*cells, *(_learnt(points.get(count), people) for count in counts)])
+    lines = markdown_table(["voices", "unadapted", *map(str, counts)], rows)
+    model = next(iter(found.values()))["model"]
+    lines.append(f"{_called(model)}, greedy, with the guard. {_measured(found)}")
+    return "\n".join(lines)
+
+
+def _learnt(point: dict[str, Any] | None, people: int) -> str:
+    if point is None:
+        return ""
+    ratio = point["wer"] / point["unadapted"]
+    ends = point["ratio_interval_95"] if people > 2 else None  # of two it says nothing
+    spread = f", {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
+    unused = f"; {point['unused']} unused" if point["unused"] else ""
+    return f"{point['wer']:.2f} ({ratio:.2f}{spread}{unused})"
 
 
 def _on(about: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,35 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     axes.set(xscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
     _plain_numbers(axes.xaxis)
     axes.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def plot_curves(results: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """A PNG of what adaptation leaves of the errors, by utterances learnt from.
+
+    Args:
+        results: by voices, what `saml evaluate --curve --json` wrote.
+        path: of the PNG.
+
+    Raises:
+        SAMLError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = new_figure(7.0, 4.0)
+    axes = figure.subplots()
+    counts = sorted({point["utterances"] for one in results.values() for point in one["curve"]})
+    for i, (name, one) in enumerate(results.items()):
+        points = one["curve"]
+        at = [counts.index(point["utterances"]) for point in points]
+        ratios = [point["wer"] / point["unadapted"] for point in points]
+        axes.plot(at, ratios, "o-", color=f"C{i}", label=f"{name} ({points[0]['speakers']})")
+        known = [(k, p["ratio_interval_95"]) for k, p in zip(at, points, strict=True)]
+        spans = [(k, *ends) for k, ends in known if ends]
+        if len(one["speakers"]) > 2 and spans:  # of two the interval says nothing
+            axes.fill_between(*zip(*spans, strict=True), color=f"C{i}", alpha=0.15, linewidth=0)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.set(xlabel="utterances learnt from", ylabel="errors, to those unadapted")
+    axes.legend(frameon=False, fontsize=8, title="voices (speakers)")
     write_figure(path, figure)
 
 

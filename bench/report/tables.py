@@ -146,6 +146,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "wer": lambda results: accuracy.wer("wer", tuple(accuracy.SPEECH), results),
     "wer-base": lambda results: accuracy.wer("wer-base", ("test-other", "speechocean762"), results),
     "wer-conformer": lambda results: accuracy.wer("wer-conformer", tuple(accuracy.SPEECH), results),
+    "curves": accuracy.curves,
     "defaults": lambda results: accuracy.variants("tiny.en", results),
     "defaults-conformer": lambda results: accuracy.variants("conformer-tiny.en", results),
     "conformer": accuracy.conformer,

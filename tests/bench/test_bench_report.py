@@ -10,6 +10,7 @@ from bench.report.markdown import geometric
 from bench.report.tables import TABLES, has_tables, write_tables
 from bench.report.timed import _cells, load, markdown, subjects, tables
 from bench.report.write import add
+from bench.report.write import main as report
 from saml_kernels import SAMLError
 
 
@@ -158,9 +159,39 @@ def test_an_evaluation_joins_the_results_without_what_was_said(tmp_path):
     assert "utterances" not in found
     (tmp_path / "other.json").write_text(json.dumps(data))
     (tmp_path / "wer-half.json").write_text("{}")
-    for name in ("other.json", "wer-half.json"):
+    (tmp_path / "curve-half.json").write_text(json.dumps({"curve": []}))
+    for name in ("other.json", "wer-half.json", "curve-half.json"):
         with pytest.raises(SAMLError, match=f"{name}: expected wer-NAME.json"):
             add(tmp_path / name, results)
+
+
+def test_curves_of_several_voices(tmp_path):
+    def point(count, wer, speakers, unused=0):
+        ends = [0.5, 0.75] if speakers > 1 else None
+        return {"utterances": count, "speakers": speakers, "unused": unused, "wer": wer,
+                "unadapted": 8.0, "interval_95": ends, "ratio_interval_95": ends}  # fmt: skip
+
+    results = tmp_path / "results"
+    results.mkdir()
+    few = {"model": "tiny.en", "curve": [point(0, 8.0, 1), point(5, 6.0, 1), point(80, 4.0, 1)]}
+    many = {"model": "tiny.en", "curve": [point(0, 8.0, 3), point(10, 4.0, 3, 2)]}
+    for name, data, speakers in (("a", few, "x"), ("b", many, "xyz")):
+        (tmp_path / f"curve-{name}.json").write_text(
+            json.dumps(data | {"speakers": dict.fromkeys(speakers)})
+        )
+        add(tmp_path / f"curve-{name}.json", results)
+    lines = TABLES["curves"](results).splitlines()
+    assert lines[0] == "| voices | unadapted | 5 | 10 | 80 |"
+    assert lines[2:4] == [
+        "| b, 3 speakers | 8.00 |  | 4.00 (0.50, 0.50 to 0.75; 2 unused) |  |",
+        "| a, 1 speaker | 8.00 | 6.00 (0.75) |  | 4.00 (0.50) |",
+    ]
+    assert lines[-1].startswith("Whisper tiny.en, greedy, with the guard. Measured on: ")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: curves -->\n<!-- results: end -->\n")
+    report([page], results, None, tmp_path)
+    assert lines[2] in page.read_text()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_graphs_and_eager_calls_are_told_apart():
