@@ -3,8 +3,9 @@
     python -m bench report [--results bench/results] [--add wer-NAME.json] [PAGE ...]
 
 <device>-<date>.json (of `python -m bench`, `pytest bench`) become PNGs, wer-*.json (`saml evaluate
---json`) one of WER against bytes, curve-*.json (with `--curve`) one for the documentation. A page gets a table wherever it has a pair of lines
-`<!-- results: NAME -->` and `<!-- results: end -->`; without PAGE, README.md and docs/ do.
+--json`) one of WER against bytes, curve-*.json (with `--curve`) one for the documentation. A page
+gets a table wherever it has a pair of lines `<!-- results: NAME -->` and `<!-- results: end -->`;
+without PAGE, README.md and docs/ do.
 
 With --add a file of `saml evaluate --json`, wer-NAME.json or with `--curve` curve-NAME.json, from
 this machine and commit, joins the results under its own name: without what was said, which belongs
@@ -49,7 +50,7 @@ def add(path: Path, results: Path) -> Path:
     kind, found, _ = path.name.partition("-")
     if not found or kind not in expected or not expected[kind] <= set(data):
         raise SAMLError(
-            f"{path}: expected wer-NAME.json or curve-NAME.json, as `saml evaluate --json` writes it"
+            f"{path}: expected wer-NAME.json or curve-NAME.json of `saml evaluate --json`"
         )
     kept = {key: value for key, value in data.items() if key != "utterances"}
     measured = about(torch.device("cpu"))
