@@ -144,11 +144,11 @@ def experts(model: str, results: Path) -> str:
     return _unadapted(data, alone.HEADS, alone.rows(data), "Greedy")
 
 
-def variants(model: str, results: Path) -> str:
-    """Recipes of both stages compared, from defaults-*.json of `bench defaults`."""
-    data = read(results / f"defaults-{model}.json")
+def variants(name: str, results: Path) -> str:
+    """Recipes of both stages compared, from defaults-NAME.json of `bench defaults`."""
+    data = read(results / f"defaults-{name}.json")
     lines = markdown_table(defaults_rows.HEADS, defaults_rows.rows(data))
-    lines.append(f"{_called(model)}, greedy. {_on(data['about'])}")
+    lines.append(f"{_called(data['about']['model'])}, greedy. {_on(data['about'])}")
     return "\n".join(lines)
 
 

@@ -148,6 +148,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "wer-conformer": lambda results: accuracy.wer("wer-conformer", tuple(accuracy.SPEECH), results),
     "curves": accuracy.curves,
     "defaults": lambda results: accuracy.variants("tiny.en", results),
+    "defaults-voices": lambda results: accuracy.variants("tiny.en-voices", results),
     "defaults-conformer": lambda results: accuracy.variants("conformer-tiny.en", results),
     "conformer": accuracy.conformer,
     "experts": lambda results: accuracy.experts("tiny.en", results),
