@@ -124,7 +124,12 @@ def test_tables_of_results_by_hand(tmp_path):
     )
     heard = {"experts": [{"errors": [2], "loops": 0}], "adapted 0": [{"errors": [1], "loops": 0}]}
     data = {
-        "about": {"model": "conformer-tiny.en", "device": "a machine", "date": "now", "versions": {"torch": "2"}},
+        "about": {
+            "model": "conformer-tiny.en",
+            "device": "a machine",
+            "date": "now",
+            "versions": {"torch": "2"},
+        },
         "speech": {"readers": {"speakers": ["a"], "words": [4]}},
         "variants": {"one LoRA": {"heard": {"readers": heard}}},
     }
