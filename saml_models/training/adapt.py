@@ -27,7 +27,6 @@ from saml_models.training.loop import fit
 from saml_models.training.objective import trained_parameters
 from saml_models.training.options import TrainingOptions, TrainingReport
 from saml_models.training.samples import training_samples
-from saml_models.training.teacher import taught
 
 __all__ = ["ADAPTATION", "GATE_ADAPTATION", "adapt", "options_for"]
 
@@ -125,8 +124,6 @@ def adapt(
         language = samples[0].language
         guarded = guard and not choose and len(samples) >= LEAST
         more = training_samples(speech, unsure, skip_long=skip_long, language=language)
-        if options.teacher:  # what is not adapted yet
-            samples, more = (taught(speech, part, options.teacher) for part in (samples, more))
         watching = Guard(speech, samples, more) if guarded else None
         samples += more
         unadapted = saml.short_windows
