@@ -37,7 +37,7 @@ from rich.console import Console
 
 from bench.accuracy.defaults_rows import HEADS, rows
 from bench.accuracy.kept import check_speech, resumed, speech_of
-from bench.accuracy.named import named
+from bench.accuracy.named import named, some_of
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES, check_sets, training_speech
 from bench.report.environment import about
@@ -211,10 +211,7 @@ def main(
         named("--variant", one, dict, ", as in VARIANTS") for one in variant or []
     )
     if only or not plan:
-        names = [name.strip() for name in only.split(",")] if only else list(VARIANTS)
-        if unknown := [name for name in names if name not in VARIANTS]:
-            raise SAMLError(f"--only {unknown[0]}: expected some of {', '.join(VARIANTS)}")
-        plan |= {name: VARIANTS[name] for name in names}
+        plan |= {name: VARIANTS[name] for name in some_of("--only", only, VARIANTS)}
     check_sets(sets.split(","))
     console = Console()
     results = resumed(json_file, model, ("speech", "variants"))

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 
 from bench.accuracy import listening
+from bench.accuracy.named import some_of
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES
 from saml_kernels import SAMLConfig
@@ -82,10 +83,7 @@ def main(
             raise SAMLError(f"--experts {one}: expected NAME=FILE, the file from `saml pretrain`")
         files[name] = Path(file)
     plan = systems(model, files)
-    chosen = [name.strip() for name in only.split(",")] if only else list(plan)
-    if unknown := [name for name in chosen if name not in plan]:
-        raise SAMLError(f"--only {unknown[0]}: expected some of {', '.join(plan)}")
-    plan = {name: plan[name] for name in chosen}
-    results = listening.listen(plan, sets, data, json_file, model)
+    chosen = some_of("--only", only, plan)
+    results = listening.listen(plan, sets, data, json_file, model, chosen)
     title = f"{model}: ratios with 95 % intervals over speakers"
     Console().print(table(title, HEADS, rows(results)))

@@ -28,7 +28,9 @@ __all__ = ["listen", "rows"]
 Systems = Mapping[str, Callable[[], SpeechModel]]
 
 
-def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> dict[str, Any]:
+def listen(
+    systems: Systems, sets: str, data: Path, file: Path, model: str, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """Every utterance of the sets with every system, greedily; the file is written after each set.
 
     Args:
@@ -37,6 +39,7 @@ def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> d
         data: holds them.
         file: results, added to.
         model: what the file says that it is about.
+        only: some of the systems; none given is all of them.
 
     Returns:
         The results.
@@ -48,20 +51,19 @@ def listen(systems: Systems, sets: str, data: Path, file: Path, model: str) -> d
     check_sets(chosen)
     results = resumed(file, model, ("speech", "systems"))
     results["about"] = about(torch.device("cpu")) | {"model": model}
-    for system, make in systems.items():
-        errors = results["systems"].setdefault(system, {})
+    # Rows are compared with those above them: whatever is heard first, the order is the systems'.
+    heard = results["systems"]
+    results["systems"] = heard = {name: heard.get(name, {}) for name in systems} | heard
+    for system in only or systems:
+        errors = heard[system]
         missing = [key for key in chosen if key not in errors]
-        speech = make() if missing else None
+        speech = systems[system]() if missing else None
         for key in missing:
             assert speech is not None
             said = load_corpus(data / VOICES[key].path, VOICES[key].speakers)
             check_speech(results, key, speech_of(said))
             found = word_errors([u.text for u in said], _heard(speech, said, f"{system}: {key}"))
             errors[key] = [one.errors for one in found]
-            # Rows are compared with those above: what is asked for keeps the order it is asked in.
-            later = {name: one for name, one in results["systems"].items() if name not in systems}
-            known = {n: results["systems"][n] for n in systems if n in results["systems"]}
-            results["systems"] = known | later
             write_json(file, results)
     return results
 

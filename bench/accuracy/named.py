@@ -1,14 +1,14 @@
-"""Options of the form NAME:{JSON}: one's own variant of something, and what differs in it."""
+"""Options that name things: some of those known, or NAME:{JSON} for one's own variant."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from saml_kernels.errors import SAMLError
 
-__all__ = ["named"]
+__all__ = ["named", "some_of"]
 
 _Made = TypeVar("_Made")
 
@@ -30,3 +30,15 @@ def named(option: str, given: str, make: Callable[..., _Made], what: str) -> tup
         return name, make(**json.loads(fields))
     except (TypeError, ValueError) as error:
         raise SAMLError(f"{option} {given}: expected NAME:{{JSON}}{what}") from error
+
+
+def some_of(option: str, given: str | None, known: Collection[str]) -> list[str]:
+    """The names that an option's value holds, by commas; all that are known where none is given.
+
+    Raises:
+        SAMLError: one of them is not known.
+    """
+    names = [name.strip() for name in given.split(",")] if given else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise SAMLError(f"{option} {unknown[0]}: expected some of {', '.join(known)}")
+    return names

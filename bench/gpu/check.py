@@ -394,8 +394,7 @@ def _run_layers(
             call = [sys.executable, *sys.orig_argv[1:], "--after", work]
             again = subprocess.call(call, env=environment())
             break
-    fresh = [work for work in works if work in results.fresh]
-    rows = [r for work in fresh for r in results.data["works"][work]["rows"]]
+    rows = [r for work in results.fresh for r in results.data["works"][work]["rows"]]
     total = sum(map(len, works.values()))
     told = "; ".join([f"{done} of {total} shapes", *_ratios(rows)])
     if failed or again:

@@ -170,18 +170,18 @@ def curves(results: Path) -> str:
         points = {point["utterances"]: point for point in one["curve"]}
         people = len(one["speakers"])
         cells = [f"{name}, {people} speaker{'s' * (people > 1)}", f"{points[0]['wer']:.2f}"]
-        rows.append([*cells, *(_learnt(points.get(count), people) for count in counts)])
+        rows.append([*cells, *(_learnt(points.get(count)) for count in counts)])
     lines = markdown_table(["voices", "unadapted", *map(str, counts)], rows)
     model = next(iter(found.values()))["model"]
     lines.append(f"{_called(model)}, greedy, with the guard. {_measured(found)}")
     return "\n".join(lines)
 
 
-def _learnt(point: dict[str, Any] | None, people: int) -> str:
+def _learnt(point: dict[str, Any] | None) -> str:
     if point is None:
         return ""
     ratio = point["wer"] / point["unadapted"]
-    ends = point["ratio_interval_95"] if people > 2 else None  # of two it says nothing
+    ends = point["ratio_interval_95"]
     spread = f", {ends[0]:.2f} to {ends[1]:.2f}" if ends else ""
     unused = f"; {point['unused']} unused" if point["unused"] else ""
     return f"{point['wer']:.2f} ({ratio:.2f}{spread}{unused})"

@@ -128,7 +128,7 @@ def plot_curves(results: Mapping[str, dict[str, Any]], path: Path) -> None:
         axes.plot(at, ratios, "o-", color=f"C{i}", label=f"{name} ({points[0]['speakers']})")
         known = [(k, p["ratio_interval_95"]) for k, p in zip(at, points, strict=True)]
         spans = [(k, *ends) for k, ends in known if ends]
-        if len(one["speakers"]) > 2 and spans:  # of two the interval says nothing
+        if spans:
             axes.fill_between(*zip(*spans, strict=True), color=f"C{i}", alpha=0.15, linewidth=0)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])

@@ -35,14 +35,14 @@ class Results:
         self.stamp: dict[str, Any] = {"commit": self.data["about"]["commit"], **roofs}
         if path is not None and is_json("works")(path):
             self.data["works"] = json.loads(path.read_text())["works"]
-        self.fresh: set[str] = set()
+        self.fresh: list[str] = []  # in the order in which they were begun
 
     def add(
         self, work: str, title: str, rows: Iterable[dict[str, Any]], skipped: dict[str, str]
     ) -> None:
         """Append to a work; the first time, in place of what an earlier run found."""
         if work not in self.fresh:
-            self.fresh.add(work)
+            self.fresh.append(work)
             self.data["works"][work] = {"title": title, **self.stamp, "rows": [], "skipped": {}}
         entry = self.data["works"][work]
         entry["rows"] += rows

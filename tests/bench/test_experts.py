@@ -56,6 +56,12 @@ def test_systems_beside_those_without_experts(heard: list[Any], tmp_path: Path) 
 def test_some_systems_alone(heard: list[Any], tmp_path: Path) -> None:
     experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only=f"{experts.SHIPPED}, mine")
     assert heard == [experts.SHIPPED, "mine"]
+    # What is heard later stands where it belongs: the others are compared with it.
+    experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only=experts.FULL)
+    experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only="mine")
+    assert heard == [experts.SHIPPED, "mine", experts.FULL]
+    full, shipped, own = experts.rows(json.loads((tmp_path / "out.json").read_text()))
+    assert full[1] == experts.FULL and shipped[3].startswith("2.500 (") and own[3][:7] == "3.000 ("
     with pytest.raises(SAMLError, match=r"--only other: expected some of .*mine"):
         experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only="mine,other")
 
