@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "block_size": BLOCK_SIZES,
     "router": ("token", "utterance", "speaker", "shared"),
     "mix": ("sum", "merged"),
-    "targets": ("all", "attention"),
+    "targets": ("all", "attention", "encoder", "decoder"),
     "expert_init": ("lora", "loftq"),
     "expert_format": ("float16", "int8"),
 }
@@ -38,8 +38,8 @@ class SAMLConfig:
         mix: "sum" is sum_e g_e B_e A_e; "merged" is (sum_e g_e B_e)(sum_e g_e A_e), which needs
             one gate vector per clip.
         format, block_size, double_quant: of the frozen weight; see `saml_kernels.quantize`.
-        targets: which linear layers get experts, "all" or the "attention" projections alone;
-            every layer is quantised either way.
+        targets: which linear layers get experts, "all", the "attention" projections or those of the
+            "encoder" or "decoder" alone; every layer is quantised either way.
         expert_init: "lora" (random A, zero B) or "loftq" (the low-rank part of the quantisation
             error, arXiv 2310.08659).
         dropout: probability, on the experts' input, while training.
@@ -57,7 +57,7 @@ class SAMLConfig:
     format: Literal["nf4", "fp4", "int8", "int4"] = "nf4"
     block_size: int = 64
     double_quant: bool = True
-    targets: Literal["all", "attention"] = "all"
+    targets: Literal["all", "attention", "encoder", "decoder"] = "all"
     expert_init: Literal["lora", "loftq"] = "loftq"
     dropout: float = 0.0
     balance: float = 0.0
@@ -84,6 +84,11 @@ class SAMLConfig:
                 raise SAMLError(f"{name}: {getattr(self, name)}; expected a finite number")
         if not 0.0 < self.temperature < math.inf:
             raise SAMLError(f"temperature: {self.temperature}; expected more than 0")
+        if self.router == "shared" and self.targets in ("encoder", "decoder"):
+            raise SAMLError(
+                f"targets={self.targets!r}: router='shared' has routers in both halves; use "
+                "targets='all' or 'attention', or another router"
+            )
         if self.mix == "merged" and self.router == "token":
             raise SAMLError(
                 "mix='merged' needs one gate vector per clip: use router='utterance', 'speaker' "

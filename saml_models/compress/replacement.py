@@ -115,6 +115,8 @@ def replace_layers(
     if not places:
         kept = _grouped(in_full_precision(model, (), reasons)) or "no weights"
         raise SAMLError(f"{kind}: has no layer that could be replaced; it has {kept}")
+    if config.num_experts and not any(_is_target(place.path, config) for place in places):
+        raise SAMLError(f"targets={config.targets!r}: {kind} has no such layers; use 'all'")
     if formats and calibration is not None:
         raise SAMLError("formats: a calibration has its own; give one of the two")
     own = _formats_of(formats or {}, places, config)
@@ -314,7 +316,7 @@ def _replacement(
 ) -> nn.Module:
     name = path.rsplit(".", 1)[-1]
     if isinstance(layer, nn.Linear):
-        wanted = config.targets == "all" or name in ATTENTION_PROJECTIONS
+        wanted = _is_target(path, config)
         if name in POSITION_PROJECTIONS or (config.router == "shared" and block is None):
             wanted = False
         own = config if wanted else _without_experts(config)
@@ -329,7 +331,7 @@ def _replacement(
     if isinstance(layer, nn.Conv1d):
         bare = layer.padding in ((0,), "same", "valid")
         if layer.kernel_size == (1,) and layer.stride == (1,) and bare:
-            wanted = config.targets == "all" and config.router != "shared"
+            wanted = _is_target(path, config) and config.router != "shared"
             return SAMLPointwiseConv1d.from_conv(
                 layer, config if wanted else _without_experts(config), context, weight
             )
@@ -337,6 +339,14 @@ def _replacement(
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, config, weight)
     return SAMLEmbedding.from_embedding(cast(nn.Embedding, layer), config, weight)
+
+
+def _is_target(path: str, config: SAMLConfig) -> bool:
+    """Whether `config.targets` names a layer."""
+    parts = path.split(".")
+    if config.targets == "attention":
+        return parts[-1] in ATTENTION_PROJECTIONS
+    return config.targets == "all" or config.targets in parts
 
 
 def _without_experts(config: SAMLConfig) -> SAMLConfig:

@@ -103,6 +103,19 @@ def test_experts_on_attention_only() -> None:
     assert isinstance(model.model.encoder.layers[0].fc1, SAMLLinear)
 
 
+@pytest.mark.parametrize(("half", "layers"), [("encoder", 6), ("decoder", 10)])
+def test_experts_in_one_half_only(half: Any, layers: int) -> None:
+    model = small_whisper()
+    apply_saml(model, SAMLConfig(targets=half, num_experts=2, rank=2))
+    names = [name for name in model.saml.experts() if name.endswith("lora_b")]
+    assert len(names) == layers and all(f".{half}." in name for name in names)
+    assert len(model.saml.routers) == layers
+    with pytest.raises(SAMLError, match=r"shared.*both halves"):
+        SAMLConfig(targets=half, router="shared", mix="merged")
+    with pytest.raises(SAMLError, match=rf"{half}.*Sequential has no such layers"):
+        apply_saml(nn.Sequential(nn.Linear(64, 64)), SAMLConfig(targets=half, rank=2))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("router", ["token", "utterance", "speaker", "shared"])
 def test_a_deep_copy_stands_on_its_own(router: Any) -> None:
