@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one LoRA": {"config": {"num_experts": 1, "rank": 17, "router": "speaker"}},
     "2 x rank 8": {"config": {"num_experts": 2, "rank": 8}},
     "8 x rank 2": {"config": {"num_experts": 8, "rank": 2}},
+    "encoder alone": {"config": {"targets": "encoder", "rank": 10}},
+    "decoder alone": {"config": {"targets": "decoder", "rank": 7}},
     "router of the utterance": {"config": {"router": "utterance"}},
     "the paper's": {"config": SAMLConfig.paper().to_dict()},
 }

@@ -66,9 +66,9 @@ class SAMLLinear(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         experts, rank = config.num_experts, config.rank
-        start = torch.randn(experts, rank, self.in_features) / math.sqrt(self.in_features)
-        self.lora_a = nn.Parameter(start, experts > 0)
-        self.lora_b = nn.Parameter(torch.zeros(experts, self.out_features, rank), experts > 0)
+        self.lora_a = nn.Parameter(torch.empty(experts, rank, self.in_features), experts > 0)
+        self.lora_b = nn.Parameter(torch.empty(experts, self.out_features, rank), experts > 0)
+        self.start_as_lora()
         self.router = self._make_router(clip_width) if experts else None
 
     def _make_router(self, clip_width: int | None) -> Router | None:
@@ -117,6 +117,12 @@ class SAMLLinear(nn.Module):
         if rounded and config.expert_init == "loftq" and config.num_experts:
             layer.start_at_quantisation_error(source)
         return layer
+
+    @torch.no_grad()
+    def start_as_lora(self) -> None:
+        """Draw A at random and set B to zero: the experts add nothing (arXiv 2106.09685)."""
+        self.lora_a.copy_(torch.randn(self.lora_a.shape) / math.sqrt(self.in_features))
+        self.lora_b.zero_()
 
     @torch.no_grad()
     def start_at_quantisation_error(self, original: Tensor, moment: Tensor | None = None) -> None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from saml_kernels.errors import SAMLError
+from saml_kernels.layers.linear import SAMLLinear
 from saml_models.compress.layers import compression_of, model_hash
 from saml_models.data.corpora import Utterance, by_speaker
-from saml_models.models.interface import QUANTISED_MARGIN
+from saml_models.models.interface import QUANTISED_MARGIN, SpeechModel
 from saml_models.models.registry import bind
 from saml_models.speakers.profile import SpeakerProfile
+from saml_models.training.batches import Sample
 from saml_models.training.calibration import input_moments, start_experts, starts_from_error
 from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
@@ -51,9 +53,9 @@ def pretrain(
 ) -> SpeakerProfile:
     """Train the experts of `model` in place on utterances of many speakers.
 
-    Beside calibrated weights they start as a LoRA does. Beside plainly rounded ones, unless
-    `SAMLConfig.expert_init` asks for that too, they start where, on some of this speech, they undo
-    most of what rounding did to the layers' outputs.
+    Beside calibrated weights they start as a LoRA does, drawn by the options' seed. Beside plainly
+    rounded ones, unless `SAMLConfig.expert_init` asks for that too, they start where, on some of
+    this speech, they undo most of what rounding did to the layers' outputs.
 
     Args:
         model: treated by `apply_saml`.
@@ -103,8 +105,7 @@ def pretrain(
         kept = beside(checkpoint, "teacher.safetensors")
         samples = taught(teacher, samples, options.teacher, kept, on_taught)
     saml.short_windows = True
-    if teacher is not None and starts_from_error(model):
-        start_experts(model, teacher.network, input_moments(teacher, samples, options))
+    _start(model, teacher, samples, options)
     origin = "" if teacher is None else model_hash(teacher.network)
     with speaker_offsets(model, samples) if options.speaker_rate else nullcontext():
         report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
@@ -128,6 +129,27 @@ def pretrain(
     )
 
 
+def _start(
+    model: Any, teacher: SpeechModel | None, samples: Sequence[Sample], options: TrainingOptions
+) -> None:
+    """Put experts that have learnt nothing at their start, drawn by the options' seed."""
+    with torch.random.fork_rng([]):  # the caller's state comes back; all is drawn on the CPU
+        torch.default_generator.manual_seed(options.seed)
+        if starts_from_error(model):
+            if teacher is not None:
+                start_experts(model, teacher.network, input_moments(teacher, samples, options))
+        elif _is_fresh(model):
+            for module in model.modules():
+                if isinstance(module, SAMLLinear):
+                    module.start_as_lora()
+
+
+def _is_fresh(model: Any) -> bool:
+    """Whether all experts add nothing yet, as a LoRA does before it has learnt."""
+    outputs = (t for n, t in compression_of(model).experts().items() if n.endswith("lora_b"))
+    return not any(tensor.any() for tensor in outputs)
+
+
 def _encoder_outputs(model: Any) -> dict[str, Tensor]:
     """The half of each of the encoder's experts that starts at zero, B, by name."""
     experts = compression_of(model).experts()
@@ -136,11 +158,9 @@ def _encoder_outputs(model: Any) -> dict[str, Tensor]:
 
 def _share(model: Any, wanted: float | None) -> float:
     """What share of its encoder's experts is kept: half of what starts elsewhere says nothing."""
-    from_nothing = not starts_from_error(model) and not any(
-        tensor.any() for tensor in _encoder_outputs(model).values()
-    )
+    from_nothing = not starts_from_error(model) and _is_fresh(model)
     if wanted is None:
-        return ENCODER_SHARE if from_nothing else 1.0
+        return ENCODER_SHARE if from_nothing and _encoder_outputs(model) else 1.0
     if not 0 <= wanted <= 1:
         raise SAMLError(f"pretrain: an encoder share of {wanted}; give one from 0 to 1")
     if wanted < 1 and not from_nothing:

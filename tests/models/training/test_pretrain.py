@@ -58,6 +58,19 @@ def test_a_share_of_what_the_encoder_learns_is_kept(tiny_en: Any, clips: list[Ut
             assert torch.allclose(found[name], wanted, atol=0.02 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("start", ["lora", "loftq"])
+def test_a_seed_says_what_is_learnt(tiny_en: Any, clips: list[Utterance], start: str) -> None:
+    """Whatever was drawn before, where the experts start included; and the caller's draws stay."""
+    found = []
+    for before, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(before)
+        model = made(start)
+        drawn = torch.get_rng_state()
+        found.append(pretrain(model, tiny_en[1], clips, replace(OPTIONS, seed=seed)).hash)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert found[0] == found[1] != found[2]
+
+
 def test_experts_that_have_learnt_before_are_kept_whole(
     tiny_en: Any, clips: list[Utterance]
 ) -> None:
