@@ -10,6 +10,7 @@ from typing import Any
 from bench.accuracy import conformer as grown
 from bench.accuracy import defaults_rows, rounding_rows
 from bench.accuracy import experts as alone
+from bench.accuracy.over_speakers import ratio
 from bench.accuracy.profiles import KINDS
 from bench.report.markdown import markdown_table, read
 
@@ -21,6 +22,7 @@ __all__ = [
     "profiles",
     "read_curves",
     "rounding",
+    "shapes",
     "sizes",
     "variants",
     "wer",
@@ -32,6 +34,7 @@ SPEECH = {
     "test-other": ("readers", "two-fold, 5 utterances to adapt"),
     "speechocean762": ("learners of English", "two-fold, 10 utterances to adapt"),
 }
+CHOICE = "choosing"  # the forty speakers on whom defaults are chosen
 SYSTEMS = {
     "full_precision": "full precision", "quantised": "quantised", "experts": "+ experts",
     "adapted": "+ adaptation", "other_speaker": "another's profile",
@@ -142,6 +145,22 @@ def experts(model: str, results: Path) -> str:
     """WER of a model at full precision, quantised, and with experts alone."""
     data = read(results / f"experts-{model}.json")
     return _unadapted(data, alone.HEADS, alone.rows(data), "Greedy")
+
+
+def shapes(results: Path) -> str:
+    """WER of experts alone in other places and numbers; forty speakers say how they differ."""
+    data = read(results / "experts-tiny.en-shapes.json")
+    speech, systems = data["speech"], data["systems"]
+    first = next(iter(systems.values()))[CHOICE]
+    rows = []
+    for name, errors in systems.items():
+        rates = [100 * sum(errors[k]) / sum(one["words"]) for k, one in speech.items()]
+        people = speech[CHOICE]["speakers"]
+        apart = "" if errors[CHOICE] is first else ratio(people, errors[CHOICE], first)
+        rows.append([name, *(f"{rate:.2f}" for rate in rates), apart])
+    lines = markdown_table(["experts", *speech, f"{CHOICE}, to the first"], rows)
+    lines.append(f"{_called(data['about']['model'])}, WER %, greedy. {_on(data['about'])}")
+    return "\n".join(lines)
 
 
 def variants(name: str, results: Path) -> str:
