@@ -37,9 +37,9 @@ from rich.console import Console
 
 from bench.accuracy.defaults_rows import HEADS, rows
 from bench.accuracy.kept import check_speech, resumed, speech_of
-from bench.accuracy.named import named, some_of
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES, check_sets, training_speech
+from bench.named import named, some_of
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError

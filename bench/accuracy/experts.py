@@ -23,9 +23,9 @@ import typer
 from rich.console import Console
 
 from bench.accuracy import listening
-from bench.accuracy.named import some_of
 from bench.accuracy.over_speakers import table
 from bench.accuracy.speech import VOICES
+from bench.named import some_of
 from saml_kernels import SAMLConfig
 from saml_kernels.errors import SAMLError
 from saml_models.compress.loading import load_model

@@ -28,10 +28,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.accuracy.kept import check_speech, resumed, speech_of
-from bench.accuracy.named import named
 from bench.accuracy.rounding_rows import FULL, HEADS, rows
 from bench.accuracy.speech import training_speech
 from bench.models.clips import spread
+from bench.named import named
 from bench.report.environment import about
 from saml_kernels import SAMLConfig
 from saml_kernels.files import read_json, write_json

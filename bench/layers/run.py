@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bench.layers.cases import WORKS, Case, cases_of
 from bench.layers.harness import Setting, run_cases
+from bench.named import some_of
 from bench.report.figures import plot_layers
 from bench.report.file import Results
 from bench.report.timed import tables
@@ -57,10 +58,7 @@ def main(
         native.select(cpu_level)
     check_output(json_file, is_json("about", "works"), overwrite)
     check_output(json_file.with_suffix(".png"), is_figure, overwrite)
-    names = [n.strip() for n in work.split(",")] if work else list(WORKS)
-    unknown = [n for n in names if n not in WORKS]
-    if unknown:
-        raise SAMLError(f"--work {unknown[0]}: expected some of {', '.join(WORKS)}")
+    names = some_of("--work", work, WORKS)
     widths = [width] if width else None
     cases = [
         case
