@@ -2,6 +2,7 @@ import { record, tooLong, withheld } from "./microphone.js";
 import { PROMPTS } from "./prompts.js";
 
 const ENOUGH = 5; // clips, of which every fifth is held back
+const RUNNING = ["queued", "learning"];
 const UNUSED = "What was learnt did not help with clips it had not heard, so it is not used: more clips may.";
 const NOBODY = "";
 const by = (id) => document.getElementById(id);
@@ -74,7 +75,7 @@ function show() {
   for (const id of ["delete", "teach"]) by(id).hidden = !voice;
   by("export").hidden = !voice?.enrolled;
   const status = voice?.status ?? {};
-  const running = ["queued", "learning"].includes(status.state);
+  const running = RUNNING.includes(status.state);
   by("progress-section").hidden = !running;
   by("result").hidden = !(voice?.enrolled && status.held?.length);
   if (!voice) return;
@@ -167,6 +168,7 @@ async function follow(name) {
       text = events.pop();
       for (const event of events) {
         const { state: now, step, steps } = JSON.parse(event.replace(/^data: /, ""));
+        if (!RUNNING.includes(now)) continue; // its end, which the voice's status tells
         const bar = by("progress");
         if (steps) { bar.max = steps; bar.value = step; } else bar.removeAttribute("value");
         const where = steps ? `Step ${step} of ${steps}` : "The model is being loaded";
