@@ -151,11 +151,10 @@ def shapes(results: Path) -> str:
     """WER of experts alone in other places and numbers; forty speakers say how they differ."""
     data = read(results / "experts-tiny.en-shapes.json")
     speech, systems = data["speech"], data["systems"]
-    first = next(iter(systems.values()))[CHOICE]
+    people, first = speech[CHOICE]["speakers"], next(iter(systems.values()))[CHOICE]
     rows = []
     for name, errors in systems.items():
         rates = [100 * sum(errors[k]) / sum(one["words"]) for k, one in speech.items()]
-        people = speech[CHOICE]["speakers"]
         apart = "" if errors[CHOICE] is first else ratio(people, errors[CHOICE], first)
         rows.append([name, *(f"{rate:.2f}" for rate in rates), apart])
     lines = markdown_table(["experts", *speech, f"{CHOICE}, to the first"], rows)

@@ -33,7 +33,7 @@ def test_what_comes_at_once_is_decoded_together() -> None:
     with Engine(talker, max_batch=4, patience=60) as engine:  # type: ignore[arg-type]
         jobs = [engine.submit(noise(n % 3 + 1), None, PLAIN) for n in range(8)]
         talker.gate.set()
-        texts = [job.future.result(60).text for job in jobs]
+        texts = [job.future.result(10).text for job in jobs]
     assert texts == [" ".join(said((n % 3 + 1) * 16000)) for n in range(8)]
     assert talker.batches == [4, 4] and engine.counts.recordings == 8
     assert engine.counts.audio == 15 and engine.waiting == 0
@@ -53,12 +53,12 @@ def test_a_full_queue_says_so_at_once_and_a_place_is_free_when_one_leaves() -> N
         assert full.value.retry_after >= 1
         talker.gate.set()
         engine.cancel(long[0])
-        assert engine.submit(noise(1), None, PLAIN).future.result(60).text == "word0"
+        assert engine.submit(noise(1), None, PLAIN).future.result(20).text == "word0"
         with pytest.raises(CancelledError):
-            long[0].future.result(60)
+            long[0].future.result(20)
         assert not long[1].future.done() and engine.counts.cancelled == 1
     with pytest.raises(EngineClosed):  # closed meanwhile
-        long[1].future.result(60)
+        long[1].future.result(20)
 
 
 def test_a_short_one_comes_after_the_window_that_is_heard() -> None:
@@ -76,7 +76,7 @@ def test_a_short_one_comes_after_the_window_that_is_heard() -> None:
 
         short.future.add_done_callback(done)
         talker.gate.set()
-        assert short.future.result(60).text == "word0"
+        assert short.future.result(20).text == "word0"
         until(lambda: numbers)
         assert numbers == [2] and not long.future.done()  # in the batch after that window
         engine.cancel(long)
@@ -87,14 +87,14 @@ def test_errors_are_the_recordings_own() -> None:
     talker = Talker()
     texts: list[str] = []
     with Engine(talker, patience=0) as engine:  # type: ignore[arg-type]
-        assert engine.call(lambda: 7).result(60) == 7
+        assert engine.call(lambda: 7).result(5) == 7
         with pytest.raises(ZeroDivisionError):
-            engine.call(lambda: 1 // 0).result(60)
+            engine.call(lambda: 1 // 0).result(5)
         bad = engine.submit(np.zeros((2, 2), np.float32), None, TIMED)
         good = engine.submit(noise(12), None, TIMED, on_text=texts.append)
-        assert good.future.result(60).text == texts[-1] == " ".join(said(12 * 16000))
+        assert good.future.result(5).text == texts[-1] == " ".join(said(12 * 16000))
         assert len(texts) == 4 and all(b.startswith(a) for a, b in pairwise(texts))
-        bad.future.exception(60)
+        bad.future.exception(5)
         assert engine.is_alive
     with pytest.raises(SAMLError, match="max_batch"):
         Engine(talker, max_batch=0)  # type: ignore[arg-type]

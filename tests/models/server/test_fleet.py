@@ -58,7 +58,7 @@ def test_what_ray_cannot_store_is_answered(monkeypatch: pytest.MonkeyPatch) -> N
     with RayEngine("tiny.en", None, "cpu") as engine:
         job = engine.submit(silence, SpeakerProfile.of(small_voices.make()), TIMED)
         with pytest.raises(RuntimeError, match="store is full"):
-            job.future.result(60)
+            job.future.result(10)
         assert engine.waiting == 0 and engine.counts.failed == 1
     with pytest.raises(EngineClosed):
         engine.submit(silence)
