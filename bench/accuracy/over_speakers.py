@@ -12,15 +12,19 @@ __all__ = ["made_worse", "ratio", "table"]
 
 
 def ratio(speakers: Sequence[str], errors: Sequence[float], others: Sequence[float]) -> str:
-    """Errors of one system to another's, with a 95 % interval unless there is a single speaker.
+    """Errors of one system to another's, with a 95 % interval: `text.wer.over_speakers`.
+
+    Where it is over the utterances of a single speaker, it says so; of one there is none.
 
     Args:
         speakers: of each utterance, as are the others.
         errors, others: word errors of both.
     """
     found, low, high = over_speakers(speakers, errors, others)
-    several = len(set(speakers)) > 1
-    return f"{found:.3f} ({low:.3f} to {high:.3f})" if several else f"{found:.3f}"
+    if len(speakers) == 1:
+        return f"{found:.3f}"
+    over = "" if len(set(speakers)) > 1 else ", clips"
+    return f"{found:.3f} ({low:.3f} to {high:.3f}{over})"
 
 
 def made_worse(speakers: Sequence[str], errors: Sequence[float], others: Sequence[float]) -> str:

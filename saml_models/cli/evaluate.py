@@ -159,7 +159,7 @@ def _curve(
     }
     console = Console()
     table = Table(title=f"{name}: WER % by utterances learnt from")
-    columns = "utterances", "speakers", "WER %", "95 % over speakers", "unadapted", "unused"
+    columns = "utterances", "speakers", "WER %", "95 %", "unadapted", "unused"
     for column in columns:
         table.add_column(column, justify="right")
     for point in result["curve"]:
@@ -298,13 +298,14 @@ def _comparisons(result: dict[str, Any]) -> list[str]:
     """Adaptation beside what it is to be better than, who lost by it, and loops, in words."""
     lines = []
     speakers = len(result["speakers"])
+    count, what = (speakers, "speakers") if speakers > 1 else (len(result["utterances"]), "clips")
     for name, other in _OF.items():
         found = result["ratios"].get(name)
         if found is not None and found["interval_95"] is not None:
             low, high = found["interval_95"]
             lines.append(
                 f"WER after adaptation to that of {other}: {found['ratio']:.3f} ({low:.3f} to "
-                f"{high:.3f} over {speakers} speakers)"
+                f"{high:.3f} over {count} {what})"
             )
     if speakers > 1:
         lost = len(result["made_worse"])

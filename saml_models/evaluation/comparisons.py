@@ -22,18 +22,17 @@ RATIOS = {
 def ratios(
     speakers: Sequence[str], errors: Mapping[str, Sequence[WordErrors]]
 ) -> dict[str, dict[str, Any]]:
-    """Ratios of pooled word error rates, with 95 % intervals over speakers.
+    """Ratios of pooled word error rates, with 95 % intervals of `over_speakers`.
 
     Args:
         speakers: of each utterance.
         errors: by system, of each utterance; systems that were not run have none.
 
     Returns:
-        By `RATIOS`: "ratio", and "interval_95", None for a single speaker; nothing where the second
-        system made no error.
+        By `RATIOS`: "ratio", and "interval_95", None for a single utterance; nothing where the
+        second system made no error.
     """
     found = {}
-    several = len(set(speakers)) > 1
     for name, (one, other) in RATIOS.items():
         amounts, counts = ([e.errors for e in errors[system]] for system in (one, other))
         if not amounts or not sum(counts):
@@ -41,7 +40,7 @@ def ratios(
         ratio, low, high = over_speakers(speakers, amounts, counts)
         found[name] = {
             "ratio": round(ratio, 4),
-            "interval_95": [round(low, 4), round(high, 4)] if several else None,
+            "interval_95": [round(low, 4), round(high, 4)] if len(speakers) > 1 else None,
         }
     return found
 

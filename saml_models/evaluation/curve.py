@@ -32,7 +32,10 @@ class Curve:
     unused: dict[int, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: rates in per cent, and ratios to what the same speakers' unadapted rate is."""
+        """For JSON: rates in per cent, and ratios to what the same speakers' unadapted rate is.
+
+        The 95 % intervals are those of `over_speakers`; None of a single utterance.
+        """
         speakers = {
             name: {
                 str(count): round(pooled(own[name]).wer, 3)
@@ -51,7 +54,7 @@ class Curve:
         wrong, words = [one.errors for one in after], [one.words for one in after]
         _, *rate = over_speakers(owners, wrong, words)
         _, *ratio = over_speakers(owners, wrong, [one.errors for one in before])
-        several = len(own) > 1
+        several = len(owners) > 1
         return {
             "utterances": count,
             "speakers": len(own),

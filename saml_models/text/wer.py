@@ -150,7 +150,8 @@ def over_speakers(
 
     Jackknife: each speaker is left out in turn, with all that they say; the logarithm of the ratio
     is taken to follow Student's t. Of five or six speakers a bootstrap would say too much. Of one
-    speaker the interval has no width.
+    speaker it is each utterance that is left out: the interval is of this voice, and says nothing
+    of others. Of one utterance it has no width.
 
     Args:
         speakers: of each utterance, as are the others.
@@ -165,9 +166,10 @@ def over_speakers(
     Source: Tukey's jackknife (Efron and Tibshirani, "An introduction to the bootstrap", 1993,
     chapters 11 and 12).
     """
-    rows: dict[str, npt.NDArray[np.float64]] = {}
-    for speaker, *row in zip(speakers, amounts, counts, strict=True):
-        rows[speaker] = rows.get(speaker, np.zeros(2)) + np.array(row)
+    rows: dict[str | int, npt.NDArray[np.float64]] = {}
+    owners: Sequence[str | int] = speakers if len(set(speakers)) > 1 else range(len(speakers))
+    for owner, *row in zip(owners, amounts, counts, strict=True):
+        rows[owner] = rows.get(owner, np.zeros(2)) + np.array(row)
     if not rows:
         raise ValueError("over_speakers: needs at least one utterance")
     table = np.array(list(rows.values()))

@@ -31,7 +31,8 @@ def test_ratios_are_of_pooled_errors() -> None:
     assert "adapted_to_experts" not in ratios(SPEAKERS, ERRORS | {"adapted": []})
 
 
-def test_one_speaker_has_no_interval() -> None:
+def test_of_one_speaker_the_interval_is_over_utterances() -> None:
+    assert ratios("aaaa", ERRORS) == ratios("abcd", ERRORS)
     found = ratios(["a"], {name: errors[:1] for name, errors in ERRORS.items()})
     assert found["adapted_to_experts"] == {"ratio": 0.5, "interval_95": None}
 

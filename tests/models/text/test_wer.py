@@ -138,7 +138,10 @@ def test_interval_over_speakers_by_hand() -> None:
     assert ratio == pytest.approx(7 / 30)
     assert high / ratio == pytest.approx(ratio / low) == pytest.approx(math.exp(4.303 * spread))
     assert over_speakers(["a", "b"], [1.0, 1.0], [2.0, 2.0]) == (0.5, 0.5, 0.5)
-    assert over_speakers(["a", "a"], [1.0, 0.0], [2.0, 2.0]) == (0.25, 0.25, 0.25)
+    # Of one voice it is over what was said, of one utterance over nothing.
+    said = [1.0, 2.0, 4.0], [10.0, 10.0, 10.0]
+    assert over_speakers("aaa", *said) == over_speakers("abc", *said)
+    assert over_speakers(["a"], [1.0], [4.0]) == (0.25, 0.25, 0.25)
     # Without whoever erred, no logarithm: half an error more.
     ratio, low, high = over_speakers(["a", "b"], [0.0, 3.0], [10.0, 10.0])
     assert ratio == 0.15 and 0 < low < 0.15 < high < math.inf
