@@ -17,6 +17,7 @@ __all__ = ["in_model_style", "is_bare"]
 
 _NOT_WORD = re.compile(r"[^\w']")
 _CLOSING = ".,?!;:"
+_END = re.compile(r"(?<=\w)[.?!]+$")
 
 
 def is_bare(text: str) -> bool:
@@ -36,7 +37,9 @@ def in_model_style(reference: str, hypothesis: str) -> str:
     """
     if not is_bare(reference):
         return reference
-    reference_words, model_words = reference.lower().split(), hypothesis.split()
+    # What ends the hypothesis ends the text, whichever of the last words were heard.
+    end = _END.search(hypothesis := hypothesis.rstrip())
+    reference_words, model_words = reference.lower().split(), _END.sub("", hypothesis).split()
     keys = [_NOT_WORD.sub("", word.lower()) for word in model_words]
     matcher = difflib.SequenceMatcher(None, reference_words, keys, autojunk=False)
     styled: list[str] = []
@@ -46,6 +49,8 @@ def in_model_style(reference: str, hypothesis: str) -> str:
         words, other = reference_words[i:j], model_words[k:m]
         same = tag == "equal" or (other and _same_words(words, other))
         styled += other if same else _dressed(words, other, first=i == 0)
+    if styled and end and styled[-1][-1] not in _CLOSING:
+        styled[-1] += end.group()[0]
     # Numbers and abbreviations can read otherwise in other company: then no style is borrowed.
     return " ".join(styled if _same_words(styled, reference_words) else reference_words)
 

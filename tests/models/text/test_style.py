@@ -62,7 +62,11 @@ def test_the_words_stay_whatever_was_heard(reference: str, hypothesis: str) -> N
         ("well he said no", "Well, he said: 'No.'", "Well, he said: 'No.'"),
         ("AND PARIS IS LARGE", "Then London is large.", "And Paris is large."),
         ("THE CAT", "", "The cat"),
-        ("YES IT IS", "Yes it is is it is.", "Yes it is"),
+        ("YES IT IS", "Yes it is is it is.", "Yes it is."),
+        ("LOOK AT THE PATH BELOW US", "Look at the past below.", "Look at the path below us."),
+        ("IS IT HE ASKED", "Is it? He asked", "Is it? He asked"),
+        ("SHE LIVES IN THE U S A", "She lives in the U.S.A.", "She lives in the U.S.A."),
+        ("HE WAITED", "He waited...", "He waited."),
         ("", "Thank you.", ""),
     ],
 )
