@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.accuracy.over_speakers import made_worse, ratio
@@ -19,6 +20,8 @@ HEADS = (
     "made worse",
     "loops",
 )
+
+TOGETHER = ("readers", "england", "noisy")  # with 60 utterances of each to learn from
 
 Runs = list[list[int]]
 
@@ -48,15 +51,19 @@ def loops(results: dict[str, Any], variant: str, key: str) -> int:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """A row for each variant and set; seeds are pooled, ratios are of the same utterances."""
+    """A row for each variant and set, and one for `TOGETHER` where a variant was heard on all.
+
+    Seeds are pooled, ratios are of the same utterances.
+    """
     found = []
     first = next(iter(results["variants"]), "")
     for variant, one in results["variants"].items():
-        for key in one["heard"]:
-            speech = results["speech"][key]
-            owners, words = speech["speakers"], sum(speech["words"])
+        sets = list(one["heard"])
+        for keys in [[key] for key in sets] + [TOGETHER] * (set(TOGETHER) <= set(sets)):
+            owners = [f"{k} {who}" for k in keys for who in results["speech"][k]["speakers"]]
+            words = sum(sum(results["speech"][key]["words"]) for key in keys)
             alone, own, other, before = (
-                counted(results, name, key, kind)
+                _means(results, name, keys, kind)
                 for name, kind in (
                     (variant, "experts"),
                     (variant, "adapted"),
@@ -67,35 +74,30 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             found.append(
                 [
                     variant,
-                    key,
+                    ", ".join(keys),
                     _rate(alone, words),
                     _rate(own, words),
                     _ratio(owners, own, alone),
                     _ratio(owners, own, other),
                     "" if variant == first else _ratio(owners, own, before),
-                    _worse(owners, own, alone),
-                    str(loops(results, variant, key)),
+                    made_worse(owners, own, alone) if own and alone else "",
+                    str(sum(loops(results, variant, key) for key in keys)),
                 ]
             )
     return found
 
 
-def _rate(runs: Runs, words: int) -> str:
-    return f"{100 * sum(_mean(runs)) / words:.2f}" if runs else ""
+def _means(results: dict[str, Any], variant: str, keys: Sequence[str], kind: str) -> list[float]:
+    """Errors of each utterance of the sets, over seeds; none unless all sets were heard."""
+    by_set = [counted(results, variant, key, kind) for key in keys]
+    if not all(by_set):
+        return []
+    return [sum(same) / len(same) for runs in by_set for same in zip(*runs, strict=True)]
 
 
-def _mean(runs: Runs) -> list[float]:
-    """Of each utterance, over seeds."""
-    return [sum(same) / len(same) for same in zip(*runs, strict=True)]
+def _rate(errors: list[float], words: int) -> str:
+    return f"{100 * sum(errors) / words:.2f}" if errors else ""
 
 
-def _ratio(owners: list[str], runs: Runs, others: Runs) -> str:
-    if not runs or not others:
-        return ""
-    return ratio(owners, _mean(runs), _mean(others))
-
-
-def _worse(owners: list[str], own: Runs, alone: Runs) -> str:
-    if not own or not alone:
-        return ""
-    return made_worse(owners, _mean(own), _mean(alone))
+def _ratio(owners: list[str], errors: list[float], others: list[float]) -> str:
+    return ratio(owners, errors, others) if errors and others else ""

@@ -54,6 +54,24 @@ def test_rows_pool_seeds_and_compare_the_same_utterances() -> None:
     assert len(counted(results(), "default", "choosing", "adapted")) == 2
 
 
+def test_voices_with_sixty_utterances_together() -> None:
+    """Where all of them were heard: 6 of 9 errors are left of 4 voices' 16 words."""
+    found: dict[str, Any] = {"speech": {}, "variants": {"default": {"heard": {}}}}
+    for key, speakers, before, after in (
+        ("readers", ["a", "b"], [2, 1], [1, 1]), ("england", ["a"], [4], [3]), ("noisy", ["c"], [2], [1])
+    ):  # fmt: skip
+        assert [row[1] for row in rows(found)] == list(found["speech"])
+        found["speech"][key] = {"speakers": speakers, "words": [4] * len(speakers)}
+        found["variants"]["default"]["heard"][key] = {
+            "experts": [{"errors": before, "loops": 0}],
+            "adapted 0": [{"errors": after, "loops": 1}],
+        }
+    *_, last = rows(found)
+    assert last[1:4] == ["readers, england, noisy", "56.25", "37.50"]
+    assert last[4].startswith("0.667 (0.4") and "clips" not in last[4]
+    assert last[5:] == ["", "", "0 of 4", "3"]
+
+
 class Quick(defaults.Variant):
     """Adapts and hears nothing: counts what it is asked."""
 
