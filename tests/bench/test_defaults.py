@@ -58,8 +58,10 @@ def test_voices_with_sixty_utterances_together() -> None:
     """Where all of them were heard: 6 of 9 errors are left of 4 voices' 16 words."""
     found: dict[str, Any] = {"speech": {}, "variants": {"default": {"heard": {}}}}
     for key, speakers, before, after in (
-        ("readers", ["a", "b"], [2, 1], [1, 1]), ("england", ["a"], [4], [3]), ("noisy", ["c"], [2], [1])
-    ):  # fmt: skip
+        ("readers", ["a", "b"], [2, 1], [1, 1]),
+        ("england", ["a"], [4], [3]),
+        ("noisy", ["c"], [2], [1]),
+    ):
         assert [row[1] for row in rows(found)] == list(found["speech"])
         found["speech"][key] = {"speakers": speakers, "words": [4] * len(speakers)}
         found["variants"]["default"]["heard"][key] = {
