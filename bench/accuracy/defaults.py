@@ -11,9 +11,9 @@ adaptation are then heard on the fold's other utterances, greedily. Defaults are
 "choosing", forty voices.
 
 Keys of a variant: `experts`, `config` (of `SAMLConfig`), `pretraining` (of `TrainingOptions`),
-`per_speaker`, `encoder_share` for stage 1; `adaptation` (of `TrainingOptions`), `kind`, `guard`
-(off unless it says so) and `known` (of a fold's utterances, the first that are given with their
-texts, the others without; all unless it is there) for stage 2.
+`per_speaker`, `encoder_share`, `runs` for stage 1; `adaptation` (of `TrainingOptions`),
+`kind`, `guard` (off unless it says so) and `known` (of a fold's utterances, the first that are
+given with their texts, the others without; all unless it is there) for stage 2.
 
 Each variant runs in a process of its own. Errors are written after each fold, without what was
 said, and what is in the file is not done again; `--work` keeps stage 1's checkpoint, experts and
@@ -110,6 +110,7 @@ class Variant:
             options(PRETRAINING, self.changes.get("pretraining", {})),
             per_speaker=self.changes.get("per_speaker", PER_SPEAKER),
             encoder_share=self.changes.get("encoder_share"),
+            runs=self.changes.get("runs", 1),
             checkpoint=out.with_suffix(".checkpoint"),
             original=load_model(self.model)[0],
         )

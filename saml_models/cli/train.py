@@ -57,6 +57,14 @@ def pretrain(
             "the data, less for others; default 0.5 where they start as a LoRA does, else 1.",
         ),
     ] = None,
+    runs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Trainings from one start, with seeds of their own, whose experts are averaged: "
+            "each takes as long; default 1.",
+        ),
+    ] = None,
     original: Annotated[
         str | None,
         typer.Option(
@@ -119,6 +127,7 @@ def pretrain(
             options,
             per_speaker=per_speaker or PER_SPEAKER,
             encoder_share=encoder_share,
+            runs=runs or 1,
             checkpoint=checkpoint,
             on_step=lambda done, steps, loss: show(done, steps, f"loss {loss:.3f}"),
             on_heard=lambda done, clips: show(done, clips, "finding the texts' style"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from saml_models.training.batches import Sample
 from saml_models.training.calibration import input_moments, start_experts, starts_from_error
 from saml_models.training.checkpoint import beside
 from saml_models.training.loop import fit
-from saml_models.training.options import TrainingOptions
+from saml_models.training.options import TrainingOptions, TrainingReport
 from saml_models.training.samples import PER_SPEAKER, balanced, training_samples
 from saml_models.training.speaker_offsets import check_routers, speaker_offsets
 from saml_models.training.teacher import taught
@@ -45,6 +46,7 @@ def pretrain(
     *,
     per_speaker: int = PER_SPEAKER,
     encoder_share: float | None = None,
+    runs: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_heard: Callable[[int, int], None] | None = None,
@@ -66,7 +68,9 @@ def pretrain(
         encoder_share: of what the encoder's experts learn, that is kept (weights between those of
             the start and those learnt, arXiv 2109.01903), where they start as a LoRA does; None is
             `ENCODER_SHARE` there and all elsewhere.
-        checkpoint: a file to resume from if the run is killed.
+        runs: from one start, each with a seed of its own, the options' and those after it; what is
+            kept is the mean of what they learn (model soups, arXiv 2203.05482).
+        checkpoint: a file to resume from if the run is killed; each run adds its number to it.
         on_step: called with (steps done, steps in all, loss).
         on_heard: called before that with (clips whose style was found, clips in all).
         on_taught: called then with (clips that the teacher heard, clips in all).
@@ -77,11 +81,13 @@ def pretrain(
         The experts as a profile, to start adaptations from.
 
     Raises:
-        SAMLError: nothing to learn from, bad audio, a teacher wanted and not given, or a share that
-            is none, or of experts that have learnt before.
+        SAMLError: nothing to learn from, bad audio, a teacher wanted and not given, a share that
+            is none, or of experts that have learnt before, or no runs.
     """
     if not utterances:
         raise SAMLError("pretrain: no utterances; give speech of many speakers with its text")
+    if runs < 1:
+        raise SAMLError(f"pretrain: {runs} runs; give at least one")
     encoder_share = _share(model, encoder_share)
     if options is not None and options.speaker_rate:
         check_routers(model)
@@ -107,8 +113,19 @@ def pretrain(
     saml.short_windows = True
     _start(model, teacher, samples, options)
     origin = "" if teacher is None else model_hash(teacher.network)
-    with speaker_offsets(model, samples) if options.speaker_rate else nullcontext():
-        report = fit(speech, samples, options, checkpoint, on_step, origin=origin)
+
+    def learn(number: int) -> TrainingReport:
+        own = replace(options, seed=options.seed + number)
+        at = beside(checkpoint, str(number))
+
+        def told(done: int, steps: int, loss: float) -> None:
+            if on_step:
+                on_step(number * steps + done, runs * steps, loss)
+
+        with speaker_offsets(model, samples) if own.speaker_rate else nullcontext():
+            return fit(speech, samples, own, at, told, origin=origin)
+
+    reports = _mean_of_runs(model, learn, runs)
     if encoder_share < 1:
         with torch.no_grad():
             for tensor in _encoder_outputs(model).values():
@@ -123,10 +140,33 @@ def pretrain(
         speakers=len(by_speaker(utterances)),
         utterances=len(samples),
         seconds=round(sum(s.seconds for s in samples), 1),
-        steps=report.steps,
-        loss=round(report.last_loss, 4),
+        steps=sum(report.steps for report in reports),
+        loss=round(fmean(report.last_loss for report in reports), 4),
         encoder_share=encoder_share,
+        runs=runs,
     )
+
+
+@torch.no_grad()
+def _mean_of_runs(
+    model: Any, learn: Callable[[int], TrainingReport], runs: int
+) -> list[TrainingReport]:
+    """Experts that learn several times from where they are end as the mean of what they learnt."""
+    own = compression_of(model).experts()
+    start = {name: tensor.clone() for name, tensor in own.items()}
+    total = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    reports = []
+    for number in range(runs):
+        for name, tensor in own.items():
+            tensor.copy_(start[name])
+        with torch.enable_grad():
+            reports.append(learn(number))
+        for name, tensor in own.items():
+            total[name] += tensor
+    for name, tensor in own.items():
+        tensor.copy_(total[name] / runs)
+    compression_of(model).round_experts()
+    return reports
 
 
 def _start(

@@ -14,6 +14,8 @@ from synthetic import small_whisper
 from saml_kernels import SAMLConfig, SAMLError
 from saml_models.compress.apply import apply_saml
 from saml_models.data.corpora import Utterance
+from saml_models.training.checkpoint import forget
+from saml_models.training.loop import fit
 from saml_models.training.options import TrainingOptions
 from saml_models.training.pretrain import ENCODER_SHARE, pretrain
 
@@ -69,6 +71,73 @@ def test_a_seed_says_what_is_learnt(tiny_en: Any, clips: list[Utterance], start:
         found.append(pretrain(model, tiny_en[1], clips, replace(OPTIONS, seed=seed)).hash)
         assert torch.equal(torch.get_rng_state(), drawn)
     assert found[0] == found[1] != found[2]
+
+
+def test_runs_start_alike_and_end_as_their_mean(
+    tiny_en: Any, clips: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them is the training of that seed alone."""
+    starts, ends, seeds = list[Any](), list[Any](), list[int]()
+
+    def watched(
+        speech: Any, samples: Any, options: TrainingOptions, *args: Any, **more: Any
+    ) -> Any:
+        own = speech.network.saml.experts()
+        starts.append({name: tensor.detach().clone() for name, tensor in own.items()})
+        report = fit(speech, samples, options, *args, **more)
+        ends.append({name: tensor.detach().clone() for name, tensor in own.items()})
+        seeds.append(options.seed)
+        return report
+
+    monkeypatch.setattr("saml_models.training.pretrain.fit", watched)
+    shown: list[tuple[int, int]] = []
+    alone = pretrain(made(), tiny_en[1], clips, OPTIONS)
+    both = pretrain(
+        model := made(), tiny_en[1], clips, OPTIONS,
+        encoder_share=1.0, runs=2, on_step=lambda done, steps, _: shown.append((done, steps)),
+    )  # fmt: skip
+    assert seeds == [0, 0, 1]
+    steps = alone.about["steps"]
+    assert shown == [(step + 1, 2 * steps) for step in range(2 * steps)]
+    assert (both.about["runs"], both.about["steps"]) == (2, 2 * steps)
+    found = both.experts(model)
+    for name in found:
+        assert torch.equal(starts[1][name], starts[2][name])
+        assert torch.equal(ends[0][name], ends[1][name])
+        mean = (ends[1][name] + ends[2][name]) / 2
+        assert torch.allclose(found[name], mean, atol=0.02 * float(mean.abs().max()))
+    assert any(not torch.equal(ends[1][name], ends[2][name]) for name in found)
+
+
+def test_runs_that_are_killed_resume(tiny_en: Any, clips: list[Utterance], tmp_path: Path) -> None:
+    """In the second of them, and the first is not learnt again."""
+    options = replace(OPTIONS, checkpoint_every=1)
+    whole = pretrain(made(), tiny_en[1], clips, options, runs=2)
+    steps, taken = whole.about["steps"], list[int]()
+
+    def step(done: int, _: int, __: float) -> None:
+        taken.append(done)
+        if done == steps // 2 + 1 and taken.count(done) == 1:
+            raise KeyboardInterrupt
+
+    checkpoint = tmp_path / "experts.checkpoint"
+
+    def learn() -> Any:
+        return pretrain(
+            made(), tiny_en[1], clips, options, runs=2, checkpoint=checkpoint, on_step=step
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        learn()
+    assert learn().hash == whole.hash
+    assert taken == list(range(1, steps + 1))
+    forget(checkpoint)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_runs_are_refused(tiny_en: Any, clips: list[Utterance]) -> None:
+    with pytest.raises(SAMLError, match="0 runs; give at least one"):
+        pretrain(made(), tiny_en[1], clips, OPTIONS, runs=0)
 
 
 def test_experts_that_have_learnt_before_are_kept_whole(
