@@ -147,25 +147,23 @@ def pretrain(
     )
 
 
-@torch.no_grad()
 def _mean_of_runs(
     model: Any, learn: Callable[[int], TrainingReport], runs: int
 ) -> list[TrainingReport]:
     """Experts that learn several times from where they are end as the mean of what they learnt."""
-    own = compression_of(model).experts()
-    start = {name: tensor.clone() for name, tensor in own.items()}
+    saml = compression_of(model)
+    own = saml.experts()
     total = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
     reports = []
     for number in range(runs):
-        for name, tensor in own.items():
-            tensor.copy_(start[name])
-        with torch.enable_grad():
+        with saml.snapshot():
             reports.append(learn(number))
+            for name, tensor in own.items():
+                total[name] += tensor.detach()
+    with torch.no_grad():
         for name, tensor in own.items():
-            total[name] += tensor
-    for name, tensor in own.items():
-        tensor.copy_(total[name] / runs)
-    compression_of(model).round_experts()
+            tensor.copy_(total[name] / runs)
+    saml.round_experts()
     return reports
 
 
