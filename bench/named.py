@@ -35,10 +35,20 @@ def named(option: str, given: str, make: Callable[..., _Made], what: str) -> tup
 def some_of(option: str, given: str | None, known: Collection[str]) -> list[str]:
     """The names that an option's value holds, by commas; all that are known where none is given.
 
+    Names may hold commas of their own.
+
     Raises:
         SAMLError: one of them is not known.
     """
-    names = [name.strip() for name in given.split(",")] if given else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise SAMLError(f"{option} {unknown[0]}: expected some of {', '.join(known)}")
+    if not given:
+        return list(known)
+    parts, names = [part.strip() for part in given.split(",")], []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            if (name := ", ".join(parts[:count])) in known:
+                break
+        else:
+            raise SAMLError(f"{option} {parts[0]}: expected some of {', '.join(known)}")
+        names.append(name)
+        del parts[:count]
     return names

@@ -8,7 +8,7 @@ Systems: the model at full precision, quantised, with the experts that ship, and
 `--experts NAME=FILE`. Nobody is adapted to: every utterance of the sets (`VOICES`) is heard,
 greedily. Errors are written after each set, and what is in the file is not done again. The
 table gives pooled word error rates, ratios to full precision and to the quantised model with 95 %
-intervals over speakers (of one speaker there is none), and for how many speakers there are more
+intervals over speakers (of one speaker over its clips), and for how many speakers there are more
 errors than with the quantised model.
 """
 

@@ -51,9 +51,12 @@ def listen(
     check_sets(chosen)
     results = resumed(file, model, ("speech", "systems"))
     results["about"] = about(torch.device("cpu")) | {"model": model}
-    # Rows are compared with those above them: whatever is heard first, the order is the systems'.
+    # Rows are compared with those above them: whatever is heard first, the order is the systems',
+    # after those of earlier calls.
+    before = results["systems"]
+    heard = {name: errors for name, errors in before.items() if name not in systems}
+    results["systems"] = heard | {name: before.get(name, {}) for name in systems}
     heard = results["systems"]
-    results["systems"] = heard = {name: heard.get(name, {}) for name in systems} | heard
     for system in only or systems:
         errors = heard[system]
         missing = [key for key in chosen if key not in errors]
@@ -64,7 +67,7 @@ def listen(
             check_speech(results, key, speech_of(said))
             found = word_errors([u.text for u in said], _heard(speech, said, f"{system}: {key}"))
             errors[key] = [one.errors for one in found]
-            write_json(file, results)
+            write_json(file, results | {"systems": {n: e for n, e in heard.items() if e}})
     return results
 
 

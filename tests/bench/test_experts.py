@@ -56,6 +56,7 @@ def test_systems_beside_those_without_experts(heard: list[Any], tmp_path: Path) 
 def test_some_systems_alone(heard: list[Any], tmp_path: Path) -> None:
     experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only=f"{experts.SHIPPED}, mine")
     assert heard == [experts.SHIPPED, "mine"]
+    assert list(json.loads((tmp_path / "out.json").read_text())["systems"]) == heard
     # What is heard later stands where it belongs: the others are compared with it.
     experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only=experts.FULL)
     experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only="mine")
@@ -64,6 +65,17 @@ def test_some_systems_alone(heard: list[Any], tmp_path: Path) -> None:
     assert full[1] == experts.FULL and shipped[3].startswith("2.500 (") and own[3][:7] == "3.000 ("
     with pytest.raises(SAMLError, match=r"--only other: expected some of .*mine"):
         experts.main(tmp_path, tmp_path / "out.json", sets="noisy", only="mine,other")
+
+
+def test_other_systems_after_those_of_an_earlier_call(
+    heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    experts.main(tmp_path, out, sets="noisy", only="mine")
+    again = {name: lambda: "mine" for name in ("mine, again", "again, too")}
+    monkeypatch.setattr(experts, "systems", lambda model, files: again)
+    experts.main(tmp_path, out, sets="noisy", only="again, too, mine, again")
+    assert list(json.loads(out.read_text())["systems"]) == ["mine", "mine, again", "again, too"]
 
 
 def test_refusals(tmp_path: Path) -> None:
