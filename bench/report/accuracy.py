@@ -210,8 +210,9 @@ def _on(about: dict[str, Any]) -> str:
 
 
 def _unadapted(data: dict[str, Any], heads: Sequence[str], rows: list[list[str]], how: str) -> str:
-    """A table of systems that heard every utterance of some sets."""
+    """A table of systems that heard every utterance of some sets, without empty columns."""
     clips = ", ".join(f"{len(one['words'])} of {key}" for key, one in data["speech"].items())
-    lines = markdown_table(heads, rows)
+    said = [n for n in range(len(heads)) if any(row[n] for row in rows)]
+    lines = markdown_table([heads[n] for n in said], [[row[n] for n in said] for row in rows])
     lines.append(f"{how}; clips: {clips}. {_on(data['about'])}")
     return "\n".join(lines)

@@ -47,10 +47,11 @@ def test_systems_beside_those_without_experts(heard: list[Any], tmp_path: Path) 
     experts.main(tmp_path, out, experts=[f"mine={mine}"], sets="choosing,noisy")
     assert heard == [system for system in MISSING for _ in range(2)]
     full, quantised, shipped, own = experts.rows(json.loads(out.read_text()))[:4]
-    assert full == ["choosing", "full precision", "25.00", "", "", ""]
+    assert full == ["choosing", "full precision", "25.00", "", "", "", ""]
     assert quantised[2] == "50.00" and quantised[3].startswith("2.000 (2.000 to 2.000")
-    assert shipped[2] == "62.50" and shipped[4].startswith("1.250 (0.0") and shipped[5] == "1 of 2"
-    assert own[2:4] == ["75.00", "3.000 (3.000 to 3.000)"] and own[5] == "2 of 2"
+    assert shipped[2] == "62.50" and shipped[4].startswith("1.250 (0.0") and shipped[6] == "1 of 2"
+    assert own[2:4] == ["75.00", "3.000 (3.000 to 3.000)"] and own[6] == "2 of 2"
+    assert own[5].startswith("1.200 (0.") and not shipped[5]
 
 
 def test_some_systems_alone(heard: list[Any], tmp_path: Path) -> None:
