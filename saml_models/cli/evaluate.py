@@ -13,7 +13,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from saml_models.cli.options import Device, Experts, Guarded, Overwrite, device_named
+from saml_models.cli.options import (
+    Device,
+    Experts,
+    Guarded,
+    Overwrite,
+    checkpoint_of,
+    device_named,
+)
+from saml_models.cli.output import progress, resumable
 from saml_models.runtime.quiet import quiet_libraries
 
 __all__ = ["demo", "evaluate"]
@@ -53,7 +61,10 @@ def evaluate(
             "and the last third of what is adapted on chooses the epoch."
         ),
     ] = "whisper",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write everything here; with it a killed run can go on."),
+    ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="PNG of WER per speaker; default beside --json.")
     ] = None,
@@ -84,7 +95,11 @@ def evaluate(
         figure = figure or json_file.with_suffix(".png")
     if figure is not None:
         check_output(figure, is_figure, overwrite)
-    result = _run(model, experts, plan, beam_size, device_named(device), language, scoring, guard)
+    with _resumable(json_file) as checkpoint:
+        result = _run(model, experts, plan, beam_size, device_named(device), language, scoring,
+                      guard, checkpoint)  # fmt: skip
+        if json_file is not None:
+            write_json(json_file, result)
     console = Console()
     console.print(_table(result))
     console.print(_by_speaker(result))
@@ -97,7 +112,6 @@ def evaluate(
             f"{high:.4f}), {100 * found['agreement']:.1f} % of {found['tokens']} tokens agree"
         )
     if json_file is not None:
-        write_json(json_file, result)
         console.print(f"JSON: {json_file}")
     if figure is not None:
         from saml_models.evaluation.figures import plot_speakers
@@ -122,7 +136,6 @@ def _curve(
     """`saml evaluate --curve`: computed, shown and written."""
     from saml_kernels.errors import SAMLError
     from saml_kernels.files import check_output, is_figure, is_json, write_json
-    from saml_models.cli.output import progress
     from saml_models.evaluation.curve import curve_folds, learning_curve
     from saml_models.speakers.pretrained import load_adaptable
 
@@ -138,7 +151,7 @@ def _curve(
         check_output(figure, is_figure, overwrite)
     saml = load_adaptable(name, experts=experts, device=device_named(device))
     total, done = sum(map(len, plan.values())), 0
-    with progress("adapting") as show:
+    with _resumable(json_file) as checkpoint, progress("adapting") as show:
 
         def on_done(parts: int) -> None:
             nonlocal done
@@ -147,16 +160,19 @@ def _curve(
 
         found = learning_curve(
             saml, plan,
-            guard=guard, beam_size=beam_size, language=language, scoring=scoring, on_done=on_done,
+            guard=guard, beam_size=beam_size, language=language, scoring=scoring,
+            checkpoint=checkpoint, on_done=on_done,
         )  # fmt: skip
-    result = {
-        "model": name,
-        "guard": guard,
-        "beam_size": beam_size,
-        "language": language,
-        "scoring": scoring,
-        **found.to_dict(),
-    }
+        result = {
+            "model": name,
+            "guard": guard,
+            "beam_size": beam_size,
+            "language": language,
+            "scoring": scoring,
+            **found.to_dict(),
+        }
+        if json_file is not None:
+            write_json(json_file, result)
     console = Console()
     table = Table(title=f"{name}: WER % by utterances learnt from")
     columns = "utterances", "speakers", "WER %", "95 %", "unadapted", "unused"
@@ -171,12 +187,22 @@ def _curve(
         )  # fmt: skip
     console.print(table)
     if json_file is not None:
-        write_json(json_file, result)
         console.print(f"JSON: {json_file}")
     if figure is not None:
         from saml_models.evaluation.figures import plot_curve
 
         _draw(console, plot_curve, result, figure)
+
+
+@contextmanager
+def _resumable(json_file: Path | None) -> Iterator[Path | None]:
+    """Where a run whose result goes to a file keeps what it has done, until the result is there."""
+    if json_file is None:
+        yield None
+        return
+    checkpoint = checkpoint_of(json_file)
+    with resumable(checkpoint):
+        yield checkpoint
 
 
 def _draw(
@@ -228,6 +254,7 @@ def _run(
     language: str | None = None,
     scoring: str = "whisper",
     guard: bool = True,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """The protocol with progress bars."""
     from saml_models.evaluation.systems import evaluate_systems
@@ -238,7 +265,7 @@ def _run(
         result = evaluate_systems(
             name, saml, plan,
             device=device, guard=guard, beam_size=beam_size, language=language, scoring=scoring,
-            on_stage=stage, on_done=done,
+            checkpoint=checkpoint, on_stage=stage, on_done=done,
         )  # fmt: skip
     return {"model": name, "beam_size": beam_size, "language": language, **result.to_dict()}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
+from saml_models.evaluation.parts import Parts, run_of
 from saml_models.evaluation.protocol import Fold
 from saml_models.models.registry import bind
 from saml_models.text.wer import WordErrors, over_speakers, pooled, word_errors
@@ -106,6 +109,7 @@ def learning_curve(
     beam_size: int = 1,
     language: str | None = None,
     scoring: str = "whisper",
+    checkpoint: Path | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Curve:
     """Word errors of the pretrained experts and of adaptation with ever more utterances.
@@ -114,7 +118,7 @@ def learning_curve(
         saml: a model with SAML layers and pretrained experts, and its processor.
         plan: from `curve_folds`.
         options: of the adaptation; the defaults unless given.
-        guard, beam_size, language, scoring: as for `protocol.evaluate`.
+        guard, beam_size, language, scoring, checkpoint: as for `protocol.evaluate`.
         on_done: called with the number of adaptations done, after each.
 
     Raises:
@@ -123,21 +127,33 @@ def learning_curve(
     curve = Curve({0: {}})
     speech = bind(*saml)
     code = None if language is None else speech.language_code(language, "transcribe")
+    parts = Parts(
+        checkpoint,
+        lambda: run_of(
+            [saml[0]], [fold for folds in plan.values() for fold in folds], options,
+            guard=guard, beam_size=beam_size, language=code, scoring=scoring,
+        ),
+    )  # fmt: skip
 
-    def errors(fold: Fold) -> list[WordErrors]:
+    def errors(fold: Fold) -> list[tuple[int, ...]]:
         clips = [u.load() for u in fold.test]
         heard = decode_clips(speech, clips, beam_size=beam_size, language=code)
-        return word_errors([u.text for u in fold.test], heard, scoring)
+        return [astuple(e) for e in word_errors([u.text for u in fold.test], heard, scoring)]
+
+    def learnt(fold: Fold) -> dict[str, Any]:
+        profile = adapt(*saml, fold.train, options, skip_long=True, guard=guard)
+        with profile.applied(saml[0]):
+            return {"used": profile.about.get("adapted", True), "errors": errors(fold)}
 
     for count, folds in plan.items():
         curve.errors[count], curve.unused[count] = {}, 0
         for fold in folds:
-            if fold.speaker not in curve.errors[0]:
-                curve.errors[0][fold.speaker] = errors(fold)
-            profile = adapt(*saml, fold.train, options, skip_long=True, guard=guard)
-            curve.unused[count] += not profile.about.get("adapted", True)
-            with profile.applied(saml[0]):
-                curve.errors[count][fold.speaker] = errors(fold)
+            name = fold.speaker
+            before = parts.part(f"0 {name}", partial(errors, fold))
+            after = parts.part(f"{count} {name}", partial(learnt, fold))
+            curve.errors[0][name] = [WordErrors(*one) for one in before]
+            curve.errors[count][name] = [WordErrors(*one) for one in after["errors"]]
+            curve.unused[count] += not after["used"]
             if on_done:
                 on_done(1)
     return curve

@@ -6,15 +6,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saml_kernels.errors import SAMLError
+from saml_models.compress.layers import model_hash
 from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.corpora import Utterance, short_clips
 from saml_models.evaluation.comparisons import made_worse, ratios
 from saml_models.evaluation.divergence import Divergence, divergences
+from saml_models.evaluation.parts import Parts, run_of
 from saml_models.models.interface import SpeechModel
 from saml_models.models.loops import is_loop
 from saml_models.models.registry import bind
@@ -233,6 +238,7 @@ def evaluate(
     beam_size: int = 1,
     language: str | None = None,
     scoring: str = "whisper",
+    checkpoint: Path | None = None,
     on_stage: Callable[[str, int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -252,6 +258,7 @@ def evaluate(
         language: code or name of what is spoken in the test clips; None lets a multilingual model
             detect it in each.
         scoring: how words are counted, of `SCORINGS`.
+        checkpoint: a file of what was heard so far, with texts; a killed run goes on from it.
         on_stage: called with the name and the number of parts of each stage that begins.
         on_done: called with the number of parts done.
 
@@ -277,47 +284,74 @@ def evaluate(
     speech = bind(*full)
     code = None if language is None else speech.language_code(language, "transcribe")
 
+    ends = np.cumsum([len(fold.test) for fold in folds])
+    own_clips = [clips[end - len(fold.test) : end] for fold, end in zip(folds, ends, strict=True)]
+    several = len({fold.speaker for fold in folds}) > 1
+    lender = [other_fold(folds, i) for i in range(len(folds))] if several else []
+    parts = Parts(
+        checkpoint,
+        lambda: run_of(
+            [quantised[0], saml[0]], folds, options,
+            guard=guard, beam_size=beam_size, language=code, scoring=scoring,
+            full=model_hash(full[0]),
+        ),
+    )  # fmt: skip
+
     def hear(system: tuple[Any, Any], clips: Sequence[np.ndarray]) -> list[str]:
         return decode_clips(bind(*system), clips, beam_size=beam_size, language=code, on_done=done)
 
-    def record(system: str, hypotheses: list[str], started: float) -> None:
+    def alone(system: tuple[Any, Any]) -> dict[str, Any]:
+        started = time.monotonic()
+        return {"texts": hear(system, clips), "seconds": time.monotonic() - started}
+
+    def record(system: str, hypotheses: list[str], seconds: float) -> None:
         result.hypotheses[system] = hypotheses
         result.errors[system] = word_errors(result.references, hypotheses, scoring)
         result.loops[system] = sum(in_loop(speech, text) for text in hypotheses)
-        result.seconds[system] = time.monotonic() - started
+        result.seconds[system] = seconds
+
+    def adapted(i: int) -> dict[str, Any]:
+        """What is heard with the profile of a fold in its clips, and in those it is lent to."""
+        times = [time.monotonic()]
+        fold = folds[i]
+        profile = adapt(*saml, fold.train, options, skip_long=True, choose=fold.choose, guard=guard)
+        times.append(time.monotonic())
+        with profile.applied(saml[0]):
+            own = hear(saml, own_clips[i])
+            times.append(time.monotonic())
+            others = {str(j): hear(saml, own_clips[j]) for j, k in enumerate(lender) if k == i}
+        times.append(time.monotonic())
+        took = [after - before for before, after in pairwise(times)]
+        return {
+            "guard": profile.about.get("guard"), "texts": own, "others": others, "seconds": took
+        }  # fmt: skip
 
     plain = {"full_precision": full, "quantised": quantised, "experts": saml}
     for system, candidate in plain.items():
         stage(SYSTEMS[system], len(clips))
-        started = time.monotonic()
-        record(system, hear(candidate, clips), started)
+        if system in parts.known:
+            done(len(clips))
+        heard = parts.part(system, partial(alone, candidate))
+        record(system, heard["texts"], heard["seconds"])
 
     stage("distribution", len(clips))
     _compare(bind(*full), bind(*quantised), clips, code, result, done)
 
-    stage("adapting", len(folds))
-    started = time.monotonic()
-    profiles: list[SpeakerProfile] = []
-    for fold in folds:
-        profile = adapt(*saml, fold.train, options, skip_long=True, choose=fold.choose, guard=guard)
-        if "guard" in profile.about:
-            result.guard.append({"speaker": fold.speaker, **profile.about["guard"]})
-        profiles.append(profile)
+    stage(SYSTEMS["adapted"], len(folds) + (1 + several) * len(clips))
+    found = []
+    for i, fold in enumerate(folds):
+        if (name := f"fold {i}") in parts.known:
+            done(len(own_clips[i]) + sum(len(own_clips[j]) for j, k in enumerate(lender) if k == i))
+        found.append(parts.part(name, partial(adapted, i)))
+        if found[-1]["guard"] is not None:
+            result.guard.append({"speaker": fold.speaker, **found[-1]["guard"]})
         done(1)
-    result.seconds["adapting"] = time.monotonic() - started
-    chosen_by = {"adapted": list(range(len(folds)))}
-    if len({fold.speaker for fold in folds}) > 1:
-        chosen_by["other_speaker"] = [other_fold(folds, i) for i in range(len(folds))]
-    for system, chosen in chosen_by.items():
-        stage(SYSTEMS[system], len(clips))
-        started = time.monotonic()
-        texts, at = [], 0
-        for i, fold in enumerate(folds):
-            part = clips[at : at + len(fold.test)]
-            at += len(part)
-            with profiles[chosen[i]].applied(saml[0]):
-                texts += hear(saml, part)
-        record(system, texts, started)
+    learning, own, others = (sum(one["seconds"][n] for one in found) for n in range(3))
+    result.seconds["adapting"] = learning
+    record("adapted", [text for one in found for text in one["texts"]], own)
+    if several:
+        texts = [text for j, i in enumerate(lender) for text in found[i]["others"][str(j)]]
+        record("other_speaker", texts, others)
     return result
 
 

@@ -33,6 +33,7 @@ def evaluate_systems(
     beam_size: int = 1,
     language: str | None = None,
     scoring: str = "whisper",
+    checkpoint: Path | None = None,
     on_stage: Callable[[str, int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -41,7 +42,7 @@ def evaluate_systems(
     Args:
         name_or_path: what gives the model at full precision.
         saml: the same model with SAML layers and pretrained experts, and its processor.
-        folds, options, guard, beam_size, language, scoring, on_stage, on_done: as for
+        folds, options, guard, beam_size, language, scoring, checkpoint, on_stage, on_done: as for
             `protocol.evaluate`.
         device: of the full and the quantised model; None is the CPU.
 
@@ -59,8 +60,8 @@ def evaluate_systems(
     report = compress(quantised[0], SAMLConfig(num_experts=0, **base))
     result = evaluate(
         full, quantised, saml, folds, options,
-        guard=guard, beam_size=beam_size, language=language, scoring=scoring, on_stage=on_stage,
-        on_done=on_done,
+        guard=guard, beam_size=beam_size, language=language, scoring=scoring,
+        checkpoint=checkpoint, on_stage=on_stage, on_done=on_done,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         saml_bytes = save_saml(*saml, folder)

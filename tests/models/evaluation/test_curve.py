@@ -67,7 +67,7 @@ def test_rates_and_what_they_are_compared_with(tmp_path: Path) -> None:
 
 
 def test_each_count_adapts_anew_and_is_heard_with_its_profile(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     current: list[int] = [0]
 
@@ -108,3 +108,22 @@ def test_each_count_adapts_anew_and_is_heard_with_its_profile(
     ]  # fmt: skip
     assert [p["unused"] for p in found["curve"]] == [0, 1, 0]
     assert done == [1, 1]
+
+    kept, learnt = tmp_path / "curve.json.checkpoint", list[int]()
+
+    def twice(model: Any, processor: Any, train: Any, options: Any, **more: Any) -> Profile:
+        if len(learnt) == 1:
+            learnt.append(0)
+            raise KeyboardInterrupt
+        learnt.append(len(train))
+        return Profile(len(train))
+
+    monkeypatch.setattr(module, "adapt", twice)
+    monkeypatch.setattr(module, "run_of", lambda models, folds, options, **settings: "this run")
+    with pytest.raises(KeyboardInterrupt):
+        learning_curve((None, None), plan, checkpoint=kept)
+    assert learning_curve((None, None), plan, checkpoint=kept).to_dict() == found
+    assert learnt == [5, 0, 10]
+    kept.write_text('{"run": "this run", "parts": 5}')
+    with pytest.raises(SAMLError, match="damaged checkpoint; remove it"):
+        learning_curve((None, None), plan, checkpoint=kept)

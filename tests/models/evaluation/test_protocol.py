@@ -87,6 +87,31 @@ def test_the_whole_protocol_on_real_speech(speech_root, tmp_path, monkeypatch):
     # Three plain systems and two adapted ones decode every clip, two tell their distributions of
     # its text; every fold adapts once.
     assert sum(parts) == 6 * len(result.ids) + len(folds)
+    # A run that is interrupted goes on with what it has not done, to the same texts.
+    kept = tmp_path / "out.json.checkpoint"
+    adapted: list[str] = []
+    adapt = protocol.adapt
+
+    def once(*given, **more):
+        if adapted:
+            raise KeyboardInterrupt
+        adapted.append("one")
+        return adapt(*given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(protocol, "adapt", once)
+        evaluate(full, quantised, saml, folds, options, language="english", checkpoint=kept)
+    languages.clear()
+    again: list[int] = []
+    resumed = evaluate(
+        full, quantised, saml, folds, options,
+        language="english", checkpoint=kept, on_done=again.append,
+    )  # fmt: skip
+    assert len(languages) == 2  # the second fold's own clips, and those it lends its profile to
+    assert sum(again) == sum(parts)
+    assert resumed.hypotheses == result.hypotheses and resumed.guard == result.guard
+    with pytest.raises(SAMLError, match="belongs to an evaluation with other data"):
+        evaluate(full, quantised, saml, folds, options, checkpoint=kept)
     result.size = {"full_bytes": report.full_bytes, "saml_bytes": 1, "ratio": 1.0}
     path = tmp_path / "out.json"
     write_json(path, result.to_dict())
