@@ -7,15 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_kernels.files import read_json, write_json
 from saml_models.compress.layers import compression_of
 from saml_models.training.options import TrainingOptions
-
-if TYPE_CHECKING:
-    from saml_models.evaluation.protocol import Fold
 
 __all__ = ["Parts", "run_of"]
 
@@ -57,13 +54,13 @@ class Parts:
 
 
 def run_of(
-    models: Sequence[Any], folds: Sequence[Fold], options: TrainingOptions | None, **settings: Any
+    models: Sequence[Any], folds: Sequence[Any], options: TrainingOptions | None, **settings: Any
 ) -> str:
     """SHA-256 (hex) of all that an evaluation follows from.
 
     Args:
         models: those with SAML layers.
-        folds: as they are evaluated.
+        folds: of the protocol, in order.
         options: of the adaptation.
         settings: others.
     """
