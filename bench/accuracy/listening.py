@@ -54,9 +54,8 @@ def listen(
     # Rows are compared with those above them: whatever is heard first, the order is the systems',
     # after those of earlier calls.
     before = results["systems"]
-    heard = {name: errors for name, errors in before.items() if name not in systems}
-    results["systems"] = heard | {name: before.get(name, {}) for name in systems}
-    heard = results["systems"]
+    earlier = {name: errors for name, errors in before.items() if name not in systems}
+    results["systems"] = heard = earlier | {name: before.get(name, {}) for name in systems}
     for system in only or systems:
         errors = heard[system]
         missing = [key for key in chosen if key not in errors]

@@ -341,10 +341,12 @@ def evaluate(
     found = []
     for i, fold in enumerate(folds):
         if (name := f"fold {i}") in parts.known:
-            done(len(own_clips[i]) + sum(len(own_clips[j]) for j, k in enumerate(lender) if k == i))
-        found.append(parts.part(name, partial(adapted, i)))
-        if found[-1]["guard"] is not None:
-            result.guard.append({"speaker": fold.speaker, **found[-1]["guard"]})
+            kept = parts.known[name]
+            done(len(kept["texts"]) + sum(map(len, kept["others"].values())))
+        heard = parts.part(name, partial(adapted, i))
+        if heard["guard"] is not None:
+            result.guard.append({"speaker": fold.speaker, **heard["guard"]})
+        found.append(heard)
         done(1)
     learning, own, others = (sum(one["seconds"][n] for one in found) for n in range(3))
     result.seconds["adapting"] = learning
