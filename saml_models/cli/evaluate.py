@@ -293,10 +293,10 @@ def _table(result: dict[str, Any]) -> Table:
     from saml_models.evaluation.protocol import SYSTEMS
 
     size, wer = result["size"], result["wer"]
-    ratio = result["relative"]["adapted_to_full_precision"]
+    ratio = result["ratios"].get("adapted_to_full_precision")
     title = f"{result['model']}: {size['ratio']:.2f}x smaller"
     if ratio is not None:
-        title += f", adapted WER is {ratio:.2f} of full precision's"
+        title += f", adapted WER is {ratio['ratio']:.2f} of full precision's"
     table = Table(title=title)
     for column in ("system", "WER %", "95 %", "sub", "del", "ins", "MB"):
         table.add_column(column, justify="left" if column == "system" else "right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,13 +26,7 @@ from saml_models.models.targets import target_limit
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.normalise import SCORINGS
 from saml_models.text.style import in_model_style
-from saml_models.text.wer import (
-    WordErrors,
-    bootstrap_interval,
-    bootstrap_ratio,
-    pooled,
-    word_errors,
-)
+from saml_models.text.wer import WordErrors, over_speakers, pooled, word_errors
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
@@ -103,27 +96,21 @@ class Evaluation:
         for system in systems:
             errors = self.errors[system]
             total = pooled(errors)
-            low, high = bootstrap_interval(errors)
+            _, *ends = over_speakers(
+                self.speakers, [e.errors for e in errors], [e.words for e in errors]
+            )
             detail[system] = {
                 "wer": round(total.wer, 3),
-                "interval_95": [round(low, 3), round(high, 3)],
+                "interval_95": [round(100 * end, 3) for end in ends],
                 "substitutions": total.substitutions,
                 "deletions": total.deletions,
                 "insertions": total.insertions,
                 "words": total.words,
             }
-        relative: dict[str, Any] = {"adapted_to_full_precision": None, "interval_95": None}
-        if self.wer("full_precision") > 0:  # a ratio to no errors at all means nothing
-            low, high = bootstrap_ratio(self.errors["adapted"], self.errors["full_precision"])
-            ratio = self.wer("adapted") / self.wer("full_precision")
-            relative["adapted_to_full_precision"] = round(ratio, 4)
-            if math.isfinite(high):
-                relative["interval_95"] = [round(low, 4), round(high, 4)]
         return {
             "scoring": self.scoring,
             "wer": {s: round(self.wer(s), 3) if s in detail else None for s in SYSTEMS},
             "wer_by_scoring": {name: self._rates(name) for name in SCORINGS},
-            "relative": relative,
             "ratios": ratios(self.speakers, self.errors),
             "made_worse": made_worse(self.speakers, self.errors) if "adapted" in detail else [],
             "guard": self.guard,

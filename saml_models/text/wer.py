@@ -1,4 +1,4 @@
-"""Word error rates: counts per utterance, intervals over utterances and over speakers."""
+"""Word error rates: counts per utterance, intervals over speakers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from saml_models.text.normalise import SCORINGS
 
 __all__ = [
     "WordErrors",
-    "bootstrap_interval",
-    "bootstrap_ratio",
     "over_speakers",
     "pooled",
     "word_errors",
@@ -88,61 +86,6 @@ def pooled(errors: Iterable[WordErrors]) -> WordErrors:
     return sum(errors, start=WordErrors())
 
 
-def bootstrap_interval(
-    errors: Sequence[WordErrors], level: float = 0.95, samples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Confidence interval of the pooled WER, in per cent, from resampled utterances.
-
-    Args:
-        errors: one entry an utterance.
-        level: probability that the interval aims to hold, between 0 and 1.
-        samples: resamplings.
-        seed: of the random numbers; the same seed gives the same interval.
-
-    Raises:
-        ValueError: no utterance, or a level or a number of samples out of range.
-
-    Source: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance
-    evaluation" (ICASSP 2004).
-    """
-    counts = np.array([(one.errors, one.words) for one in errors], dtype=np.float64)
-    sums = _resampled_sums(counts, samples, seed)
-    # A resample may by chance hold only utterances without a word.
-    return _quantiles(100.0 * sums[:, 0] / np.maximum(sums[:, 1], 1.0), level)
-
-
-def bootstrap_ratio(
-    a: Sequence[WordErrors],
-    b: Sequence[WordErrors],
-    level: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Confidence interval of WER(a) / WER(b) for two systems heard on the same utterances.
-
-    Both systems are resampled together, so that hard utterances cancel: below 1 throughout means
-    that `a` is better. A resample in which neither errs counts as 1.
-
-    Args:
-        a: one entry an utterance.
-        b: the other system's, in the same order.
-        level: probability that the interval aims to hold, between 0 and 1.
-        samples: resamplings.
-        seed: of the random numbers; the same seed gives the same interval.
-
-    Raises:
-        ValueError: the two do not have the same references, or as `bootstrap_interval`.
-    """
-    if [one.words for one in a] != [one.words for one in b]:
-        raise ValueError("bootstrap_ratio: a and b need the same utterances in the same order")
-    counts = np.array([(x.errors, y.errors) for x, y in zip(a, b, strict=True)], dtype=np.float64)
-    sums = _resampled_sums(counts, samples, seed)
-    ratios = np.full(samples, np.inf)
-    np.divide(sums[:, 0], sums[:, 1], out=ratios, where=sums[:, 1] > 0)
-    ratios[(sums == 0).all(axis=1)] = 1.0
-    return _quantiles(ratios, level)
-
-
 def over_speakers(
     speakers: Sequence[str], amounts: Sequence[float], counts: Sequence[float]
 ) -> tuple[float, float, float]:
@@ -196,23 +139,3 @@ def _student(freedom: int) -> float:
         return STUDENT[freedom - 1]
     z = NormalDist().inv_cdf(0.975)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def _resampled_sums(
-    counts: npt.NDArray[np.float64], samples: int, seed: int
-) -> npt.NDArray[np.float64]:
-    """Column sums of `counts` [utterances, columns] over resampled rows, [samples, columns]."""
-    if len(counts) == 0 or samples < 1:
-        raise ValueError("bootstrap: needs at least one utterance and one sample")
-    generator = np.random.default_rng(seed)
-    picks = (generator.integers(len(counts), size=len(counts)) for _ in range(samples))
-    return np.stack([counts[pick].sum(axis=0) for pick in picks])
-
-
-def _quantiles(values: npt.NDArray[np.float64], level: float) -> tuple[float, float]:
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"bootstrap: level {level}; expected a probability between 0 and 1")
-    tail = (1.0 - level) / 2.0
-    # No interpolation between values: one of them may be infinite.
-    low, high = np.quantile(values, [tail, 1.0 - tail], method="inverted_cdf")
-    return float(low), float(high)

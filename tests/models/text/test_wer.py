@@ -1,4 +1,4 @@
-"""Normalisation, word errors and bootstrap intervals."""
+"""Normalisation, word errors and intervals over speakers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from saml_models.text.normalise import english_spelling, normalise
 from saml_models.text.wer import (
     WordErrors,
     _student,
-    bootstrap_interval,
-    bootstrap_ratio,
     over_speakers,
     pooled,
     word_errors,
@@ -72,53 +70,21 @@ def test_rates_and_pooling() -> None:
     assert pooled([]) == WordErrors()
 
 
-def _made_up(rate: float, count: int = 200, seed: int = 1) -> list[WordErrors]:
-    wrong = np.random.default_rng(seed).binomial(20, rate, size=count)
-    return [WordErrors(substitutions=int(n), hits=20 - int(n)) for n in wrong]
-
-
-def test_interval_holds_the_rate_and_agrees_with_theory() -> None:
-    errors = _made_up(0.1)
-    low, high = bootstrap_interval(errors)
-    assert low < pooled(errors).wer < high
-    assert (low, high) == bootstrap_interval(errors)
-    assert (low, high) != bootstrap_interval(errors, seed=1)
+def test_interval_over_clips_agrees_with_theory() -> None:
+    wrong = np.random.default_rng(1).binomial(20, 0.1, size=200).tolist()
+    rate, low, high = over_speakers(["one"] * 200, wrong, [20.0] * 200)
+    assert low < rate < high
     # 4000 independent words: +-1.96 standard errors of a binomial, 0.93 % on each side.
-    assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.1 * 0.9 / 4000), rel=0.2)
-    narrow = bootstrap_interval(errors, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-
-
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
-    held = 0
-    for seed in range(100):
-        low, high = bootstrap_interval(_made_up(0.1, 100, seed), level=0.8, samples=200)
-        held += low <= 10.0 <= high
-    # Binomial(100, 0.8) lies within 68..92 in 99.8 % of draws; the draws here are fixed.
-    assert 68 <= held <= 92
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.1 * 0.9 / 4000), rel=0.2)
 
 
 def test_pairing_narrows_the_ratio() -> None:
-    # Utterances differ far more than the systems do, and both systems share the hard ones.
-    rates = np.random.default_rng(0).choice([0.02, 0.5], size=200)
-    worse = [WordErrors(substitutions=round(100 * r), hits=100 - round(100 * r)) for r in rates]
-    better = [WordErrors(substitutions=e.errors // 2, hits=100 - e.errors // 2) for e in worse]
-    assert bootstrap_ratio(better, worse) == (0.5, 0.5)
-    assert bootstrap_ratio(worse, worse) == (1.0, 1.0)
-    low, high = bootstrap_interval(worse)
-    assert (high - low) / pooled(worse).wer > 0.2
-
-
-def test_ratio_of_independent_systems_holds_the_truth() -> None:
-    low, high = bootstrap_ratio(_made_up(0.1, seed=1), _made_up(0.2, seed=2))
-    assert 0.3 < low < 0.5 < high < 0.7
-
-
-def test_ratio_against_a_system_without_errors() -> None:
-    perfect, once = [WordErrors(hits=5)] * 3, [WordErrors(substitutions=1, hits=4)] * 3
-    assert bootstrap_ratio(perfect, perfect) == (1.0, 1.0)
-    assert bootstrap_ratio(perfect, once) == (0.0, 0.0)
-    assert bootstrap_ratio(once, perfect) == (math.inf, math.inf)
+    # Clips differ far more than the systems do, and both systems share the hard ones.
+    rates = np.random.default_rng(0).choice([2.0, 50.0], size=200)
+    clips = [str(n) for n in range(200)]
+    assert over_speakers(clips, (rates / 2).tolist(), rates.tolist()) == pytest.approx((0.5,) * 3)
+    rate, low, high = over_speakers(clips, rates.tolist(), [100.0] * 200)
+    assert (high - low) / rate > 0.2
 
 
 def test_bare_words_as_the_authors_count_them() -> None:
@@ -165,13 +131,3 @@ def test_interval_over_speakers_covers_the_truth(speakers: int, least: int) -> N
         _, low, high = over_speakers(names, (100 * rates).tolist(), [100.0] * speakers)
         held += low <= 0.2 <= high
     assert least <= held <= 99
-
-
-def test_bootstrap_refuses() -> None:
-    errors = [WordErrors(hits=5)]
-    with pytest.raises(ValueError, match="at least one utterance"):
-        bootstrap_interval([])
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_interval(errors, level=95)
-    with pytest.raises(ValueError, match="same utterances"):
-        bootstrap_ratio(errors, [WordErrors(hits=4)])
