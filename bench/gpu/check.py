@@ -44,8 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
@@ -53,31 +52,12 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.gpu.steps import Step, run_steps
 from bench.place import NOT_RUN, RESULTS, as_module, environment
 
 HOST = ("bench", "host")  # a module and its options
-MARGIN = 5.0  # seconds between what a step plans with and its end
 LAST_ROW = 25.0  # seconds that tuning one more shape may take
-LOG, LOG_LINES = "log.txt", 150  # of each step
-# Nothing is fetched: without a network each question takes until it is given up.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is run by itself.
-
-    Attributes:
-        name: for `--do`.
-        least: seconds; with fewer it is not begun.
-        most: its limit.
-    """
-
-    name: str
-    least: float
-    most: float
-
-
+LOG = "log.txt"
 # What one leaves, the next may use; the first begins with a device that nobody has woken.
 STEPS = (
     Step("shapes", 25, 70), Step("properties", 30, 75), Step("suite", 30, 90),
@@ -93,97 +73,6 @@ BY_NAME_ALONE = (
 )  # fmt: skip
 BY_DEFAULT = ",".join(step.name for step in STEPS)
 ALL = {step.name: step for step in (*STEPS, *BY_NAME_ALONE)}
-
-
-@dataclass
-class Outcome:
-    """How a step ended: "done", "failed", "stopped" or "not run"; and one line."""
-
-    step: str
-    ended: str
-    said: str
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.step:8} {self.ended}, {self.seconds:.0f} s: {self.said}"
-
-
-def limit_of(step: Step, later: Sequence[Step], left: float) -> float | None:
-    """Seconds that a step may take of those left, None for too few.
-
-    Of what it could do without, the later ones that fit are kept their least.
-    """
-    spare = left - step.least
-    if spare < 0:
-        return None
-    for other in later:
-        if other.least <= spare:
-            spare -= other.least
-    return min(step.most, step.least + spare)
-
-
-def run_steps(
-    steps: Sequence[Step],
-    command: Sequence[str],
-    seconds: float,
-    whole: bool = False,
-    log: Path | None = None,
-) -> list[Outcome]:
-    """Each as `command --step NAME --seconds S`, until `seconds` are over; `whole` lifts `most`.
-
-    The end of what each printed goes to `log`.
-    """
-    deadline, found = time.monotonic() + seconds, []
-    for i, step in enumerate(steps):
-        left = deadline - time.monotonic()
-        if whole:
-            step = Step(step.name, step.least, seconds)
-        limit = limit_of(step, steps[i + 1 :], left)
-        if limit is None:
-            said = f"{max(0.0, left):.0f} s are left, it needs {step.least:.0f}"
-            found.append(Outcome(step.name, "not run", said))
-        else:
-            found.append(run_step(step, command, limit, log))
-        print(found[-1], flush=True)
-    return found
-
-
-def run_step(step: Step, command: Sequence[str], limit: float, log: Path | None = None) -> Outcome:
-    """In a process of its own; what is left of it and its children is ended."""
-    started = time.monotonic()
-    # The clock is the machine's: what it takes to start counts too.
-    call = [*command, "--since", f"{started:.3f}", "--step", step.name]
-    call += ["--seconds", f"{max(1.0, limit - MARGIN):.1f}"]
-    with tempfile.TemporaryFile("w+") as out:
-        # A group of its own, but no session: whoever ends this process's session ends it too.
-        process = subprocess.Popen(
-            call, stdout=out, stderr=subprocess.STDOUT, env=environment() | OFFLINE, process_group=0
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        out.seek(0)
-        lines = [line.rstrip() for line in out.read().splitlines() if line.strip()]
-    seconds = time.monotonic() - started
-    said = lines[-1].strip() if lines else f"exit code {code}"
-    if code is None:
-        said = f"not done in {limit:.0f} s; its file has what it had found"
-        outcome = Outcome(step.name, "stopped", said, seconds)
-    elif code == NOT_RUN:
-        outcome = Outcome(step.name, "not run", said, seconds)
-    else:
-        outcome = Outcome(step.name, "failed" if code else "done", said, seconds)
-    if log is not None:
-        with suppress(OSError):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                print(f"== {outcome}", *lines[-LOG_LINES:], sep="\n", file=file)
-    return outcome
 
 
 @dataclass
@@ -237,7 +126,7 @@ def _shapes(name: str, setting: Setting) -> tuple[int, str]:
 
 
 def _properties(name: str, setting: Setting) -> tuple[int, str]:
-    from bench.gpu.properties import check_properties
+    from bench.gpu.property_runs import check_properties
     from bench.gpu.results import Sheet
 
     sheet = Sheet(setting.results, name, setting.device)
@@ -519,7 +408,7 @@ def main(
         counted(step.removeprefix("counted-"))
         return
     if step.startswith("property-"):
-        from bench.gpu.properties import check_property
+        from bench.gpu.property_runs import check_property
 
         code, said = check_property(step.removeprefix("property-"), where)
         print(said, flush=True)

@@ -1,21 +1,16 @@
-"""What must hold on a real device beside single products, for check.py: each a check of seconds.
+"""What must hold on a real device beside single products: each a check of seconds.
 
-Each is a function of the device that raises where it does not hold, and runs in a process of its
-own beside the others: a kernel that hangs or strays takes nobody along. On a CPU, under Triton's
-interpreter, a graph is its calls made again.
+Each is a function of the device that raises where it does not hold. property_runs.py asks them. On
+a CPU, under Triton's interpreter, a graph is its calls made again.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import subprocess
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +18,30 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.gpu.checks import PLAIN, worst_row
+from bench.gpu.instruments import (
+    features_of,
+    gates_profiles,
+    graph_of,
+    layer_of,
+    near,
+    off,
+    overwrite_free_memory,
+    small_model,
+    unwritten_is_nan,
+)
 from bench.gpu.results import one_line
-from bench.place import NOT_RUN, as_module, environment
-from saml_kernels import SAMLConfig, SAMLLinear, quantize
-from saml_kernels.backends import registry
+from saml_kernels import SAMLConfig, quantize
 from saml_kernels.backends.reference import gates_from_logits, saml_linear_reference
 from saml_kernels.backends.triton import counters as counters_module
 from saml_kernels.backends.triton.backend import forward
 from saml_kernels.backends.triton.configs import Config, table_changed
-from saml_kernels.backends.triton.launcher import interpreting
 from saml_kernels.cuda import capture, current
 from saml_kernels.timing import timed
 
-__all__ = ["PROPERTIES", "NotRun", "check_properties", "check_property"]
+__all__ = ["PROPERTIES", "NotRun"]
 
-TOGETHER = 8  # processes at a time
-LAST_LINES = 30
 LOST_BYTES = 8 << 20  # that may be missing when all graphs are gone
 
 Property = Callable[[torch.device], str]
@@ -49,122 +49,6 @@ Property = Callable[[torch.device], str]
 
 class NotRun(Exception):
     """A property that cannot be asked here."""
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||, infinite where it is not finite."""
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    return error if error == error else float("inf")
-
-
-def near(name: str, found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """The relative error of all, and of the worst row at most five times the tolerance."""
-    error = off(found, expected)
-    if not error < tolerance:
-        raise AssertionError(f"{name} is off by {error:.1e}")
-    if found.dim() > 1:
-        worst = worst_row(found, expected.double())
-        if not worst < 5 * tolerance:
-            raise AssertionError(f"{name} is off by {worst:.1e} in a row")
-    return error
-
-
-@contextmanager
-def unwritten_is_nan() -> Iterator[None]:
-    """Within the block what a kernel forgets to write is NaN, not what happened to lie there."""
-    deterministic: Any = torch.utils.deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def graph_of(
-    run: Callable[[], list[Tensor]], device: torch.device, pool: Any = None
-) -> tuple[list[Tensor], Callable[[], None]]:
-    """What `run` gives, captured after it ran twice, and what replays it."""
-    for _ in range(2):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return capture(run, device, pool)
-    found = run()
-
-    def again() -> None:
-        for old, new in zip(found, run(), strict=True):
-            old.copy_(new)
-
-    return found, again
-
-
-def overwrite_free_memory(device: torch.device) -> None:
-    """What is read after it was freed is not what it was."""
-    held = [torch.full((1 << 18,), 7, dtype=torch.int32, device=device) for _ in range(32)]
-    held += [torch.full((1 << 10,), 7, dtype=torch.int32, device=device) for _ in range(256)]
-    del held
-
-
-def layer_of(
-    width: int, device: torch.device, config: SAMLConfig | None = None, dtype: Any = None
-) -> SAMLLinear:
-    """A layer whose experts and router say something."""
-    linear = nn.Linear(width, width, device=device)
-    layer = SAMLLinear.from_linear(linear, config or SAMLConfig(expert_init="lora"))
-    speak(layer)
-    return layer.to(dtype) if dtype else layer
-
-
-@torch.no_grad()
-def speak(module: nn.Module, size: float = 1.0) -> None:
-    """Random routers and second factors, which begin at zero."""
-    for name, parameter in module.named_parameters():
-        if name.endswith(("lora_b", "router.weight")):
-            parameter.normal_(std=size * parameter.shape[-1] ** -0.5)
-
-
-def small_model(device: torch.device, compress: bool = True) -> Any:
-    """A Whisper with random weights: d = 128, two layers a side, windows of two seconds."""
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    from saml_models.compress.apply import apply_saml
-
-    config = WhisperConfig(
-        vocab_size=512, num_mel_bins=80, d_model=128, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=512,
-        decoder_ffn_dim=512, max_source_positions=100, max_target_positions=64,
-        decoder_start_token_id=1, bos_token_id=2, eos_token_id=2, pad_token_id=2,
-        suppress_tokens=None, begin_suppress_tokens=None, init_std=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = WhisperForConditionalGeneration(config)
-    model.to(device).eval()
-    if compress:
-        apply_saml(model, SAMLConfig(expert_init="lora"))
-        speak(model, 0.1)  # with more, rounding to bfloat16 grows from layer to layer
-    return model
-
-
-def features_of(model: Any, batch: int) -> Tensor:
-    """Random log-mel features in the dtype of the model."""
-    return torch.randn(batch, 80, 200, device=model.device).to(model.dtype)
-
-
-def gates_profiles(model: Any, count: int = 2) -> list[Any]:
-    """Profiles whose gates differ much; the model is left without any."""
-    from saml_models.speakers.profile import SpeakerProfile
-
-    routers, made = model.saml.routers.values(), []
-    for number in range(count):
-        for router in routers:
-            router.offset = torch.randn(4, device=model.device) * 3
-        made.append(SpeakerProfile.of_gates(model, speaker=str(number)))
-    for router in routers:
-        router.offset = None
-    return made
 
 
 def counters(device: torch.device) -> str:
@@ -567,65 +451,3 @@ PROPERTIES: dict[str, Property] = {
     "profiles": profiles, "decoding": decoding, "compiled": compiled, "rounding": rounding,
     "failed-capture": failed_capture, "devices": devices,
 }  # fmt: skip
-
-
-def check_property(name: str, device: torch.device) -> tuple[int, str]:
-    """One, in this process: its exit code, and a line about it."""
-    stands_in = {"cpu": "triton"} if interpreting() else {}
-    try:
-        with current(device), patch.dict(registry.PREFERRED, stands_in):
-            return 0, PROPERTIES[name](device)
-    except NotRun as why:
-        return NOT_RUN, str(why)
-    except ModuleNotFoundError as error:  # what a GPU's machine may lack
-        return NOT_RUN, one_line(error)
-
-
-def check_properties(
-    device: torch.device, seconds: float, put: Callable[[dict[str, Any]], None]
-) -> str:
-    """All of them, each in a process of its own; one line about them.
-
-    Args:
-        device: "cuda", or "cpu" under Triton's interpreter.
-        seconds: what has not ended then is left.
-        put: is given what is known so far, by name, after each.
-    """
-    deadline = time.monotonic() + seconds
-    found: dict[str, Any] = {}
-    env = environment(PLAIN) if device.type == "cuda" else environment()
-    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def ask(name: str) -> tuple[str, str, list[str]]:
-        call = [*as_module("bench.gpu.check"), "--step", f"property-{name}"]
-        call += ["--device", device.type]
-        left = deadline - time.monotonic()
-        if left < 1:
-            return name, "unfinished", []
-        try:
-            done = subprocess.run(call, capture_output=True, text=True, env=env, timeout=left)
-        except subprocess.TimeoutExpired:
-            return name, f"unfinished after {left:.0f} s", []
-        lines = (done.stdout + done.stderr if done.returncode else done.stdout).splitlines()
-        lines = [line for line in lines if line.strip()] or [f"exit code {done.returncode}"]
-        kind = {0: "passed", NOT_RUN: "not run"}.get(done.returncode, "failed")
-        said = done.stdout.strip().splitlines() if kind != "failed" else lines
-        return name, f"{kind}: {(said or lines)[-1]}", lines if kind == "failed" else []
-
-    count = TOGETHER if device.type == "cuda" else 1
-    with ThreadPoolExecutor(count) as pool:
-        for job in as_completed([pool.submit(ask, name) for name in PROPERTIES]):
-            name, said, lines = job.result()
-            question = (PROPERTIES[name].__doc__ or "").partition("\n")[0]
-            found[name] = {"asked": question, "said": said}
-            if lines:
-                found[name]["output"] = lines[-LAST_LINES:]
-            with suppress(OSError):
-                put(found)
-    ended = {kind: [n for n, one in found.items() if one["said"].startswith(kind)]
-             for kind in ("failed", "unfinished", "not run", "passed")}  # fmt: skip
-    counted = ", ".join(f"{len(names)} {kind}" for kind, names in ended.items() if names)
-    told = [f"{name}: {found[name]['said'].partition(': ')[2][:160]}" for name in ended["failed"]]
-    told += [f"{name} {found[name]['said'][:80]}" for name in ended["unfinished"]]
-    head = next((k for k in ("failed", "unfinished") if ended[k]), "passed")
-    return f"{head}: {counted}" + "".join(f"; {one}" for one in told)
