@@ -11,8 +11,8 @@ Steps, each a process of its own with a limit of its own, in the order of their 
 stops another, and one that there is no time for says so:
 
 * shapes (checks.py): the shapes of real models by every route, output and gradients against
-  float64. properties (properties.py): graphs, autocast, profiles, rounding, torch.compile. suite:
-  the Triton kernels' tests compiled for this device, on all cores.
+  float64. properties (property_runs.py): graphs, autocast, profiles, rounding, torch.compile.
+  suite: the Triton kernels' tests compiled for this device, on all cores.
 * compile (ahead.py): what the steps after it need, on all cores.
 * layers: P1 to P5, P9 to P11 beside every peer that is installed (`pip install --group bench-gpu`).
 * models (models.py): the encoder, a token, a training step; speech: 24 clips, an adaptation.

@@ -17,7 +17,7 @@ from bench.place import NOT_RUN, environment
 __all__ = ["Outcome", "Step", "limit_of", "run_steps"]
 
 MARGIN = 5.0  # seconds between what a step plans with and its end
-LOG_LINES = 150  # of each step
+LOG_LINES = 150  # of each step's output that the log keeps
 # Nothing is fetched: without a network each question takes until it is given up.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

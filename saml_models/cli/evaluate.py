@@ -179,10 +179,9 @@ def _curve(
     for column in columns:
         table.add_column(column, justify="right")
     for point in result["curve"]:
-        span = point["interval_95"]
         table.add_row(
             str(point["utterances"]), str(point["speakers"]), f"{point['wer']:.2f}",
-            f"{span[0]:.1f}-{span[1]:.1f}" if span else "", f"{point['unadapted']:.2f}",
+            _span(point["interval_95"]), f"{point['unadapted']:.2f}",
             str(point["unused"]),
         )  # fmt: skip
     console.print(table)
@@ -293,10 +292,10 @@ def _table(result: dict[str, Any]) -> Table:
     from saml_models.evaluation.protocol import SYSTEMS
 
     size, wer = result["size"], result["wer"]
-    ratio = result["ratios"].get("adapted_to_full_precision")
+    found = result["ratios"].get("adapted_to_full_precision")
     title = f"{result['model']}: {size['ratio']:.2f}x smaller"
-    if ratio is not None:
-        title += f", adapted WER is {ratio['ratio']:.2f} of full precision's"
+    if found is not None:
+        title += f", adapted WER is {found['ratio']:.2f} of full precision's"
     table = Table(title=title)
     for column in ("system", "WER %", "95 %", "sub", "del", "ins", "MB"):
         table.add_column(column, justify="left" if column == "system" else "right")
@@ -305,13 +304,16 @@ def _table(result: dict[str, Any]) -> Table:
         if wer[system] is None:
             continue
         d = result["detail"][system]
-        low, high = d["interval_95"]
         table.add_row(
-            label, f"{wer[system]:.2f}", f"{low:.1f}-{high:.1f}", str(d["substitutions"]),
+            label, f"{wer[system]:.2f}", _span(d["interval_95"]), str(d["substitutions"]),
             str(d["deletions"]), str(d["insertions"]),
             f"{megabytes.get(system, size['saml_bytes']) / 1e6:.1f}",
         )  # fmt: skip
     return table
+
+
+def _span(ends: Sequence[float] | None) -> str:
+    return f"{ends[0]:.1f}-{ends[1]:.1f}" if ends else ""
 
 
 _OF = {

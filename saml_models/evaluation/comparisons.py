@@ -1,4 +1,4 @@
-"""What the protocol says of two systems: ratios of errors over speakers, who lost, who looped."""
+"""What the protocol says of systems: intervals, ratios of errors over speakers, who lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from saml_models.text.wer import WordErrors, over_speakers, pooled
 
-__all__ = ["made_worse", "ratios"]
+__all__ = ["made_worse", "rate_interval", "ratios"]
 
 # WER of the first to that of the second, by the name of the ratio.
 RATIOS = {
@@ -17,6 +17,17 @@ RATIOS = {
     "adapted_to_experts": ("adapted", "experts"),
     "adapted_to_other_speaker": ("adapted", "other_speaker"),
 }
+
+
+def rate_interval(speakers: Sequence[str], errors: Sequence[WordErrors]) -> list[float] | None:
+    """95 % interval of the pooled word error rate in per cent, of `over_speakers`.
+
+    None of a single utterance, and of two speakers, who say next to nothing of a third.
+    """
+    if len(speakers) == 1 or len(set(speakers)) == 2:
+        return None
+    _, *ends = over_speakers(speakers, [e.errors for e in errors], [e.words for e in errors])
+    return [round(100 * end, 3) for end in ends]
 
 
 def ratios(

@@ -10,6 +10,7 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
+from saml_models.evaluation.comparisons import rate_interval
 from saml_models.evaluation.parts import Parts, run_of
 from saml_models.evaluation.protocol import Fold
 from saml_models.models.registry import bind
@@ -37,7 +38,8 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: rates in per cent, and ratios to what the same speakers' unadapted rate is.
 
-        The 95 % intervals are those of `over_speakers`; None of a single utterance.
+        The 95 % intervals are those of `rate_interval` and, of ratios, of `over_speakers`, None
+        of a single utterance.
         """
         speakers = {
             name: {
@@ -54,18 +56,16 @@ class Curve:
         owners = [name for name, errors in own.items() for _ in errors]
         after = [one for errors in own.values() for one in errors]
         before = [one for name in own for one in self.errors[0][name]]
-        wrong, words = [one.errors for one in after], [one.words for one in after]
-        _, *rate = over_speakers(owners, wrong, words)
+        wrong = [one.errors for one in after]
         _, *ratio = over_speakers(owners, wrong, [one.errors for one in before])
-        several = len(owners) > 1
         return {
             "utterances": count,
             "speakers": len(own),
             "unused": self.unused.get(count, 0),
             "wer": round(pooled(after).wer, 3),
-            "interval_95": [round(100 * end, 3) for end in rate] if several else None,
+            "interval_95": rate_interval(owners, after),
             "unadapted": round(pooled(before).wer, 3),
-            "ratio_interval_95": [round(end, 4) for end in ratio] if several else None,
+            "ratio_interval_95": [round(end, 4) for end in ratio] if len(owners) > 1 else None,
         }
 
 

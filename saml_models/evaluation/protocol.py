@@ -16,7 +16,7 @@ from saml_kernels.errors import SAMLError
 from saml_models.compress.layers import model_hash
 from saml_models.data.audio import SAMPLE_RATE
 from saml_models.data.corpora import Utterance, short_clips
-from saml_models.evaluation.comparisons import made_worse, ratios
+from saml_models.evaluation.comparisons import made_worse, rate_interval, ratios
 from saml_models.evaluation.divergence import Divergence, divergences
 from saml_models.evaluation.parts import Parts, run_of
 from saml_models.models.interface import SpeechModel
@@ -26,7 +26,7 @@ from saml_models.models.targets import target_limit
 from saml_models.speakers.profile import SpeakerProfile
 from saml_models.text.normalise import SCORINGS
 from saml_models.text.style import in_model_style
-from saml_models.text.wer import WordErrors, over_speakers, pooled, word_errors
+from saml_models.text.wer import WordErrors, pooled, word_errors
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
@@ -96,12 +96,9 @@ class Evaluation:
         for system in systems:
             errors = self.errors[system]
             total = pooled(errors)
-            _, *ends = over_speakers(
-                self.speakers, [e.errors for e in errors], [e.words for e in errors]
-            )
             detail[system] = {
                 "wer": round(total.wer, 3),
-                "interval_95": [round(100 * end, 3) for end in ends],
+                "interval_95": rate_interval(self.speakers, errors),
                 "substitutions": total.substitutions,
                 "deletions": total.deletions,
                 "insertions": total.insertions,

@@ -13,12 +13,7 @@ import numpy.typing as npt
 
 from saml_models.text.normalise import SCORINGS
 
-__all__ = [
-    "WordErrors",
-    "over_speakers",
-    "pooled",
-    "word_errors",
-]
+__all__ = ["WordErrors", "over_speakers", "pooled", "word_errors"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def small(tmp_path):
     return check.Setting(CPU, tmp_path / "results", until, True, False, None, None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tiny_en):
     """What `saml quantize` writes, of a Whisper with d = 64 and random weights."""
     whole, processor = tiny_en

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from saml_models.evaluation.comparisons import made_worse, ratios
-from saml_models.text.wer import WordErrors
+import pytest
+
+from saml_models.evaluation.comparisons import made_worse, rate_interval, ratios
+from saml_models.text.wer import WordErrors, over_speakers
 
 
 def wrong(count: int) -> WordErrors:
@@ -18,6 +20,17 @@ ERRORS = {
     "other_speaker": [wrong(n) for n in (0, 0, 0, 0)],
 }
 SPEAKERS = ["a", "a", "b", "c"]
+
+
+def test_rates_are_in_per_cent_over_speakers() -> None:
+    errors = ERRORS["full_precision"]
+    found = rate_interval(SPEAKERS, errors)
+    _, low, high = over_speakers("abc", [4, 4, 1], [20, 10, 10])
+    assert found == pytest.approx([100 * low, 100 * high], abs=1e-3)
+    assert 1 < found[0] < 22.5 < found[1]
+    assert rate_interval("aaaa", errors) == rate_interval("abcd", errors)
+    # One utterance, and two speakers, say too little.
+    assert rate_interval(["a"], errors[:1]) is None and rate_interval("aabb", errors) is None
 
 
 def test_ratios_are_of_pooled_errors() -> None:

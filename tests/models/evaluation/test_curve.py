@@ -55,8 +55,7 @@ def test_rates_and_what_they_are_compared_with(tmp_path: Path) -> None:
     assert (none["wer"], none["unadapted"], none["speakers"]) == (60.0, 60.0, 2)
     assert (five["wer"], five["unadapted"]) == (30.0, 60.0)
     assert five["ratio_interval_95"] == [0.5, 0.5]
-    low, high = five["interval_95"]
-    assert 0 < low < 30 < high
+    assert five["interval_95"] is None  # of two speakers
     # The one speaker who got so far, beside that speaker's own rate before.
     assert (twenty["wer"], twenty["unadapted"], twenty["interval_95"]) == (10.0, 80.0, None)
     assert found["speakers"] == {

@@ -112,6 +112,7 @@ def test_interval_over_speakers_by_hand() -> None:
     ratio, low, high = over_speakers(["a", "b"], [0.0, 3.0], [10.0, 10.0])
     assert ratio == 0.15 and 0 < low < 0.15 < high < math.inf
     assert over_speakers(["a", "b"], [0.0, 0.0], [10.0, 10.0])[0] == 0.0
+    assert over_speakers(["a", "b"], [1.0, 1.0], [0.0, 0.0])[0] == 2.0  # a count of 1 at least
     with pytest.raises(ValueError, match="at least one utterance"):
         over_speakers([], [], [])
 
