@@ -33,6 +33,9 @@ SPEECH = {
     "train-clean-5": ("readers", "20 utterances to adapt"),
     "test-other": ("readers", "two-fold, 5 utterances to adapt"),
     "speechocean762": ("learners of English", "two-fold, 10 utterances to adapt"),
+    "readers": ("of LibriSpeech", "60 utterances to adapt"),
+    "england": ("man from England", "60 utterances to adapt"),
+    "noisy": ("voice in noise", "60 utterances to adapt"),
 }
 CHOICE = "choosing"  # the forty speakers on whom defaults are chosen
 SYSTEMS = {
@@ -49,9 +52,13 @@ def wer(prefix: str, sets: Sequence[str], results: Path) -> str:
     rows = []
     for name, data in found.items():
         who, how = SPEECH[name]
-        cells = [f"{data['wer'][system]:.2f}" for system in SYSTEMS]
+        rates = [data["wer"][system] for system in SYSTEMS]
+        cells = ["" if rate is None else f"{rate:.2f}" for rate in rates]
+        over = "" if len(data["speakers"]) > 1 else ", clips"
         for key in ("adapted_to_full_precision", "adapted_to_experts"):
-            cells.append(_interval(data["ratios"][key]["ratio"], data["ratios"][key]))
+            one = data["ratios"][key]
+            low, high = one["interval_95"]
+            cells.append(f"{one['ratio']:.2f} ({low:.2f} to {high:.2f}{over})")
         own = data["wer_by_scoring"]["paper"]
         cells.append(f"{own['full_precision']:.2f}, {own['adapted']:.2f}")
         rows.append([f"{name}, {len(data['speakers'])} {who}, {how}", *cells])
@@ -79,11 +86,6 @@ def _measured(found: dict[str, dict[str, Any]]) -> str:
     if len(on) == 1:
         return f"Measured on: {next(iter(on))}."
     return " ".join(f"{', '.join(names)}: measured on {told}." for told, names in on.items())
-
-
-def _interval(ratio: float, data: dict[str, Any]) -> str:
-    low, high = data["interval_95"]
-    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 def sizes(results: Path) -> str:

@@ -89,22 +89,25 @@ def plot_wer(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     Raises:
         SAMLError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = new_figure(7.0, 4.5)
+    figure = new_figure(8.5, 4.5)
+    from matplotlib import colormaps
+
     axes = figure.subplots()
     marks = {"full_precision": "s", "quantised": "v", "experts": "o", "adapted": "*"}
     for i, (name, result) in enumerate(results):
-        size = result["size"]
+        size, colour = result["size"], colormaps["tab20"](i % 20)
         held = {"full_precision": size["full_bytes"], "quantised": size["quantised_bytes"]}
         points = [(held.get(s, size["saml_bytes"]) / 1e6, result["wer"][s], s) for s in marks]
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=f"C{i}", alpha=0.4)
+        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, alpha=0.4)
         for x, y, system in points:
-            axes.scatter([x], [y], marker=marks[system], color=f"C{i}", s=50)
-        axes.plot([], [], color=f"C{i}", label=name)
+            axes.scatter([x], [y], marker=marks[system], color=colour, s=50)
+        axes.plot([], [], color=colour, label=name)
     for system, mark in marks.items():
         axes.scatter([], [], marker=mark, color="grey", label=system.replace("_", " "))
-    axes.set(xscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
-    _plain_numbers(axes.xaxis)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="MB on disk", ylabel="word error rate (%)")
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_numbers(axis)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     write_figure(path, figure)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
+from bench.report.accuracy import SPEECH
 from bench.report.figures import _bars, plot_layers, plot_wer
 from bench.report.markdown import geometric
 from bench.report.tables import TABLES, has_tables, write_tables
@@ -111,12 +112,18 @@ def test_tables_of_results_by_hand(tmp_path):
         "wer_by_scoring": {"paper": wer},
         "size": {"full_bytes": 10e6, "quantised_bytes": 2e6, "saml_bytes": 2.5e6, "ratio": 4.0},
     }  # fmt: skip
-    for name in ("train-clean-5", "test-other", "speechocean762"):
+    for name in SPEECH:
         (tmp_path / f"wer-{name}.json").write_text(json.dumps(data))
+    alone = data | {"speakers": {"1": {}}, "wer": wer | {"other_speaker": None}}
+    (tmp_path / "wer-noisy.json").write_text(json.dumps(alone))
     lines = TABLES["wer"](tmp_path).splitlines()
     assert lines[2] == (
         "| train-clean-5, 2 readers, 20 utterances to adapt | 8.00 | 9.00 | 7.00 | 6.00 | 7.50 "
         "| 0.75 (0.60 to 0.90) | 0.75 (0.60 to 0.90) | 8.00, 6.00 |"
+    )
+    assert lines[7] == (
+        "| noisy, 1 voice in noise, 60 utterances to adapt | 8.00 | 9.00 | 7.00 | 6.00 |  "
+        "| 0.75 (0.60 to 0.90, clips) | 0.75 (0.60 to 0.90, clips) | 8.00, 6.00 |"
     )
     assert lines[-1] == (
         "Whisper tiny.en: 10.0 MB in float32, 2.0 MB quantised, 2.5 MB with experts (4.00x "
