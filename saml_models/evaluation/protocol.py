@@ -319,7 +319,14 @@ def evaluate(
         record(system, heard["texts"], heard["seconds"])
 
     stage("distribution", len(clips))
-    _compare(bind(*full), bind(*quantised), clips, code, result, done)
+    if "distribution" in parts.known:
+        done(len(clips))
+    apart = parts.part(
+        "distribution", lambda: _compare(bind(*full), bind(*quantised), clips, code, result, done)
+    )
+    result.diverging = [result.speakers[i] for i in apart["clips"]]
+    if result.diverging:
+        result.divergence = Divergence(**apart["divergence"])
 
     stage(SYSTEMS["adapted"], len(folds) + (1 + several) * len(clips))
     found = []
@@ -348,8 +355,8 @@ def _compare(
     language: str | None,
     result: Evaluation,
     done: Callable[[int], None],
-) -> None:
-    """The quantised model's divergence, on texts that fit the decoder."""
+) -> dict[str, Any]:
+    """The quantised model's divergence, on texts that fit the decoder; which `clips` those are."""
     language = language or full.prompt_language(clips)
     heard = result.hypotheses["full_precision"]
     texts = [in_model_style(*pair) for pair in zip(result.references, heard, strict=True)]
@@ -357,9 +364,10 @@ def _compare(
     fits = [len(full.token_ids(text, language)[0]) <= most for text in texts]
     chosen = [i for i, fit in enumerate(fits) if fit]
     done(len(clips) - len(chosen))
+    apart = Divergence()
     if chosen:
         with full.evaluating(), quantised.evaluating():
-            (result.divergence,) = divergences(
+            (apart,) = divergences(
                 full,
                 [quantised],
                 [clips[i] for i in chosen],
@@ -368,7 +376,7 @@ def _compare(
                 language=language,
                 on_done=done,
             )
-        result.diverging = [result.speakers[i] for i in chosen]
+    return {"clips": chosen, "divergence": apart.to_dict()}
 
 
 def heard_before_and_after(
