@@ -16,7 +16,7 @@ from saml_kernels.cuda import capture
 
 __all__ = [
     "features_of", "gates_profiles", "graph_of", "layer_of", "near", "off", "overwrite_free_memory",
-    "small_model", "speak", "unwritten_is_nan",
+    "small_model", "unwritten_is_nan",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from saml_models.text.wer import WordErrors, over_speakers, pooled
 
-__all__ = ["made_worse", "rate_interval", "ratios"]
+__all__ = ["made_worse", "rate_interval", "ratio_interval", "ratios"]
 
 # WER of the first to that of the second, by the name of the ratio.
 RATIOS = {
@@ -30,10 +30,24 @@ def rate_interval(speakers: Sequence[str], errors: Sequence[WordErrors]) -> list
     return [round(100 * end, 3) for end in ends]
 
 
+def ratio_interval(
+    speakers: Sequence[str], errors: Sequence[WordErrors], others: Sequence[WordErrors]
+) -> list[float] | None:
+    """95 % interval of the ratio of two systems' errors, of `over_speakers`.
+
+    None of a single utterance.
+    """
+    if len(speakers) == 1:
+        return None
+    amounts, counts = ([e.errors for e in own] for own in (errors, others))
+    _, *ends = over_speakers(speakers, amounts, counts)
+    return [round(end, 4) for end in ends]
+
+
 def ratios(
     speakers: Sequence[str], errors: Mapping[str, Sequence[WordErrors]]
 ) -> dict[str, dict[str, Any]]:
-    """Ratios of pooled word error rates, with 95 % intervals of `over_speakers`.
+    """Ratios of pooled word error rates, with their `ratio_interval`.
 
     Args:
         speakers: of each utterance.
@@ -45,13 +59,12 @@ def ratios(
     """
     found = {}
     for name, (one, other) in RATIOS.items():
-        amounts, counts = ([e.errors for e in errors[system]] for system in (one, other))
-        if not amounts or not sum(counts):
+        mine, theirs = (pooled(errors[system]).errors for system in (one, other))
+        if not errors[one] or not theirs:
             continue
-        ratio, low, high = over_speakers(speakers, amounts, counts)
         found[name] = {
-            "ratio": round(ratio, 4),
-            "interval_95": [round(low, 4), round(high, 4)] if len(speakers) > 1 else None,
+            "ratio": round(mine / theirs, 4),
+            "interval_95": ratio_interval(speakers, errors[one], errors[other]),
         }
     return found
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from saml_kernels.errors import SAMLError
 from saml_models.data.corpora import Utterance
-from saml_models.evaluation.comparisons import rate_interval
+from saml_models.evaluation.comparisons import rate_interval, ratio_interval
 from saml_models.evaluation.parts import Parts, run_of
 from saml_models.evaluation.protocol import Fold
 from saml_models.models.registry import bind
-from saml_models.text.wer import WordErrors, over_speakers, pooled, word_errors
+from saml_models.text.wer import WordErrors, pooled, word_errors
 from saml_models.training.adapt import adapt
 from saml_models.training.options import TrainingOptions
 from saml_models.transcription.clips import decode_clips
@@ -38,8 +38,7 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: rates in per cent, and ratios to what the same speakers' unadapted rate is.
 
-        The 95 % intervals are those of `rate_interval` and, of ratios, of `over_speakers`, None
-        of a single utterance.
+        The 95 % intervals are those of `rate_interval` and `ratio_interval`.
         """
         speakers = {
             name: {
@@ -56,8 +55,6 @@ class Curve:
         owners = [name for name, errors in own.items() for _ in errors]
         after = [one for errors in own.values() for one in errors]
         before = [one for name in own for one in self.errors[0][name]]
-        wrong = [one.errors for one in after]
-        _, *ratio = over_speakers(owners, wrong, [one.errors for one in before])
         return {
             "utterances": count,
             "speakers": len(own),
@@ -65,7 +62,7 @@ class Curve:
             "wer": round(pooled(after).wer, 3),
             "interval_95": rate_interval(owners, after),
             "unadapted": round(pooled(before).wer, 3),
-            "ratio_interval_95": [round(end, 4) for end in ratio] if len(owners) > 1 else None,
+            "ratio_interval_95": ratio_interval(owners, after, before),
         }
 
 

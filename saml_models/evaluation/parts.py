@@ -44,12 +44,19 @@ class Parts:
             raise SAMLError(f"{file}: a damaged checkpoint; remove it to start anew")
         self.known = found["parts"]
 
-    def part(self, name: str, make: Callable[[], Any]) -> Any:
-        """What was found of a part, or what `make` finds now, which is written at once."""
+    def part(
+        self, name: str, make: Callable[[], Any], known: Callable[[Any], None] | None = None
+    ) -> Any:
+        """What was found of a part, or what `make` finds now, which is written at once.
+
+        `known` is called with what an earlier run found.
+        """
         if name not in self.known:
             self.known[name] = make()
             if self.file is not None:
                 write_json(self.file, self.about | {"parts": self.known})
+        elif known is not None:
+            known(self.known[name])
         return self.known[name]
 
 

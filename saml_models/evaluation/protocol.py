@@ -313,16 +313,14 @@ def evaluate(
     plain = {"full_precision": full, "quantised": quantised, "experts": saml}
     for system, candidate in plain.items():
         stage(SYSTEMS[system], len(clips))
-        if system in parts.known:
-            done(len(clips))
-        heard = parts.part(system, partial(alone, candidate))
+        heard = parts.part(system, partial(alone, candidate), lambda _: done(len(clips)))
         record(system, heard["texts"], heard["seconds"])
 
     stage("distribution", len(clips))
-    if "distribution" in parts.known:
-        done(len(clips))
     apart = parts.part(
-        "distribution", lambda: _compare(bind(*full), bind(*quantised), clips, code, result, done)
+        "distribution",
+        lambda: _compare(bind(*full), bind(*quantised), clips, code, result, done),
+        lambda _: done(len(clips)),
     )
     result.diverging = [result.speakers[i] for i in apart["clips"]]
     if result.diverging:
@@ -330,11 +328,12 @@ def evaluate(
 
     stage(SYSTEMS["adapted"], len(folds) + (1 + several) * len(clips))
     found = []
+
+    def known(kept: dict[str, Any]) -> None:
+        done(len(kept["texts"]) + sum(map(len, kept["others"].values())))
+
     for i, fold in enumerate(folds):
-        if (name := f"fold {i}") in parts.known:
-            kept = parts.known[name]
-            done(len(kept["texts"]) + sum(map(len, kept["others"].values())))
-        heard = parts.part(name, partial(adapted, i))
+        heard = parts.part(f"fold {i}", partial(adapted, i), known)
         if heard["guard"] is not None:
             result.guard.append({"speaker": fold.speaker, **heard["guard"]})
         found.append(heard)

@@ -87,6 +87,15 @@ def test_pairing_narrows_the_ratio() -> None:
     assert (high - low) / rate > 0.2
 
 
+def test_ratio_of_independent_systems_holds_the_truth() -> None:
+    one, other = (
+        np.random.default_rng(seed).binomial(20, rate, size=200).tolist()
+        for seed, rate in ((1, 0.1), (2, 0.2))
+    )
+    _, low, high = over_speakers([str(n) for n in range(200)], one, other)
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
 def test_bare_words_as_the_authors_count_them() -> None:
     """Hyphens are deleted, digits stay, spelling stays; Whisper's normaliser knows better."""
     said, heard = ["A WELL KNOWN COLOUR OF THE TWENTY"], ["A well-known color of the 20."]
